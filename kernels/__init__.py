@@ -1,0 +1,28 @@
+"""Kernels around GPT-2: gpt2.kernels, and `kernels` from the root of the repository.
+
+    from gpt2 import kernels
+    kernels.causal_attention_qkv(qkv, n_head)      # the fastest backend that can serve the call
+    with kernels.use("triton"): ...                # this backend, or an error that says why not
+    print(kernels.report())
+
+Importing it touches no device, starts no compiler, and needs neither triton nor a GPU.
+"""
+
+__version__ = "0.1.0"
+
+if __name__ == "kernels":  # found on sys.path as ./kernels, from the root of the repository
+    from ._alias import stand_aside
+
+    stand_aside()
+else:
+    from .dispatch import BACKENDS, BackendUnavailable, report, use, why_not
+    from .ops import (
+        add_layer_norm,
+        bias_gelu,
+        causal_attention,
+        causal_attention_qkv,
+        cross_entropy,
+        gelu,
+        layer_norm,
+        linear_cross_entropy,
+    )

@@ -1,0 +1,370 @@
+"""The kernels as PyTorch sees them: one raw op per pass, and the autograd functions around them.
+
+Each pass is registered under torch.ops.gpt2_kernels, with a fake implementation, so that
+torch.compile, CUDA graphs and selective checkpointing see one opaque node; the autograd functions
+stand outside of it, the cheapest boundary there is. A raw op's last argument names the backend: a
+backward runs where its forward did. Gradients are first derivatives only; a second raises.
+
+    B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   N rows   V vocabulary
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from .linear_cross_entropy import linear_cross_entropy_fwd
+
+_library = torch.library.Library("gpt2_kernels", "DEF")
+_raw = torch.ops.gpt2_kernels
+
+
+def _register(schema: str, run, fake) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=_library)
+
+
+def _launcher(op: str, schema: str):
+    """Registers `schema`, run by the function of its name in the backend's module of `op`. The
+    decorated function is the fake: outputs are contiguous, and so are its."""
+    name = schema.partition("(")[0]
+
+    def run(*args):
+        *args, backend = args
+        with _device_guard(args[0]):
+            return getattr(dispatch.module(backend, op), name)(*args)
+
+    def decorate(fake):
+        _register(schema, run, fake)
+        return fake
+
+    return decorate
+
+
+def _device_guard(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+# ---- attention
+
+
+@_launcher(
+    "attention",
+    "attention_fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor o, Tensor lse)",
+)
+def _(q, k, v, softmax_scale, dropout_p, seed, backend):
+    B, Tq, H, _ = q.shape
+    return _like(q), _like(q, B, H, Tq, dtype=torch.float32)
+
+
+@_launcher(
+    "attention",
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "float softmax_scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _(do, q, k, v, o, lse, softmax_scale, dropout_p, seed, backend):
+    return _like(q), _like(k), _like(v)
+
+
+@_launcher(
+    "attention",
+    "attention_qkv_fwd(Tensor qkv, int n_head, float softmax_scale, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor o, Tensor lse)",
+)
+def _(qkv, n_head, softmax_scale, dropout_p, seed, backend):
+    B, T, C3 = qkv.shape
+    return _like(qkv, B, T, C3 // 3), _like(qkv, B, n_head, T, dtype=torch.float32)
+
+
+@_launcher(
+    "attention",
+    "attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, int n_head, "
+    "float softmax_scale, float dropout_p, Tensor? seed, str backend) -> Tensor",
+)
+def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
+    return _like(qkv)
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, softmax_scale, dropout_p, seed, backend):
+        o, lse = _raw.attention_fwd(q, k, v, softmax_scale, dropout_p, seed, backend)
+        ctx.save_for_backward(q, k, v, o, lse, seed)
+        ctx.softmax_scale, ctx.dropout_p, ctx.backend = softmax_scale, dropout_p, backend
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        *saved, seed = ctx.saved_tensors
+        gradients = _raw.attention_bwd(
+            do, *saved, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend
+        )
+        return *gradients, None, None, None, None
+
+
+class AttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, n_head, softmax_scale, dropout_p, seed, backend):
+        o, lse = _raw.attention_qkv_fwd(qkv, n_head, softmax_scale, dropout_p, seed, backend)
+        ctx.save_for_backward(qkv, o, lse, seed)
+        ctx.n_head, ctx.softmax_scale = n_head, softmax_scale
+        ctx.dropout_p, ctx.backend = dropout_p, backend
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        qkv, o, lse, seed = ctx.saved_tensors
+        dqkv = _raw.attention_qkv_bwd(
+            do, qkv, o, lse, ctx.n_head, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend
+        )
+        return dqkv, None, None, None, None, None
+
+
+# ---- layer_norm
+
+
+def _rows_of(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+@_launcher(
+    "layer_norm",
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, str backend)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+)
+def _(x, weight, bias, eps, backend):
+    mean, rstd = (_like(x, _rows_of(x), dtype=torch.float32) for _ in range(2))
+    return _like(x), mean, rstd
+
+
+@_launcher(
+    "layer_norm",
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
+    "str backend) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+)
+def _(x, residual, weight, bias, eps, backend):
+    mean, rstd = (_like(x, _rows_of(x), dtype=torch.float32) for _ in range(2))
+    return _like(x), _like(x), mean, rstd
+
+
+@_launcher(
+    "layer_norm",
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
+    "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+def _(dy, ds, x, weight, mean, rstd, backend):
+    return _like(x), _like(weight), _like(weight)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, backend):
+        y, mean, rstd = _raw.layer_norm_fwd(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dweight, dbias = _raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
+        return dx, dweight, dbias, None, None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, backend):
+        y, s, mean, rstd = _raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
+        ctx.save_for_backward(s, weight, mean, rstd)
+        ctx.backend = backend
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        # s = x + residual: one tensor is the gradient of both.
+        dx, dweight, dbias = _raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
+        return dx, dx, dweight, dbias, None, None
+
+
+# ---- gelu
+
+
+@_launcher("gelu", "gelu_fwd(Tensor x, str backend) -> Tensor")
+def _(x, backend):
+    return _like(x)
+
+
+@_launcher("gelu", "gelu_bwd(Tensor dy, Tensor x, str backend) -> Tensor")
+def _(dy, x, backend):
+    return _like(x)
+
+
+@_launcher("gelu", "bias_gelu_fwd(Tensor x, Tensor bias, str backend) -> Tensor")
+def _(x, bias, backend):
+    return _like(x)
+
+
+@_launcher(
+    "gelu",
+    "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias, str backend) -> (Tensor dx, Tensor dbias)",
+)
+def _(dy, x, bias, backend):
+    return _like(x), _like(bias)
+
+
+class Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, backend):
+        ctx.save_for_backward(x)
+        ctx.backend = backend
+        return _raw.gelu_fwd(x, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _raw.gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+
+
+class BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, backend):
+        ctx.save_for_backward(x, bias)
+        ctx.backend = backend
+        return _raw.bias_gelu_fwd(x, bias, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *_raw.bias_gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+
+
+# ---- cross_entropy
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, str backend)"
+    " -> (Tensor losses, Tensor lse)",
+)
+def _(logits, targets, ignore_index, backend):
+    losses, lse = (_like(logits, logits.shape[0], dtype=torch.float32) for _ in range(2))
+    return losses, lse
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, "
+    "int ignore_index, str backend) -> Tensor",
+)
+def _(dlosses, logits, targets, lse, ignore_index, backend):
+    return _like(logits)
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor lse, "
+    "int ignore_index, str backend) -> ()",
+)
+def _(dlosses, logits, targets, lse, ignore_index, backend):
+    return None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Losses by row, (N,) float32."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, inplace_backward, backend):
+        losses, lse = _raw.cross_entropy_fwd(logits, targets, ignore_index, backend)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.ignore_index, ctx.inplace, ctx.backend = ignore_index, inplace_backward, backend
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlosses):
+        logits, targets, lse = ctx.saved_tensors
+        args = (dlosses, logits, targets, lse, ctx.ignore_index, ctx.backend)
+        if ctx.inplace and logits.stride(-1) == 1:
+            _raw.cross_entropy_bwd_(*args)  # a second backward meets PyTorch's version check
+            return logits.detach(), None, None, None, None
+        return _raw.cross_entropy_bwd(*args), None, None, None, None
+
+
+def _linear_cross_entropy(x, weight, targets, ignore_index, with_grad, backend):
+    row_kernel = dispatch.module(backend, "cross_entropy")
+    with _device_guard(x):
+        return linear_cross_entropy_fwd(row_kernel, x, weight, targets, ignore_index, with_grad)
+
+
+def _linear_cross_entropy_fake(x, weight, targets, ignore_index, with_grad, backend):
+    (N, C), V = x.shape, weight.shape[0]
+    rows, columns = (N, V) if with_grad else (0, 0)
+    total, dweight = (_like(x, *shape, dtype=torch.float32) for shape in ((), (columns, C)))
+    return total, _like(x, rows, C), dweight
+
+
+_register(
+    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, int ignore_index, "
+    "bool with_grad, str backend) -> (Tensor total, Tensor dx, Tensor dweight)",
+    _linear_cross_entropy,
+    _linear_cross_entropy_fake,
+)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses, () float32. The forward takes the gradients for dtotal = 1."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, ignore_index, backend):
+        with_grad = any(ctx.needs_input_grad[:2])
+        total, dx, dweight = _raw.linear_cross_entropy_fwd(
+            x, weight, targets, ignore_index, with_grad, backend
+        )
+        ctx.save_for_backward(dx, dweight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal):
+        dx, dweight = ctx.saved_tensors
+        return dx * dtotal, (dweight * dtotal).to(ctx.weight_dtype), None, None, None
+
+
+# ---- token ids
+
+
+def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
+    """Raises ValueError with the first id outside [0, size) that is not ignore_index."""
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    bad = (ids < 0) | (ids >= size)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        raise ValueError(f"{name} must lie in [0, {size}), got {ids[bad][0].item()}")
+
+
+def _checked_copy(ids, name, size, ignore_index):
+    look_at_ids(ids, name, size, ignore_index)
+    return ids.clone()
+
+
+_register(
+    "check_ids(Tensor ids, str name, int size, int? ignore_index) -> Tensor",
+    _checked_copy,
+    lambda ids, *args: torch.empty_like(ids),
+)

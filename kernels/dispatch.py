@@ -1,0 +1,117 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend is a module with two functions,
+
+    why_not(op, device, dtype, size) -> str | None     # None: it can serve; else a human reason
+    module(op) -> module                               # holds attention_fwd, attention_bwd, ...
+
+where size is the one extent that a kernel may not support: the head size D of attention, the row
+length C of a norm. `reference` is no such module: ops.py calls it directly, and autograd does the
+rest. The choice is made once, in the forward; the backward uses the same backend.
+"""
+
+import contextlib
+import warnings
+
+import torch
+
+from . import triton
+
+BACKENDS = ("triton", "reference")  # fastest first
+
+# Who is asked, in order. Triton is the only kernel backend so far, so there is nothing to measure
+# one against the other yet. Elementwise GELU is left to Inductor inside torch.compile: it fuses
+# into its neighbours there, which a kernel of its own never can.
+PRIORITY = {
+    "attention": ("triton",),
+    "layer_norm": ("triton",),
+    "gelu": ("triton",),
+    "cross_entropy": ("triton",),
+}
+OPS = tuple(PRIORITY)
+
+_BACKEND_MODULES = {"triton": triton}
+_forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
+_said: set[tuple[str, str]] = set()
+
+
+class BackendUnavailable(RuntimeError):
+    """A forced backend cannot serve a call; the message holds every reason."""
+
+
+@contextlib.contextmanager
+def use(backend: str):
+    """Force `backend` ("triton" or "reference") for every op called inside the with block.
+
+    Process-wide, not per thread. Raises ValueError for an unknown name; an op that the backend
+    cannot serve raises BackendUnavailable with the reason instead of falling back.
+    """
+    global _forced
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    previous, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
+    """The name of the backend that serves this call."""
+    if _forced == "reference":
+        return "reference"
+    if _forced is not None:
+        reason = why_not(_forced, op, device, dtype, size)
+        if reason is not None:
+            raise BackendUnavailable(f"{_forced} cannot serve {op}: {reason}")
+        return _forced
+    reasons = []
+    for name in PRIORITY[op]:
+        reason = why_not(name, op, device, dtype, size)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    _say_once(op, "; ".join(reasons))
+    return "reference"
+
+
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0):
+    """None where `backend` can serve the call, else the reason as a short phrase."""
+    return (
+        None
+        if backend == "reference"
+        else _BACKEND_MODULES[backend].why_not(op, device, dtype, size)
+    )
+
+
+def module(backend: str, op: str):
+    """The module that holds this backend's launchers of `op`."""
+    return _BACKEND_MODULES[backend].module(op)
+
+
+@torch.compiler.assume_constant_result  # runs while torch.compile traces: said at compile time
+def _say_once(op: str, reason: str) -> None:
+    if (op, reason) not in _said:
+        _said.add((op, reason))
+        warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
+
+
+def report() -> str:
+    """Per op: the backend that serves it on this machine, and why the others do not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    lines = [f"torch {torch.__version__}, {name}; ops on {device.type}, {dtype}", ""]
+    rows = [("op", *BACKENDS)]
+    for op in OPS:
+        sample = {"attention": 64, "layer_norm": 768}.get(op, 0)
+        reasons = [why_not(backend, op, device, dtype, sample) for backend in BACKENDS]
+        chosen = reasons.index(None)
+        marks = ["no" if r else "serves" if i == chosen else "yes" for i, r in enumerate(reasons)]
+        rows.append((op, *marks))
+        lines += [
+            f"{b} cannot serve {op}: {r}" for b, r in zip(BACKENDS, reasons, strict=True) if r
+        ]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    table = ["".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines[:2], *table, *([""] if lines[2:] else []), *lines[2:]])

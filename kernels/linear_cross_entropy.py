@@ -1,0 +1,70 @@
+"""The head and the loss together, chunk by chunk, so that the logits never exist as a whole.
+
+    logits = x weight^T    losses = lse(logits) - logits[target]
+    dlogits = softmax - onehot    dx = dlogits weight    dweight = dlogits^T x
+
+A chunk of rows goes through all five steps before the next begins: its logits become their own
+gradient in place. The products are PyTorch's; a backend brings the row kernel. Gradients are taken
+in the forward, for a loss gradient of 1, and scaled in the backward: dlogits would otherwise have
+to be computed again, or kept. Unscaled they also stay clear of float16's underflow.
+
+    N rows   C features   V vocabulary   V_padded: V rounded up to whole 128-byte lines of logits
+"""
+
+import torch
+from torch import Tensor
+
+MAX_CHUNK = 8192  # rows; larger products gain nothing
+
+
+def linear_cross_entropy_fwd(
+    row_kernel, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the losses, () float32, and without their scale dx (N, C) in x's dtype and
+    dweight (V, C) float32; both are empty without with_grad.
+
+    row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
+    """
+    (N, C), V = x.shape, weight.shape[0]
+    # An odd vocabulary (50257) misaligns every row of the product: pad it with zero rows. The copy
+    # is the cast to x's dtype that autocast needs anyway.
+    V_padded = -(-V // 64) * 64
+    padded = weight
+    if V_padded != V or weight.dtype != x.dtype:
+        padded = x.new_zeros((V_padded, C))
+        padded[:V] = weight
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = torch.empty((N, C) if with_grad else (0, C), dtype=x.dtype, device=x.device)
+    dweight = torch.zeros(
+        (V_padded, C) if with_grad else (0, C), dtype=torch.float32, device=x.device
+    )
+    rows = chunk_rows(N)
+    logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        chunk = torch.mm(x[part], padded.t(), out=logits[: part.stop - start])
+        if with_grad:
+            losses[part] = row_kernel.cross_entropy_fwd_bwd_(chunk, targets[part], ignore_index, V)
+            torch.mm(chunk, padded, out=dx[part])
+            dweight += _mm_float32(chunk.t(), x[part])
+        else:
+            losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
+                0
+            ]
+    return losses.sum(), dx, dweight[:V]
+
+
+def chunk_rows(N: int) -> int:
+    """Rows per chunk: at most an eighth of the logits exists at a time, in whole tiles of 64 rows
+    where there are enough."""
+    eighth = -(-N // 8)
+    return min(MAX_CHUNK, -(-eighth // 64) * 64 if eighth > 64 else max(eighth, 1))
+
+
+def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with the sum kept in float32: chunks add up without rounding in between."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

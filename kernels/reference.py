@@ -1,0 +1,130 @@
+"""What every kernel means, in plain PyTorch.
+
+The only reference in the repository: the fallback where no kernel serves, the truth that tests
+evaluate in float64, the plain column of every benchmark. It runs on any device, in any floating
+dtype, and autograd differentiates it. Arguments are checked in ops.py.
+
+    B batch   T time (Tq queries, Tk keys)   H heads   D head size   C = H * D   V vocabulary
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_attention(
+    q: Tensor,  # (B, Tq, H, D)
+    k: Tensor,  # (B, Tk, H, D), Tq <= Tk
+    v: Tensor,  # (B, Tk, H, D)
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # (1,) int64
+) -> Tensor:  # (B, Tq, H, D)
+    """softmax(scale * q k^T, keys up to the query's own) v; the last query meets the last key."""
+    Tq, Tk = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    if dropout_p == 0.0 and Tq == Tk and q.dtype != torch.float64 and q.numel():
+        # The same formula by the library. float64, the truth, is always spelled out below.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+    s = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
+    visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    p = s.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    if dropout_p > 0.0:
+        keep = dropout_keep(seed, p.shape, dropout_p)
+        p = p * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+    return (p @ v).transpose(1, 2)
+
+
+def causal_attention_qkv(
+    qkv: Tensor,  # (B, T, 3C)
+    n_head: int,
+    *,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # (B, T, C)
+    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).unbind(2)  # (B, T, H, D) each
+    o = causal_attention(q, k, v, softmax_scale=softmax_scale, dropout_p=dropout_p, seed=seed)
+    return o.flatten(2)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(s), s) with s = x + residual."""
+    s = x + residual
+    return layer_norm(s, weight, bias, eps), s
+
+
+def gelu(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
+    return F.gelu(x, approximate="tanh")
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return gelu(x + bias.to(x.dtype))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+    """Mean of -log softmax(logits)[target] over the targets that count, at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
+) -> Tensor:
+    """cross_entropy(x @ weight.T, targets); x (..., C), weight (V, C)."""
+    return cross_entropy(F.linear(x, weight.to(x.dtype)), targets, ignore_index)
+
+
+def dropout_keep(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
+    """Which attention probabilities survive dropout: (B, H, Tq, Tk) bool, the same on any device.
+
+    Element (b, h, i, j) is kept where the upper 24 bits of word j % 4 of
+
+        Philox4x32-7(key = seed, counter = (j // 4, i, b H + h, 0))
+
+    are at least p 2^24 (Salmon et al., SC 2011). A function of position alone: every backend, tile
+    size and pass regenerates the same mask.
+    """
+    B, H, Tq, Tk = shape
+    device = seed.device
+
+    def counter(n, *view):
+        return torch.arange(n, device=device).view(*view)
+
+    words = _philox(
+        seed, counter(-(-Tk // 4), 1, 1, -1), counter(Tq, 1, -1, 1), counter(B * H, -1, 1, 1)
+    )
+    word = torch.stack(words, dim=-1).flatten(-2)[..., :Tk].view(B, H, Tq, Tk)
+    return (word >> 8) >= round(p * 2**24)
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7):
+    """Four 32-bit words per counter, as int64; counters broadcast, the fourth is 0."""
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(rounds):
+        hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
+        hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The upper and lower 32 bits of a * b, unsigned, without leaving int64."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,58 @@
+"""The Triton backend: NVIDIA GPUs of compute capability 8.0 and newer.
+
+Importing this package imports neither triton nor a kernel: that happens at the first call that
+why_not has let through. With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, in
+Triton's interpreter: how the tests check them on a machine without a GPU.
+"""
+
+import functools
+import importlib
+import os
+
+import torch
+
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)
+MAX_ROW = 8192  # widest layer_norm row held in registers
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+    """None where the kernels can serve `op`, else the reason (see dispatch.py)."""
+    reason = _device_reason(device.type, device.index)
+    if reason is not None:
+        return reason
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of float32, bfloat16, float16"
+    if op == "attention" and size not in HEAD_SIZES:
+        return f"head size {size} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if op == "layer_norm" and size > MAX_ROW:
+        return f"rows of {size} are longer than {MAX_ROW}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _device_reason(device_type: str, index: int | None) -> str | None:
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return _import_error()
+    if device_type != "cuda":
+        return f"needs a CUDA tensor, this one is on {device_type}"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, this build of PyTorch is for ROCm"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+    return _import_error()
+
+
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def module(op: str):
+    """The module that holds the launchers of `op`."""
+    return importlib.import_module(f".{op}", __name__)

@@ -1,0 +1,117 @@
+"""Tiles and launch shapes, with the reason for each. A table, not an autotuner: no start-up cost,
+the same bits every time, and every rank of a job takes the same kernel.
+
+None of these has been timed on hardware yet. They are chosen by what the compiler reports for
+sm_80 and sm_90: no spills, and at most 99 KiB of shared memory, which every GPU from compute
+capability 8.0 on has (tests/test_compile.py prints and holds the budget).
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class AttentionTile(NamedTuple):
+    BLOCK_M: int  # query rows
+    BLOCK_N: int  # key rows
+    num_warps: int
+    num_stages: int
+
+
+# Half precision, by padded head size. 128 query rows by 64 keys waste 11 % of their area above the
+# diagonal at T = 1024 (192 x 128 wastes 33 %); eight warps where the accumulators pass 64 registers
+# a thread with four.
+_HALF = {
+    "fwd": {
+        16: AttentionTile(128, 64, 4, 3),
+        32: AttentionTile(128, 64, 4, 3),
+        64: AttentionTile(128, 64, 4, 3),
+        128: AttentionTile(128, 64, 8, 2),
+    },
+    "bwd_dq": {
+        16: AttentionTile(128, 64, 4, 3),
+        32: AttentionTile(128, 64, 4, 3),
+        64: AttentionTile(128, 64, 8, 2),
+        128: AttentionTile(64, 64, 8, 2),
+    },
+    "bwd_dkdv": {
+        16: AttentionTile(64, 128, 4, 3),
+        32: AttentionTile(64, 128, 4, 3),
+        64: AttentionTile(64, 128, 8, 2),
+        128: AttentionTile(32, 64, 4, 2),
+    },
+}
+
+# True float32 runs on the FMA units: operands are held in registers whole, so tiles are small.
+_FLOAT = {
+    "fwd": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
+    "bwd_dq": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
+    "bwd_dkdv": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
+}
+
+
+def attention_config(kernel: str, D: int, dtype: torch.dtype) -> AttentionTile:
+    """The tile of "fwd", "bwd_dq" or "bwd_dkdv" for head size D."""
+    table = _FLOAT if dtype == torch.float32 else _HALF
+    return table[kernel][triton.next_power_of_2(D)]
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32: exactly, unless PyTorch itself is allowed TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+class RowTile(NamedTuple):
+    ROWS: int
+    num_warps: int
+
+
+def layer_norm_config(kernel: str, C: int) -> RowTile:
+    """ "fwd" or "bwd" of rows of C.
+
+    Up to 1024 features a warp owns a row, so that its sums need no shared memory: 32 elements a
+    lane. Longer rows get a program each, and more warps to keep a lane's share at 16 in the
+    forward and 8 in the backward, which holds two more rows of sums.
+    """
+    block = triton.next_power_of_2(C)
+    if block <= 1024:
+        return RowTile(ROWS=4, num_warps=4)
+    per_warp = 32 * (16 if kernel == "fwd" else 8)
+    return RowTile(ROWS=1, num_warps=min(max(block // per_warp, 4), 32 if kernel == "bwd" else 16))
+
+
+GELU_BLOCK, GELU_WARPS = 2048, 4  # 16 elements a lane: two 16-byte loads of half precision
+
+
+class BiasTile(NamedTuple):
+    ROWS: int
+    BLOCK_C: int
+    num_warps: int
+
+
+def bias_gelu_config(C: int) -> BiasTile:
+    """Two rows of 1024 columns: as GELU_BLOCK, and the bias is read once for both."""
+    block = min(triton.next_power_of_2(C), 1024)
+    return BiasTile(ROWS=GELU_BLOCK // 1024, BLOCK_C=block, num_warps=GELU_WARPS)
+
+
+# 50257 logits in 13 steps of 4096: 16 a lane, a reduction across 8 warps each.
+CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8
+
+
+def resident_programs(device: torch.device, tiles: int, columns: int = 1) -> int:
+    """How many programs walk `tiles` row tiles: four for each SM, shared among column blocks.
+
+    Enough warps to hide memory latency, few enough partial sums that adding them costs little. In
+    the interpreter a few, so that every one of them walks more than one tile.
+    """
+    sms = _sm_count(device.index) if device.type == "cuda" else 1
+    return max(1, min(tiles, 4 * sms // columns))
+
+
+@functools.cache
+def _sm_count(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,121 @@
+"""GPT-2's GELU, the tanh form, alone or with the bias of the linear layer before it.
+
+    y = gelu(x + bias)    dx = dy * gelu'(x + bias)    dbias = sum over rows of dx
+
+Memory-bound: x is read once and y written once, and nothing but x is kept for the backward. The
+bias gradient is summed as in layer_norm: a resident set of programs, one float32 row each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import GELU_BLOCK, GELU_WARPS, bias_gelu_config, resident_programs
+from .lang import gelu, gelu_grad
+
+
+@triton.jit
+def _gelu_fwd_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, gelu(x).to(y_ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit
+def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + offs, mask=offs < n, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + offs, (dy * gelu_grad(x)).to(dx_ptr.dtype.element_ty), mask=offs < n)
+
+
+@triton.jit
+def _bias_gelu_fwd_kernel(
+    x_ptr, bias_ptr, y_ptr,            # (N, C) contiguous, (C,), (N, C) contiguous
+    N, C,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    offs, mask, bias = _bias_tile(tl.program_id(0) * ROWS, bias_ptr, N, C, ROWS, BLOCK_C)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
+    tl.store(y_ptr + offs, gelu(x).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gelu_bwd_kernel(
+    dy_ptr, x_ptr, bias_ptr, dx_ptr,   # (N, C) contiguous but bias (C,)
+    dbias_partial_ptr,                 # (programs, C), float32
+    N, C,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j) walks every num_programs(0)-th tile of rows within column block j."""
+    dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        offs, mask, bias = _bias_tile(start, bias_ptr, N, C, ROWS, BLOCK_C)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
+        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # 0 past the end
+        dx = dy * gelu_grad(x)
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dbias += dx
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    partial = tl.program_id(0) * C + offs_c
+    tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=offs_c < C)
+
+
+@triton.jit
+def _bias_tile(start, bias_ptr, N, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets and mask of rows start.. within column block program_id(1), and its bias (1, BLOCK_C)."""
+    offs_row = start + tl.arange(0, ROWS)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs = offs_row[:, None].to(tl.int64) * C + offs_c[None, :]
+    mask = (offs_row < N)[:, None] & (offs_c < C)[None, :]
+    bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    return offs, mask, bias[None, :]
+
+
+def gelu_fwd(x):
+    """gelu(x), contiguous."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if (n := x.numel()) > 0:
+        grid = (triton.cdiv(n, GELU_BLOCK),)
+        _gelu_fwd_kernel[grid](x, y, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
+    return y
+
+
+def gelu_bwd(dy, x):
+    """dx, contiguous."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    if (n := x.numel()) > 0:
+        grid = (triton.cdiv(n, GELU_BLOCK),)
+        _gelu_bwd_kernel[grid](dy, x, dx, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
+    return dx
+
+
+def bias_gelu_fwd(x, bias):
+    """gelu(x + bias), contiguous; x (..., C), bias (C,)."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        C = bias.numel()
+        N = x.numel() // C
+        tile = bias_gelu_config(C)
+        grid = (triton.cdiv(N, tile.ROWS), triton.cdiv(C, tile.BLOCK_C))
+        _bias_gelu_fwd_kernel[grid](x, bias, y, N, C, **tile._asdict())
+    return y
+
+
+def bias_gelu_bwd(dy, x, bias):
+    """dx, contiguous, and dbias in bias's dtype."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(bias)
+    C = bias.numel()
+    N = x.numel() // C
+    tile = bias_gelu_config(C)
+    columns = triton.cdiv(C, tile.BLOCK_C)
+    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), columns)
+    partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+    _bias_gelu_bwd_kernel[(programs, columns)](dy, x, bias, dx, partial, N, C, **tile._asdict())
+    return dx, partial.sum(0).to(bias.dtype)

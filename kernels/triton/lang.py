@@ -1,0 +1,81 @@
+"""Value functions: what the kernels share, written once.
+
+Each takes and returns tiles in registers; the kernels decide what to load, keep and store.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def load_rows(
+    ptr, offs_row, stride, n_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows `offs_row` of an (n_rows, D) matrix as a (rows, BLOCK_D) tile, 0 outside the matrix.
+
+    Without MASKED every row is known to exist. Offsets are 64-bit: a row stride may pass 2^31.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs_row[:, None].to(tl.int64) * stride + offs_d[None, :]
+    if MASKED:
+        tile = tl.load(ptrs, mask=(offs_row < n_rows)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, offs_row, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The part of a (rows, BLOCK_D) tile that lies inside an (n_rows, D) matrix."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs_row[:, None].to(tl.int64) * stride + offs_d[None, :]
+    mask = (offs_row < n_rows)[:, None] & (offs_d < D)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gelu(x):
+    """0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    The sigmoid form keeps its relative accuracy in the left tail, where 1 + tanh(u) cancels.
+    """
+    return x * _gelu_sigmoid(x)
+
+
+@triton.jit
+def gelu_grad(x):
+    """d gelu / dx = g + 2 x g (1 - g) du/dx, g = sigmoid(2 u)."""
+    g = _gelu_sigmoid(x)
+    # Where x^2 > 200, g is exactly 0 or 1; the clamp keeps 0 * du/dx from becoming 0 * inf.
+    x2 = tl.minimum(x * x, 200.0)
+    du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x2)
+    return g + 2.0 * x * g * (1.0 - g) * du
+
+
+@triton.jit
+def _gelu_sigmoid(x):
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return 1.0 / (1.0 + tl.exp2(-2.0 * LOG2E * u))
+
+
+@triton.jit
+def dropout_keep(seed, bh, offs_m, start_n, BLOCK_N: tl.constexpr, threshold):
+    """(rows, BLOCK_N) mask of the probabilities that dropout keeps: see reference.dropout_keep.
+
+    One Philox call yields four neighbouring columns; start_n is a multiple of 4.
+    """
+    BLOCK_M: tl.constexpr = offs_m.shape[0]
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
+    column = zero + (start_n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    row = zero + offs_m[:, None]
+    w0, w1, w2, w3 = tl.philox(seed, column, row, zero + bh, zero, 7)
+    # join puts its two parts on a new last axis: [.., x, y] is word 2 x + y
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N)
+    return (word >> 8).to(tl.int32) >= threshold

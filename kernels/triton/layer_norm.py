@@ -1,0 +1,158 @@
+"""LayerNorm over the last dimension, alone or fused with the residual addition before it.
+
+    mean = sum(x) / C    rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)    xhat = (x - mean) * rstd
+    y    = xhat * weight + bias
+
+Memory-bound, so each element is read once and written once: a tile of whole rows stays in
+registers between the two passes of the statistics. The backward walks the rows with one resident
+set of programs, keeps its share of the weight gradients in registers, and leaves one float32 row
+per program to be summed: no atomics, the same bits every time. docs/layer_norm.md derives it.
+
+    N rows   C row length   BLOCK_C the next power of two
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import layer_norm_config, resident_programs
+from .lang import load_rows, store_rows
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr, residual_ptr,               # (N, C), contiguous in C; residual only with ADD
+    weight_ptr, bias_ptr,              # (C,)
+    y_ptr, s_ptr,                      # (N, C), contiguous; s = x + residual only with ADD
+    mean_ptr, rstd_ptr,                # (N,), float32
+    stride_x, stride_residual,
+    N, eps,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Two passes over a tile in registers. The centred sum of squares does not cancel the way
+    E[x^2] - mean^2 does when |mean| >> std; lanes past C add nothing to it."""
+    offs_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_c = tl.arange(0, BLOCK_C)
+    x = load_rows(x_ptr, offs_row, stride_x, N, C, BLOCK_C, True).to(tl.float32)
+    if ADD:
+        residual = load_rows(residual_ptr, offs_row, stride_residual, N, C, BLOCK_C, True)
+        # The norm sees s as it is stored, so that the backward recomputes the same xhat.
+        s = (x + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        store_rows(s_ptr, s, offs_row, C, N, C, BLOCK_C)
+        x = s.to(tl.float32)
+    # mean, rstd
+    mean = tl.sum(x, axis=1) / C
+    centred = tl.where((offs_c < C)[None, :], x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    # y = xhat * weight + bias
+    weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
+    tl.store(mean_ptr + offs_row, mean, mask=offs_row < N)
+    tl.store(rstd_ptr + offs_row, rstd, mask=offs_row < N)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr, ds_ptr,                    # (N, C); ds, the gradient of s, only with ADD
+    x_ptr,                             # (N, C), what the norm saw
+    weight_ptr,                        # (C,)
+    mean_ptr, rstd_ptr,                # (N,), float32
+    dx_ptr,                            # (N, C), contiguous
+    dw_partial_ptr, db_partial_ptr,    # (programs, C), float32
+    stride_dy, stride_ds, stride_x,
+    N,
+    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """With wdy = dy * weight,
+
+        dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds    dw += dy xhat    db += dy
+
+    Rows past N and lanes past C read dy = weight = 0, so every product there is 0.
+    """
+    offs_c = tl.arange(0, BLOCK_C)
+    weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+    dw = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    db = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        offs_row = start + tl.arange(0, ROWS)
+        x = load_rows(x_ptr, offs_row, stride_x, N, C, BLOCK_C, True).to(tl.float32)
+        dy = load_rows(dy_ptr, offs_row, stride_dy, N, C, BLOCK_C, True).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_row, mask=offs_row < N, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_row, mask=offs_row < N, other=0.0)
+        xhat = (x - mean[:, None]) * rstd[:, None]
+        wdy = dy * weight[None, :]
+        # dx
+        mean_wdy = tl.sum(wdy, axis=1) / C
+        mean_wdy_xhat = tl.sum(wdy * xhat, axis=1) / C
+        dx = rstd[:, None] * (wdy - mean_wdy[:, None] - xhat * mean_wdy_xhat[:, None])
+        if ADD:
+            dx += load_rows(ds_ptr, offs_row, stride_ds, N, C, BLOCK_C, True).to(tl.float32)
+        store_rows(dx_ptr, dx, offs_row, C, N, C, BLOCK_C)
+        # dw, db
+        dw += dy * xhat
+        db += dy
+    partial = tl.program_id(0) * C + offs_c
+    tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=offs_c < C)
+    tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=offs_c < C)
+
+
+def layer_norm_fwd(x, weight, bias, eps):
+    """y (..., C) contiguous, in x's dtype; mean and rstd (N,) float32."""
+    y, _, mean, rstd = _forward(x, None, weight, bias, eps)
+    return y, mean, rstd
+
+
+def add_layer_norm_fwd(x, residual, weight, bias, eps):
+    """layer_norm(s), s = x + residual, mean, rstd."""
+    return _forward(x, residual, weight, bias, eps)
+
+
+def layer_norm_bwd(dy, ds, x, weight, mean, rstd):
+    """dx (..., C) contiguous, which also takes the residual's gradient ds where there is one; the
+    gradients of weight and bias in weight's dtype."""
+    C = x.shape[-1]
+    x2, dy2 = _matrix(x), _matrix(dy)
+    ds2 = dy2 if ds is None else _matrix(ds)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    N = x2.shape[0]
+    if N == 0 or C == 0:
+        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
+    tile = layer_norm_config("bwd", C)
+    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS))
+    partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
+    _layer_norm_bwd_kernel[(programs,)](
+        dy2, ds2, x2, weight, mean, rstd, dx, partial[0], partial[1],
+        dy2.stride(0), ds2.stride(0), x2.stride(0), N,
+        C=C, BLOCK_C=triton.next_power_of_2(C), ADD=ds is not None, **tile._asdict(),
+    )  # fmt: skip
+    dw, db = partial.sum(1).to(weight.dtype)
+    return dx, dw, db
+
+
+def _forward(x, residual, weight, bias, eps):
+    C = x.shape[-1]
+    x2 = _matrix(x)
+    residual2 = x2 if residual is None else _matrix(residual)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    s = y if residual is None else torch.empty_like(y)
+    N = x2.shape[0]
+    mean, rstd = torch.empty((2, N), dtype=torch.float32, device=x.device)
+    if N > 0 and C > 0:
+        tile = layer_norm_config("fwd", C)
+        _layer_norm_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
+            x2, residual2, weight, bias, y, s, mean, rstd,
+            x2.stride(0), residual2.stride(0), N, eps,
+            C=C, BLOCK_C=triton.next_power_of_2(C), ADD=residual is not None, **tile._asdict(),
+        )  # fmt: skip
+    return y, s, mean, rstd
+
+
+def _matrix(x):
+    """x as (N, C), contiguous in C: a view wherever there is one."""
+    C = x.shape[-1]
+    x = x.reshape(-1, C) if C else x.reshape(0, 0)
+    return x if x.stride(-1) == 1 else x.contiguous()
