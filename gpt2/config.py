@@ -38,7 +38,8 @@ class Config:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd must be divisible by n_head, got n_embd={self.n_embd}, n_head={self.n_head}"
+                f"n_embd must be divisible by n_head, "
+                f"got n_embd={self.n_embd}, n_head={self.n_head}"
             )
 
     @property

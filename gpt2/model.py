@@ -98,7 +98,7 @@ class Model(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal 0.02; projections into the stream, of which there are 2 n_layer, shrink with it."""
+        """Normal 0.02; less for the 2 n_layer projections into the stream, which add up."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear) and module is not self.lm_head:

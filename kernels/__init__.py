@@ -26,3 +26,19 @@ else:
         layer_norm,
         linear_cross_entropy,
     )
+
+    __all__ = [
+        "BACKENDS",
+        "BackendUnavailable",
+        "add_layer_norm",
+        "bias_gelu",
+        "causal_attention",
+        "causal_attention_qkv",
+        "cross_entropy",
+        "gelu",
+        "layer_norm",
+        "linear_cross_entropy",
+        "report",
+        "use",
+        "why_not",
+    ]

@@ -5,7 +5,8 @@ torch.compile, CUDA graphs and selective checkpointing see one opaque node; the 
 stand outside of it, the cheapest boundary there is. A raw op's last argument names the backend: a
 backward runs where its forward did. Gradients are first derivatives only; a second raises.
 
-    B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   N rows   V vocabulary
+    B batch   T time (Tq queries, Tk keys)   H heads   D head size
+    N rows   C features   V vocabulary
 """
 
 import contextlib

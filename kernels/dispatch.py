@@ -30,7 +30,7 @@ PRIORITY = {
 }
 OPS = tuple(PRIORITY)
 
-_BACKEND_MODULES = {"triton": triton}
+_MODULES = {"triton": triton}
 _forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
 
@@ -75,18 +75,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
     return "reference"
 
 
+def is_forced() -> bool:
+    """Whether this happens inside a use() block."""
+    return _forced is not None
+
+
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0):
     """None where `backend` can serve the call, else the reason as a short phrase."""
-    return (
-        None
-        if backend == "reference"
-        else _BACKEND_MODULES[backend].why_not(op, device, dtype, size)
-    )
+    return None if backend == "reference" else _MODULES[backend].why_not(op, device, dtype, size)
 
 
 def module(backend: str, op: str):
     """The module that holds this backend's launchers of `op`."""
-    return _BACKEND_MODULES[backend].module(op)
+    return _MODULES[backend].module(op)
 
 
 @torch.compiler.assume_constant_result  # runs while torch.compile traces: said at compile time
@@ -97,21 +98,20 @@ def _say_once(op: str, reason: str) -> None:
 
 
 def report() -> str:
-    """Per op: the backend that serves it on this machine, and why the others do not."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-    lines = [f"torch {torch.__version__}, {name}; ops on {device.type}, {dtype}", ""]
-    rows = [("op", *BACKENDS)]
+    """The table of python -m gpt2.kernels: per op the backend that serves it on this machine, and
+    for every backend "yes" or the reason why it cannot. Sampled at GPT-2's sizes, D = 64, C = 768.
+    """
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rows = [("op", "served by", *BACKENDS)]
     for op in OPS:
-        sample = {"attention": 64, "layer_norm": 768}.get(op, 0)
-        reasons = [why_not(backend, op, device, dtype, sample) for backend in BACKENDS]
-        chosen = reasons.index(None)
-        marks = ["no" if r else "serves" if i == chosen else "yes" for i, r in enumerate(reasons)]
-        rows.append((op, *marks))
-        lines += [
-            f"{b} cannot serve {op}: {r}" for b, r in zip(BACKENDS, reasons, strict=True) if r
-        ]
+        size = {"attention": 64, "layer_norm": 768}.get(op, 0)
+        reasons = {b: why_not(b, op, device, dtype, size) for b in BACKENDS}
+        served_by = next(b for b in (*PRIORITY[op], "reference") if reasons[b] is None)
+        rows.append((op, served_by, *(reasons[b] or "yes" for b in BACKENDS)))
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
-    table = ["".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines[:2], *table, *([""] if lines[2:] else []), *lines[2:]])
+    lines = ["".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    where = torch.cuda.get_device_name(device) if on_gpu else "no CUDA device"
+    head = f"torch {torch.__version__}, {where}; {dtype} on {device.type}"
+    return "\n".join([head, "", *(line.rstrip() for line in lines)])

@@ -273,7 +273,7 @@ def attention_bwd(do, q, k, v, o, lse, softmax_scale, dropout_p, seed):
 
 
 def attention_qkv_fwd(qkv, n_head, softmax_scale, dropout_p, seed):
-    """o (B, T, C) and lse (B, H, T) from qkv (B, T, 3C): the kernel reads it through its strides."""
+    """o (B, T, C) and lse (B, H, T); the kernel reads qkv (B, T, 3C) through its strides."""
     o, lse = attention_fwd(*_split_qkv(qkv, n_head), softmax_scale, dropout_p, seed)
     return o.flatten(2), lse
 

@@ -1,6 +1,8 @@
 """Cross-entropy of logits rows against one target each, forward, backward, and both in place.
 
-    lse = log sum_v exp(x[v])    loss = lse - x[target]    dx[v] = (exp(x[v] - lse) - [v = target]) dloss
+    lse   = log sum_v exp(x[v])
+    loss  = lse - x[target]
+    dx[v] = (exp(x[v] - lse) - [v = target]) dloss
 
 One program owns a row, reads it once with an online maximum and sum, and keeps one number, lse;
 the softmax is never stored. The in-place form overwrites the row with its gradient while it is

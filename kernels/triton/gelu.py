@@ -63,7 +63,7 @@ def _bias_gelu_bwd_kernel(
 
 @triton.jit
 def _bias_tile(start, bias_ptr, N, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets and mask of rows start.. within column block program_id(1), and its bias (1, BLOCK_C)."""
+    """Offsets and mask of ROWS rows in column block program_id(1), and its bias (1, BLOCK_C)."""
     offs_row = start + tl.arange(0, ROWS)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs = offs_row[:, None].to(tl.int64) * C + offs_c[None, :]

@@ -62,7 +62,7 @@ def gelu_grad(x):
 @triton.jit
 def _gelu_sigmoid(x):
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 1.0 / (1.0 + tl.exp2(-2.0 * LOG2E * u))
+    return 1.0 / (1.0 + tl.exp2(u * (-2.0 * LOG2E)))
 
 
 @triton.jit
