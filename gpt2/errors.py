@@ -1,0 +1,9 @@
+"""The one exception that means: what was given cannot be used."""
+
+
+class InputError(ValueError):
+    """A file, flag or value from the user that cannot be used; the message names it.
+
+    The command line prints it as one line and exits with code 2. Anything else that is raised
+    is a bug, and keeps its traceback.
+    """

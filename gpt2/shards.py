@@ -1,0 +1,81 @@
+"""Token shards on disk: two layouts of uint16 ids, read through a memory map.
+
+    nanoGPT   ids, nothing else
+    llm.c     256 int32 (magic 20240520, version 1, number of ids, zeros), then the ids
+
+No nanoGPT shard is taken for an llm.c one: read as ids, the magic holds 55448, which is beyond
+GPT-2's vocabulary.
+"""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+MAX_TOKENS = 2**31 - 1  # in one llm.c shard: its count is an int32
+_FAMILY = range(20240000, 20300000)  # llm.c dates its formats; all but one are not for us
+
+
+def read(path: Path, vocab_size: int) -> np.ndarray:
+    """The ids of a shard, (N,) uint16, memory-mapped.
+
+    Raises InputError, naming the file, for a header or size that is wrong and for an id that is
+    not below vocab_size.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"data {str(path)!r} is empty")
+    if size % 2:
+        raise InputError(f"data {str(path)!r} must hold uint16 ids, got an odd size, {size} bytes")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
+    has_header = header.size > 0 and header[0] in _FAMILY
+    if has_header:
+        _check_header(path, header, size)
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tokens = np.frombuffer(memory, dtype="<u2", offset=HEADER_BYTES if has_header else 0)
+    if vocab_size < 65536:
+        _check_ids(path, tokens, vocab_size)
+    if hasattr(memory, "madvise"):  # windows lie anywhere: reading ahead made each 500 times slower
+        memory.madvise(mmap.MADV_RANDOM)
+    return tokens
+
+
+def write(path: Path, tokens: np.ndarray) -> None:
+    """Writes ids below 65536 as an llm.c shard."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with path.open("wb") as file:
+        file.write(header.tobytes())
+        tokens.astype("<u2", copy=False).tofile(file)
+
+
+def _check_header(path: Path, header: np.ndarray, size: int) -> None:
+    name = str(path)
+    if header[0] != MAGIC:
+        raise InputError(f"data {name!r} must have llm.c's magic {MAGIC}, got {header[0]}")
+    if size < HEADER_BYTES:
+        raise InputError(f"data {name!r} must have a header of {HEADER_BYTES} bytes, got {size}")
+    if header[1] != VERSION:
+        raise InputError(f"data {name!r} must have version {VERSION}, got {header[1]}")
+    count = int(header[2])
+    if count < 1 or size != HEADER_BYTES + 2 * count:
+        raise InputError(
+            f"data {name!r} must hold as many ids as its header says, {count}, "
+            f"got {(size - HEADER_BYTES) // 2}"
+        )
+
+
+def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    step = 2**24  # ids looked at in one go
+    for start in range(0, len(tokens), step):
+        part = tokens[start : start + step]
+        if part.max() >= vocab_size:
+            at = int(np.argmax(part >= vocab_size))
+            raise InputError(
+                f"data {str(path)!r} must hold ids below vocab_size {vocab_size}, "
+                f"got {part[at]} at position {start + at}"
+            )

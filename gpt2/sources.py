@@ -1,0 +1,145 @@
+"""Text to train on: a file, a folder, a pattern, standard input, or what every Python carries.
+
+Documents are read in blocks and tokenised as they come, so that a text may be larger than memory.
+Between two documents stands `<|endoftext|>` where the tokenizer has it, and a newline elsewhere.
+"""
+
+import codecs
+import glob
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from . import tokenizer as tokenizers
+from .errors import InputError
+from .tokenizer import Tokenizer
+
+BLOCK_BYTES = 2**18  # of text decoded at a time
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text in UTF-8: a file, or bytes already in memory."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    size: int  # bytes
+
+    def blocks(self, progress: Callable[[int], object] = lambda n: None) -> Iterator[str]:
+        """The text, a block at a time; progress hears how many bytes were read.
+
+        Raises InputError with the offset of the first byte that is not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        offset = 0
+        with self.open() as file:
+            while True:
+                block = file.read(BLOCK_BYTES)
+                held = len(decoder.getstate()[0])  # of a character that two blocks share
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as e:
+                    raise InputError(
+                        f"data {self.name!r} must be UTF-8, "
+                        f"got {e.object[e.start]:#04x} at byte {offset - held + e.start}"
+                    ) from None
+                if not block:
+                    return
+                offset += len(block)
+                progress(len(block))
+                yield text
+
+
+def files(source: str) -> list[Path]:
+    """The files that a source names, sorted by path.
+
+    Of a folder: its `.bin` files; or, where it has none, every file below it that is not hidden.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(path.glob("*.bin")) or sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+        )
+    elif path.exists():
+        found = [path]
+    else:
+        found = [p for p in map(Path, sorted(glob.glob(source, recursive=True))) if p.is_file()]
+    if not found:
+        raise InputError(
+            f"data must be a file, a folder with files, a pattern that matches some, or - for "
+            f"standard input, got {source!r}"
+        )
+    return found
+
+
+def documents(source: str | None) -> list[Document]:
+    """The texts of a source, empty ones left out. Raises InputError where nothing is left."""
+    if source is None:
+        found = _python_reference()
+    elif source == "-":
+        found = [_in_memory("-", sys.stdin.buffer.read())]
+    else:
+        found = [_document(path) for path in files(source)]
+    texts = [document for document in found if document.size]
+    if not texts:
+        raise InputError(f"data {source!r} is empty")
+    return texts
+
+
+def tokenizer_for(texts: list[Document], spec: str | None, folder: str | None) -> Tokenizer:
+    """The tokenizer that spec names (see tokenizer.named); characters by default."""
+    if spec not in (None, "char"):
+        return tokenizers.named(spec, folder)
+    alphabet = {"\n"} if len(texts) > 1 else set()
+    for document in texts:
+        for block in document.blocks():
+            alphabet.update(block)
+    return tokenizers.char(alphabet)
+
+
+def encode(
+    texts: list[Document],
+    tokenizer: Tokenizer,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Iterator[np.ndarray]:
+    """The ids of all texts in order, an array for each block read.
+
+    Raises InputError, naming the text, where the tokenizer cannot encode it.
+    """
+    for i, document in enumerate(texts):
+        if i:
+            yield np.array([tokenizer.eot]) if tokenizer.eot else tokenizer.encode("\n")
+        for text in tokenizers.cut(document.blocks(progress)):
+            try:
+                ids = tokenizer.encode(text)
+            except InputError as e:
+                raise InputError(f"data {document.name!r}: {e}") from e
+            yield ids
+
+
+def _document(path: Path) -> Document:
+    if path.is_file():
+        return Document(str(path), lambda: path.open("rb"), path.stat().st_size)
+    return _in_memory(str(path), path.read_bytes())  # a pipe can be read only once
+
+
+def _in_memory(name: str, text: bytes) -> Document:
+    return Document(name, lambda: io.BytesIO(text), len(text))
+
+
+def _python_reference() -> list[Document]:
+    """The language reference behind Python's help(), topic by topic: about 465,000 characters."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise InputError(
+            "data must be given: this Python comes without pydoc_data.topics, the default text"
+        ) from None
+    return [_in_memory(f"pydoc_data.topics[{k!r}]", topics[k].encode()) for k in sorted(topics)]
