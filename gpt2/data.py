@@ -100,8 +100,8 @@ def load(
         train, val = _cut(_tokenise(texts, tokenizer), val_fraction)
     if max(map(len, train.parts)) <= block_size or max(map(len, val.parts)) < 2:
         raise InputError(
-            f"data {source!r} must give more than block_size {block_size} training tokens and at "
-            f"least 2 validation tokens, got {len(train)} and {len(val)}"
+            f"data {source or 'pydoc_data.topics'!r} must give more than block_size {block_size} "
+            f"training tokens and at least 2 validation tokens, got {len(train)} and {len(val)}"
         )
     return Corpus(tokenizer, train, val)
 
@@ -122,7 +122,7 @@ def _cut(tokens: np.ndarray, val_fraction: float) -> tuple[Split, Split]:
 
 
 def _shard_tokenizer(path: Path, spec: str | None, folder: str | None) -> Tokenizer:
-    beside = path.with_name("tokenizer.json")
+    beside = path.with_name(tokenizers.FILE)
     if spec is None and beside.is_file():
         return tokenizers.load(beside, folder)
     return tokenizers.named(spec or "gpt2", folder)

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The command line prints it as one line and exits with code 2. Anything else that is raised
     is a bug, and keeps its traceback.
     """
+
+
+class NonFiniteError(ArithmeticError):
+    """Training met a loss or a gradient that is not finite, and stopped before using it."""

@@ -18,10 +18,13 @@ def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> Non
     path = Path(path)
     temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         if isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
         else:
             content(temporary)
+        temporary.chmod(mode)  # what any new file here gets; safetensors' are private
         _flush(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -37,13 +40,19 @@ def sweep(folder: str | Path) -> None:
 
 
 def check_new_folder(name: str, folder: str | Path) -> None:
-    """Raises InputError unless folder can be made: it is new or empty, its parent is writable."""
+    """Raises InputError unless folder is new or empty, and can be made as far as one can see."""
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{name} must be a new or empty folder, got {str(folder)!r}")
-    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if _exists(p))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{name} must be a folder that can be written, got {str(folder)!r}")
+    _check_writable(name, folder)
+
+
+def check_new_file(name: str, path: str | Path) -> None:
+    """Raises InputError unless path is new, in a folder that is there and can be written."""
+    path = Path(path)
+    if os.path.lexists(path) or not path.absolute().parent.is_dir():
+        raise InputError(f"{name} must be a new file in an existing folder, got {str(path)!r}")
+    _check_writable(name, path.absolute().parent)
 
 
 def make_folder(name: str, folder: str | Path) -> None:
@@ -56,11 +65,10 @@ def make_folder(name: str, folder: str | Path) -> None:
         ) from e
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path)
-    except (OSError, ValueError):  # a name with a zero byte, or too long
-        return False
+def _check_writable(name: str, folder: Path) -> None:
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{name} must be a folder that can be written, got {str(folder)!r}")
 
 
 def _flush(path: Path) -> None:

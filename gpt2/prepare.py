@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import files, shards, sources
+from . import tokenizer as tokenizers
 from .errors import InputError
 
 
@@ -53,7 +54,7 @@ def prepare(
             for n, start in enumerate(range(0, len(tokens), shard_tokens)):
                 shards.write(work / f"{part}_{n:06d}.bin", tokens[start : start + shard_tokens])
         (work / "ids").unlink()
-        files.write_atomic(work / "tokenizer.json", chosen.to_json())
+        files.write_atomic(work / tokenizers.FILE, chosen.to_json())
         os.replace(work, out)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

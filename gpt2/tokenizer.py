@@ -21,6 +21,7 @@ import numpy as np
 
 from .errors import InputError
 
+FILE = "tokenizer.json"  # in the folder of a run, or of shards
 EOT = "<|endoftext|>"
 
 # GPT-2's cut of a text into pieces, which no merge crosses, in the form that never backtracks.

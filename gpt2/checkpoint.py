@@ -1,0 +1,163 @@
+"""A checkpoint is one safetensors file: weights, optimizer state, and what a resume must know.
+
+    transformer.h.0.ln_1.weight …           the weights, under their own names, tied ones once
+    optimizer.exp_avg.<name of a weight> …  AdamW's state of that weight
+    __metadata__                            JSON: the model's configuration, the step, …
+
+One file is replaced in one step, so weights and optimizer never disagree. Nothing in it is code.
+A file is judged by its header before anything is allocated or changed.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from . import files
+from .config import Config
+from .errors import InputError
+from .model import Model
+
+FILE = "checkpoint.safetensors"  # in the folder of a run
+_OPTIMIZER = "optimizer."
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module)\."
+)  # torch.compile's and DDP's, at any depth
+
+
+def save(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, **progress: Any
+) -> None:
+    """Writes path whole, or leaves the old file. progress (step, …) must be fit for JSON."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        name = plain(name)
+        tensors[name] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_OPTIMIZER}{key}.{name}"] = value
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"gpt2": json.dumps({"config": asdict(model.config), **progress})}
+    files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
+    """The model's configuration and what save was told of the progress, from the header alone.
+
+    Raises InputError, naming the file, unless it holds every weight of that configuration. A model
+    built from it is then no larger than the file.
+    """
+    with _open(path) as file:
+        try:
+            progress = json.loads((file.metadata() or {})["gpt2"])
+            config = Config(**progress.pop("config"))
+            if not isinstance(progress["step"], int) or progress["step"] < 0:
+                raise ValueError(f"step must be a number of steps, got {progress['step']!r}")
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise InputError(
+                f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {e})"
+            ) from e
+        if config.n_layer > len(file.keys()):
+            raise InputError(
+                f"checkpoint {str(path)!r} must hold the weights of {config.n_layer} layers, "
+                f"got {len(file.keys())} tensors"
+            )
+        with torch.device("meta"):  # shapes without memory
+            _weights(path, file, Model(config))
+    return config, progress
+
+
+def load(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Fills model, and optimizer where given, from path.
+
+    Raises InputError, naming the file and what is wrong, before anything is changed: where the file
+    is broken, and where names or shapes are not exactly those of the model.
+    """
+    with _open(path) as file:
+        weights = _weights(path, file, model)
+        state = _optimizer_state(path, file, model, optimizer) if optimizer else None
+        with torch.no_grad():
+            for key, parameter in weights.items():
+                parameter.copy_(file.get_tensor(key))
+    if optimizer:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def plain(name: str) -> str:
+    """The name of a parameter without what torch.compile and DDP put before it."""
+    return _WRAPPERS.sub("", name)
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"checkpoint {str(path)!r} cannot be read: {e}") from e
+
+
+def _weights(path: str | Path, file: safe_open, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameter that each key of the file fills; a tied one under either name or both."""
+    parameters = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    keys = {key: plain(key) for key in list(file.keys()) if not key.startswith(_OPTIMIZER)}
+    found = {id(parameters[name]) for name in keys.values() if name in parameters}
+    missing = [name for name, p in parameters.items() if id(p) not in found]
+    unexpected = [key for key, name in keys.items() if name not in parameters]
+    if missing or unexpected:
+        raise InputError(
+            f"checkpoint {str(path)!r} must hold exactly the model's weights; "
+            f"missing: {_some(missing)}; unknown: {_some(unexpected)}"
+        )
+    for key, name in keys.items():
+        _check_tensor(path, file, key, parameters[name].shape)
+    return {key: parameters[name] for key, name in keys.items()}
+
+
+def _optimizer_state(
+    path: str | Path, file: safe_open, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, torch.Tensor]]:
+    """AdamW's state by the position of the parameter; empty for a file saved before step 1."""
+    names = {id(p): plain(name) for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    shapes = {plain(name): p.shape for name, p in model.named_parameters()}
+    keys = {plain(key): key for key in list(file.keys()) if key.startswith(_OPTIMIZER)}
+    if not keys:
+        return {}
+    state = {}
+    for i, name in enumerate(order):
+        state[i] = {}
+        for part, shape in (("step", ()), ("exp_avg", shapes[name]), ("exp_avg_sq", shapes[name])):
+            key = keys.pop(f"{_OPTIMIZER}{part}.{name}", None)
+            if key is None:
+                raise InputError(f"checkpoint {str(path)!r} must hold {part} of {name}, got none")
+            _check_tensor(path, file, key, shape)
+            state[i][part] = file.get_tensor(key)
+    if keys:
+        raise InputError(f"checkpoint {str(path)!r} holds unknown {_some(list(keys))}")
+    return state
+
+
+def _check_tensor(path: str | Path, file: safe_open, key: str, shape: Sequence[int]) -> None:
+    stored = file.get_slice(key)
+    if tuple(stored.get_shape()) != tuple(shape) or stored.get_dtype() not in _FLOATS:
+        raise InputError(
+            f"checkpoint {str(path)!r} must hold {key} as floats of shape {tuple(shape)}, "
+            f"got {stored.get_dtype()} of shape {tuple(stored.get_shape())}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(names[:3]) or "none") + more

@@ -1,0 +1,241 @@
+"""The command line: gpt2 train, sample, prepare, tokenizer.
+
+What the user got wrong is one line on stderr and exit code 2. A bug keeps its traceback. PyTorch
+is imported by the commands that need it, so that --help answers at once.
+"""
+
+import argparse
+import math
+import os
+import signal
+import sys
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+from .errors import InputError, NonFiniteError
+from .train_config import TrainConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; its exit code: 0, 1 (not finite), 2 (wrong input), 128 + signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot
+    try:
+        options = _parser().parse_args(arguments)
+        return options.command(options) or 0
+    except InputError as e:
+        return _fail(str(e), 2)
+    except NonFiniteError as e:
+        return _fail(str(e), 1)
+    except BrokenPipeError:  # gpt2 sample … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as e:
+        return _fail(f"{e.filename or 'file'}: {e.strerror or e}", 2)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line without the usage, and flags are written in full."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gpt2", description="Train GPT-2 and sample from it.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command, add_flags, help in (
+        (_train, _add_train_flags, "train a model"),
+        (_sample, _add_sample_flags, "write text with a trained model"),
+        (_prepare, _add_prepare_flags, "turn text into token shards"),
+        (_tokenizer, _add_tokenizer_flags, "learn a BPE from text"),
+    ):
+        name = command.__name__.strip("_")
+        subparser = commands.add_parser(name, help=help, description=command.__doc__)
+        subparser.set_defaults(command=command)
+        add_flags(subparser)
+    return parser
+
+
+def _train(flags: argparse.Namespace) -> int:
+    """Train a model. With no flags: a small one, on Python's own language reference, which two CPU
+    cores finish in minutes. The run's folder gets config.json, metrics.jsonl, loss.png,
+    tokenizer.json and checkpoint.safetensors. Ctrl-C saves before it stops."""
+    chosen = {k: v for k, v in vars(flags).items() if k not in ("command", "resume")}
+    if flags.resume is None:
+        options = TrainConfig(**chosen)
+        from .train import train
+
+        return train(options)
+    from .train import resume
+
+    return resume(flags.resume, **chosen)
+
+
+def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every field of TrainConfig; only those given appear in the namespace."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder, with its options and any others given here",
+    )
+    hints, groups = get_type_hints(TrainConfig), {}
+    for f in fields(TrainConfig):
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind, *_ = get_args(hints[f.name]) or (hints[f.name],)
+        help = f.metadata["help"]
+        if "[default" not in help:
+            help += f" [default: {_DEFAULTS.get(str(f.default), f.default)}]"
+        form = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"type": kind, "metavar": f.metadata.get("metavar", _METAVARS[kind])}
+        )
+        groups[group].add_argument(
+            "--" + f.name.replace("_", "-"), help=help, default=argparse.SUPPRESS, **form
+        )
+
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+_DEFAULTS = {"None": "none", "False": "no"}
+
+
+def _sample(flags: argparse.Namespace) -> None:
+    """Write what follows a prompt, as the model samples it."""
+    _check(flags, "max_new_tokens", flags.max_new_tokens >= 0, "at least 0")
+    _check(flags, "num_samples", flags.num_samples >= 1, "at least 1")
+    _check(flags, "temperature", 0 <= flags.temperature < math.inf, "finite and at least 0")
+    _check(flags, "top_k", flags.top_k is None or flags.top_k >= 1, "at least 1")
+    _check(flags, "top_p", flags.top_p is None or 0 < flags.top_p <= 1, "above 0 and at most 1")
+    _check(flags, "seed", flags.seed is None or 0 <= flags.seed < 2**63, "at least 0, below 2**63")
+    from .machine import pick_device
+    from .sampling import load_run, stream_text
+
+    model, tokenizer = load_run(flags.run, pick_device(flags.device), flags.tokenizer_dir)
+    model.fast = next(model.parameters()).is_cuda
+    for n in range(flags.num_samples):
+        if n:
+            print("-" * 40)
+        pieces = stream_text(
+            model,
+            tokenizer,
+            flags.prompt,
+            flags.max_new_tokens,
+            temperature=flags.temperature,
+            top_k=flags.top_k,
+            top_p=flags.top_p,
+            seed=None if flags.seed is None else flags.seed + n,
+        )
+        print(flags.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run")
+    add("--prompt", default="", metavar="TEXT", help="what to continue [default: nothing]")
+    add("--max-new-tokens", type=int, default=500, metavar="N", help="[default: 500]")
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="below 1: more likely tokens, 0: always the likeliest [default: 1]",
+    )
+    add("--top-k", type=int, metavar="N", help="only the N likeliest tokens [default: all]")
+    add(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="only the likeliest, up to a total of X [default: 1]",
+    )
+    add("--seed", type=int, metavar="N", help="the same seed, the same text [default: a new one]")
+    add("--num-samples", type=int, default=1, metavar="N", help="[default: 1]")
+    add("--device", default="auto", metavar="NAME", help="[default: cuda where there is one]")
+    add("--tokenizer-dir", metavar="PATH", help="folder with GPT-2's vocab.bpe and encoder.json")
+
+
+def _prepare(flags: argparse.Namespace) -> None:
+    """Turn text into token shards in llm.c's format, which training maps instead of loading."""
+    from .prepare import prepare
+
+    counts = prepare(
+        flags.source,
+        flags.out,
+        tokenizer=flags.tokenizer,
+        tokenizer_dir=flags.tokenizer_dir,
+        val_fraction=flags.val_fraction,
+        shard_tokens=flags.shard_tokens,
+    )
+    total = ", ".join(f"{n:,} {part} tokens" for part, n in counts.items())
+    print(f"{flags.out}: {total}; train on them: gpt2 train --data {flags.out}")
+
+
+def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="PATH", help="text file, folder, pattern, or - for standard input")
+    add("--out", required=True, metavar="PATH", help="new folder for the shards")
+    add("--tokenizer", default="gpt2", metavar="NAME", help=_TOKENIZER_HELP)
+    add("--tokenizer-dir", metavar="PATH", help="folder with GPT-2's vocab.bpe and encoder.json")
+    add(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="part of the tokens, at the end, to validate on [default: 0.1]",
+    )
+    add(
+        "--shard-tokens",
+        type=int,
+        default=2**27,
+        metavar="N",
+        help="most tokens in a file [default: 134217728]",
+    )
+
+
+_TOKENIZER_HELP = "gpt2, char, byte, or a file that `gpt2 tokenizer` wrote [default: gpt2]"
+
+
+def _tokenizer(flags: argparse.Namespace) -> None:
+    """Learn a byte-pair encoding from text; `--tokenizer FILE` uses it."""
+    from . import files, sources, tokenizer
+
+    files.check_new_file("out", flags.out)
+    texts = sources.documents(flags.source)
+    blocks = (block for text in texts for block in text.blocks())
+    learned = tokenizer.train_bpe(blocks, flags.vocab_size)
+    files.write_atomic(flags.out, tokenizer.to_tiktoken(learned))
+    print(f"{flags.out}: {learned.vocab_size:,} ids; use them: gpt2 train --tokenizer {flags.out}")
+
+
+def _add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="TEXT", help="text file, folder, pattern, or - for standard input")
+    add(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="ids: 256 bytes, the merges, and <|endoftext|>; at least 257",
+    )
+    add("--out", required=True, metavar="FILE", help="new file, in tiktoken's format")
+
+
+def _check(flags: argparse.Namespace, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} must be {expected}, got {getattr(flags, name)}")
