@@ -1,0 +1,127 @@
+"""Causal attention against every other way to compute it that this machine has.
+
+    python benchmarks/attention.py                                  # small shapes on a CPU
+    python benchmarks/attention.py --shapes 16x1024x12x64,4x4096x12x64 --dtype bfloat16
+    python benchmarks/attention.py --json out.json --plot out.png
+
+Shapes are BxTxHxD: batch, time, heads, head size. The forward is counted as half of 4 B H T² D
+operations, since half of the score matrix is masked; the backward as 2.5 times that.
+causal_attention_qkv is the same on GPT-2's packed projection, with the packing in the clock.
+"""
+
+import math
+import sys
+
+import harness
+import torch
+import torch.nn.functional as F
+from clock import FLOP, Work
+from harness import BACKWARD, Contender, Op, compiled
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt2 import kernels
+from gpt2.kernels import reference
+
+DIMS = "BxTxHxD"
+SHAPES = {
+    "cpu": "1x256x12x64,1x1024x12x64",
+    "cuda": "32x512x12x64,16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64",
+}
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+
+
+def eager(q, k, v):
+    """The formula, one PyTorch call per step; (B, T, H, D) in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    s = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
+    future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
+    return (s.masked_fill(future, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+def sdpa(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def flex(device):
+    """FlexAttention, compiled with a causal block mask of this length."""
+    if device.type != "cuda":
+        return Contender("flex", None, why_not="measured on a GPU only")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    fused = torch.compile(flex_attention, dynamic=False)
+    masks = {}
+
+    def call(q, k, v):
+        T = q.shape[1]
+        if T not in masks:
+            masks[T] = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=device)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return fused(q, k, v, block_mask=masks[T]).transpose(1, 2)
+
+    return Contender("flex", call)
+
+
+def peers(device, wrap=lambda call: call):
+    yield Contender("eager", wrap(eager))
+    yield compiled("compiled", wrap(eager))
+    for name, backend in SDPA.items():
+        yield Contender(name, wrap(sdpa), lambda backend=backend: sdpa_kernel(backend))
+    flexible = flex(device)
+    yield Contender("flex", flexible.call and wrap(flexible.call), why_not=flexible.why_not)
+
+
+def unpacked(call):
+    """The same on (B, T, 3, H, D), as c_attn leaves q, k and v."""
+    return lambda qkv: call(*qkv.unbind(2))
+
+
+def work(shape, step, _):
+    forward = 4 * shape.B * shape.H * shape.T**2 * shape.D / 2
+    return Work(forward * (2.5 if step == BACKWARD else 1), FLOP)
+
+
+def corners(x):
+    """First and last sequence and head: float64 scores of all of them would not fit."""
+    return x[[0, -1]][..., [0, -1], :]
+
+
+def ours_packed(qkv):
+    H = qkv.shape[3]
+    return kernels.causal_attention_qkv(qkv.flatten(2), H).unflatten(-1, (H, -1))
+
+
+OPS = [
+    Op(
+        name="causal_attention",
+        kernel="attention",
+        inputs=lambda s, randn, _: [randn(s.B, s.T, s.H, s.D) for _ in range(3)],
+        call=lambda q, k, v: kernels.causal_attention(q, k, v),
+        truth=lambda q, k, v: reference.causal_attention(q, k, v),
+        plain=eager,
+        peers=peers,
+        work=work,
+        part=corners,
+        size=lambda s: s.D,
+    ),
+    Op(
+        name="causal_attention_qkv",
+        kernel="attention",
+        inputs=lambda s, randn, _: [randn(s.B, s.T, 3, s.H, s.D)],
+        call=ours_packed,
+        truth=unpacked(reference.causal_attention),
+        plain=unpacked(eager),
+        peers=lambda device: peers(device, unpacked),
+        work=work,
+        part=corners,
+        size=lambda s: s.D,
+    ),
+]
+
+if __name__ == "__main__":
+    sys.exit(harness.main(OPS, doc=__doc__, dims=DIMS, shapes=SHAPES))

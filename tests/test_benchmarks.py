@@ -1,0 +1,326 @@
+"""The benchmarks measure what they say, refuse what they must, and survive a peer's failure.
+
+Times are never judged here: a loaded machine would fail the test. What is judged: that a wrong
+kernel is caught and not timed, that every row holds what performance numbers are worth nothing
+without, and that README's tables come out of the results.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace as Shape
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import clock  # noqa: E402
+import harness  # noqa: E402
+import table  # noqa: E402
+
+from gpt2 import kernels  # noqa: E402
+
+TINY = {
+    "attention": "1x5x2x16,2x33x1x16",
+    "layer_norm": "7x33",
+    "gelu": "7x33",
+    "cross_entropy": "9x101x16",
+}
+ON_CPU = ["--device", "cpu", "--backends", "reference", "--quick"]
+
+
+def run(*command, **env):
+    """A process of its own: conftest has set TRITON_INTERPRET in this one."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = inherited | {"OMP_NUM_THREADS": "1"} | env
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_script(script, tmp_path):
+    """Every script, every peer of this machine but torch.compile, which test_compiled_peer runs."""
+    module = __import__(script)
+    cpu = torch.device("cpu")
+    peers = {peer.name for op in module.OPS for peer in op.peers(cpu)} - {"compiled"}
+    peers -= {"formula-compiled"}
+    done = run(
+        f"benchmarks/{script}.py", "--shapes", TINY[script], "--device", "cpu", "--quick",
+        "--peers", ",".join(sorted(peers)), "--json", tmp_path / "out.json",
+        "--plot", tmp_path / "out.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.png"]
+
+    document = json.loads((tmp_path / "out.json").read_text())
+    about = document["environment"]
+    assert (document["schema"], document["script"]) == (1, script)
+    assert about["torch"] == torch.__version__ and about["device_name"] and about["threads"]
+    assert {"triton", "cuda", "cudnn", "python", "commit", "dirty", "date"} <= about.keys()
+    assert {u for unit in document["limits"].values() for u in unit} == {"GB/s", "GFLOP/s"}
+
+    rows = document["results"]
+    steps = {(op.name, step) for op in module.OPS for step in op.passes}
+    assert {(r["op"], r["step"]) for r in rows} == steps
+    for name in kernels.BACKENDS:
+        assert {(r["op"], r["step"]) for r in rows if r["contender"] == name} == steps
+    assert {r["contender"] for r in rows} == {*kernels.BACKENDS, *peers}
+    for r in rows:
+        assert r["shape"].keys() == set(module.DIMS.split("x")) and r["dtype"] == "float32"
+        if r["status"] == "ok":
+            assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
+            assert r["rate"] > 0 and r["percent_of_limit"] > 0 and r["max_error"] < 1e-2
+            assert r["times_faster_than"].keys() >= {"eager"} and r["peak_memory_bytes"] is None
+        else:
+            assert r["status"] == "unavailable" and r["reason"] and r["median_ms"] is None
+    assert {r["contender"] for r in rows if r["status"] == "ok"} >= {"reference", "eager"}
+
+
+def test_compiled_peer(tmp_path):
+    """torch.compile's backward frees its buffers unless told not to, and is run many times."""
+    done = run(
+        "benchmarks/gelu.py", "--shapes", "7x33", "--device", "cpu", "--quick",
+        "--peers", "compiled", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    mine = [r for r in rows if r["contender"] == "compiled"]
+    assert len(mine) == 4
+    for r in mine:
+        if r["status"] != "ok":
+            assert "compiler" in r["reason"].lower(), r["reason"]  # a machine without one
+            pytest.skip(r["reason"])
+
+
+def test_interpreted_kernels_are_not_timed():
+    done = run("benchmarks/gelu.py", TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and "TRITON_INTERPRET=1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "1x2x3"], "'1x2x3' is not NxC in positive integers"),
+        (["--shapes", "4x0"], "'4x0' is not NxC"),
+        (["--shapes", "4x-8"], "'4x-8' is not NxC"),
+        (["--shapes", "4x8,"], "'' is not NxC"),
+        (["--dtype", "float8"], "'float8' is none of float32, bfloat16, float16"),
+        (["--backends", "cublas"], "'cublas' is none of"),
+        (["--peers", "apex"], "'apex' is none of eager"),
+        (["--json", "/nowhere/out.json"], "'/nowhere/out.json' cannot be written"),
+        (["--plot", "/"], "'/' cannot be written"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, list) else "",
+)
+def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        harness.parse(arguments, "", "NxC", {"cpu": "4x8", "cuda": "4x8"}, ["eager"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def square_op(call, peers=()):
+    """x² at (N, C), computed by `call` in our name."""
+    return harness.Op(
+        name="square",
+        kernel="gelu",
+        inputs=lambda s, randn, _: [randn(s.N, s.C)],
+        call=call,
+        truth=lambda x: x * x,
+        plain=lambda x: x * x,
+        peers=lambda device: [harness.Contender("eager", lambda x: x * x), *peers],
+        work=lambda s, step, size: clock.Work(2 * s.N * s.C * size, clock.BYTE),
+    )
+
+
+def bench(op, monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    path = tmp_path / "out.json"
+    argv = [*ON_CPU, "--json", str(path)]
+    code = harness.main([op], doc="", dims="NxC", shapes={"cpu": "4x8"}, argv=argv)
+    rows = json.loads(path.read_text())["results"]
+    return code, {(r["contender"], r["step"]): r for r in rows}
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        return 2.001 * x * dy
+
+
+class SpoiltBySecondBackward(WrongGradient):
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx = 2 * x * dy
+        x.data.zero_()
+        return dx
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda x: x * x * 1.0001, "result 0 is off by"),
+        (lambda x: torch.where(x == x.max(), torch.nan, x * x), "result 0 is off by nan"),
+        (WrongGradient.apply, "gradient 0 is off by"),
+        (SpoiltBySecondBackward.apply, "gradient 0 is off by"),
+    ],
+    ids=["value", "nan", "gradient", "second-backward"],
+)
+def test_a_wrong_kernel_is_reported_and_not_timed(call, reason, monkeypatch, tmp_path, capsys):
+    code, rows = bench(square_op(call), monkeypatch, tmp_path)
+    assert code == 1
+    for step in ("forward", "backward"):
+        ours = rows["reference", step]
+        assert ours["status"] == "wrong" and ours["median_ms"] is None and reason in ours["reason"]
+        assert rows["eager", step]["status"] == "ok"  # the rest goes on
+    assert f"FAILED reference square N=4 C=8: {reason}" in capsys.readouterr().err
+
+
+def broken(x):
+    raise ValueError("out of luck\nand of lines")
+
+
+def test_a_failing_peer_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    op = square_op(
+        lambda x: x * x,
+        peers=[
+            harness.Contender("broken", broken),
+            harness.Contender("absent", None, why_not="not installed"),
+            harness.Contender("sloppy", lambda x: x * x + 1),
+        ],
+    )
+    code, rows = bench(op, monkeypatch, tmp_path)
+    assert code == 0 and rows["reference", "backward"]["status"] == "ok"
+    states = {name: (r["status"], r["reason"]) for (name, _), r in rows.items()}
+    assert states["broken"] == ("unavailable", "ValueError: out of luck and of lines")
+    assert states["absent"] == ("unavailable", "not installed")
+    assert states["sloppy"][0] == "wrong"
+    assert "broken" in capsys.readouterr().out
+
+
+def test_a_failing_backend_fails_the_run(monkeypatch, tmp_path):
+    code, rows = bench(square_op(broken), monkeypatch, tmp_path)
+    assert code == 1 and rows["reference", "forward"]["status"] == "error"
+
+
+def test_ratios_and_rates(monkeypatch, tmp_path):
+    _, rows = bench(square_op(lambda x: x * x), monkeypatch, tmp_path)
+    ours, eager = rows["reference", "forward"], rows["eager", "forward"]
+    ratio = eager["median_ms"] / ours["median_ms"]
+    assert ours["times_faster_than"] == {"eager": pytest.approx(ratio)}
+    assert ours["rate"] == pytest.approx(2 * 4 * 8 * 4 / (ours["median_ms"] * 1e-3) / 1e9)
+
+
+def test_work_is_counted_as_documented():
+    """By hand: 16 x 1024 x 12 x 64, and GPT-2's logits in bfloat16."""
+    import attention
+    import cross_entropy
+    import layer_norm
+
+    s = Shape(B=16, T=1024, H=12, D=64)
+    forward, backward = (attention.work(s, step, 2) for step in ("forward", "backward"))
+    assert forward.amount == 2 * 16 * 12 * 1024 * 1024 * 64
+    assert backward.amount == 2.5 * forward.amount
+    gpu = torch.device("cuda")
+    assert forward.rate(0.1, gpu) == pytest.approx(257.7, rel=1e-3)  # in 100 us: 258 TFLOP/s
+    assert forward.unit(gpu) == "TFLOP/s"
+    s = Shape(N=65536, C=768)
+    fused = layer_norm.OPS[1].work(s, "forward", 2)
+    assert fused.rate(0.099, gpu) == pytest.approx(4067, rel=1e-3)  # design's 99 us: 4.1 TB/s
+    s = Shape(N=8192, V=50257, C=768)
+    logits, head = (op.work(s, "forward+backward", 2).amount for op in cross_entropy.OPS)
+    assert logits == 3 * 8192 * 50257 * 2 and head == 6 * 8192 * 50257 * 768
+
+
+def test_cpu_clock_takes_turns():
+    order = []
+    ticks = clock.Clock(torch.device("cpu"), quick=True)
+    ticks.sample_s = 0  # one run per sample
+    times = ticks({name: (lambda name=name: order.append(name), nullcontext) for name in "ab"})
+    assert "".join(order[4:]) == "abba" * 3 + "ab"
+    assert all(p20 <= median <= p80 for median, p20, p80 in times.values())
+
+
+def result(**changes):
+    return {
+        "op": "gelu", "step": "forward", "shape": {"N": 4, "C": 8}, "dtype": "float32",
+        "contender": "reference", "kind": "backend", "status": "ok", "median_ms": 2.0,
+        "rate": 1.234, "unit": "GB/s", "percent_of_limit": 50.0, "max_error": 1e-6, **changes,
+    }  # fmt: skip
+
+
+def document(*results):
+    about = {
+        "device_name": "Abacus", "torch": "2", "triton": None, "cuda": None, "cudnn": None,
+        "threads": 2, "commit": "abc", "dirty": False, "date": "2026-01-02T03:04:05Z",
+    }  # fmt: skip
+    limits = {"float32": {"GB/s": 2.468, "GFLOP/s": 100.0}}
+    return {"schema": 1, "environment": about, "limits": limits, "results": list(results)}
+
+
+def test_table_names_the_fastest_of_ours_and_of_all_peers():
+    text = table.render([
+        document(
+            result(),
+            result(contender="triton", median_ms=1.0),
+            result(contender="slow", kind="peer", median_ms=9.0),
+            result(contender="quick", kind="peer", median_ms=1.5),
+            result(contender="cheat", kind="peer", median_ms=None, status="wrong"),
+        )
+    ])  # fmt: skip
+    assert "*Abacus, torch 2, 2 threads, commit abc, 2026-01-02*" in text
+    assert "(limit measured in the same run: 2.47 GB/s)" in text
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[1:-1]]
+    assert cells[:3] == ["N=4 C=8", "forward", "triton"]
+    assert cells[3:6] == ["1.00 ms", "1.23 GB/s", "50 %"]
+    assert cells[6:] == ["quick 1.50 ms", "1.50×", "1.0e-06"]
+    assert "No measurement" in table.render([])
+
+
+def test_readme_is_rewritten_and_checked(tmp_path, capsys):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    (results / "gelu.json").write_text(json.dumps(document(result())))
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    options = ["--results", str(results), "--readme", str(readme)]
+    assert table.main([*options, "--check"]) == 1 and "old" in readme.read_text()
+    assert table.main(options) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| N=4 C=8 | forward |" in text
+    assert table.main([*options, "--check"]) == 0 and readme.read_text() == text
+    (results / "gelu.json").write_text(json.dumps(document(result(median_ms=3.0))))
+    assert table.main([*options, "--check"]) == 1 and readme.read_text() == text
+
+    readme.write_text("no markers")
+    assert table.main(options) == 2 and readme.read_text() == "no markers"
+    (results / "gelu.json").write_text('{"schema": 0}')
+    assert table.main(options) == 2
+    errors = capsys.readouterr().err
+    assert "needs one line" in errors and "not a result of schema 1" in errors
+
+
+def test_regression_subset_runs():
+    pytest.importorskip("pytest_benchmark")
+    done = run(
+        "-m", "pytest", "--benchmark-only", "benchmarks/", "-k", "gelu-forward",
+        "-p", "no:cacheprovider", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_speed[gelu-forward-reference]" in done.stdout
