@@ -103,7 +103,7 @@ def _attn_bwd_dq_kernel(
     stride_vb, stride_vt, stride_vh,
     stride_dqb, stride_dqt, stride_dqh,
     H, Tq, Tk,
-    scale, dropout_threshold, dropout_scale,
+    scale, scale_log2, dropout_threshold, dropout_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,7 +141,7 @@ def _attn_bwd_dq_kernel(
             # p = exp(scale q k^T - lse)
             k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, DIAGONAL == 1)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.exp2(s * (scale * LOG2E) - lse_log2[:, None])
+            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
             if DIAGONAL:
                 p = tl.where(offs_n[None, :] <= offs_m[:, None] + (Tk - Tq), p, 0.0)
             # ds = p * (do v^T - delta)
@@ -170,7 +170,7 @@ def _attn_bwd_dkdv_kernel(
     stride_dkb, stride_dkt, stride_dkh,
     stride_dvb, stride_dvt, stride_dvh,
     H, Tq, Tk,
-    scale, dropout_threshold, dropout_scale,
+    scale, scale_log2, dropout_threshold, dropout_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,             # query rows read per step
     BLOCK_N: tl.constexpr,             # key rows owned by this program
@@ -215,7 +215,7 @@ def _attn_bwd_dkdv_kernel(
             q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, True)
             lse_log2 = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=0.0) * LOG2E
             s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p_t = tl.exp2(s_t * (scale * LOG2E) - lse_log2[None, :])
+            p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
             if not PAST:
                 p_t = tl.where(offs_n[:, None] <= offs_m[None, :] + (Tk - Tq), p_t, 0.0)
             # dv += p^T do
@@ -295,7 +295,9 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     delta = torch.empty_like(lse)
     seed_arg = lse if seed is None else seed
     strides = [s for x in (do, q, k, v) for s in x.stride()[:3]]
-    scalars = (H, Tq, Tk, softmax_scale, *_dropout_args(dropout_p))
+    # scale_log2 is the forward's to the last bit: lse and the scores it is subtracted from agree.
+    scale_log2 = softmax_scale * LOG2E.value
+    scalars = (H, Tq, Tk, softmax_scale, scale_log2, *_dropout_args(dropout_p))
     if Tq > 0:
         tile = attention_config("bwd_dq", D, q.dtype)
         _attn_bwd_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](

@@ -42,27 +42,30 @@ def store_rows(ptr, tile, offs_row, stride, n_rows, D: tl.constexpr, BLOCK_D: tl
 
 @triton.jit
 def gelu(x):
-    """0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3).
+    """0.5 x (1 + tanh(u)) = x g with g = 1 / (1 + e), e = exp(-2 u).
 
-    The sigmoid form keeps its relative accuracy in the left tail, where 1 + tanh(u) cancels.
+    This form keeps its relative accuracy in the left tail, where 1 + tanh(u) cancels.
     """
-    return x * _gelu_sigmoid(x)
+    return x / (1.0 + _gelu_exp(x))
 
 
 @triton.jit
 def gelu_grad(x):
-    """d gelu / dx = g + 2 x g (1 - g) du/dx, g = sigmoid(2 u)."""
-    g = _gelu_sigmoid(x)
-    # Where x^2 > 200, g is exactly 0 or 1; the clamp keeps 0 * du/dx from becoming 0 * inf.
-    x2 = tl.minimum(x * x, 200.0)
-    du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x2)
-    return g + 2.0 * x * g * (1.0 - g) * du
+    """d gelu / dx = g + 2 x g (1 - g) du/dx, where 1 - g = e g: the difference would cancel."""
+    e = _gelu_exp(x)
+    g = 1.0 / (1.0 + e)
+    du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
+    grad = g + 2.0 * x * (e * g) * g * du
+    # Further out e or du overflows, and the gradient is 0 or 1 to 35 digits.
+    grad = tl.where(x < -10.0, 0.0, grad)
+    return tl.where(x > 10.0, 1.0, grad)
 
 
 @triton.jit
-def _gelu_sigmoid(x):
+def _gelu_exp(x):
+    """exp(-2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 1.0 / (1.0 + tl.exp2(u * (-2.0 * LOG2E)))
+    return tl.exp2(u * (-2.0 * LOG2E))
 
 
 @triton.jit

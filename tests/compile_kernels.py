@@ -1,0 +1,177 @@
+"""Compiles every Triton kernel for GPUs that this machine need not have, and prints what it costs.
+
+    python tests/compile_kernels.py [--arch 80 90] [--op attention ...] [--dtype bf16 ...]
+                                    [--head-size 64 ...] [--json FILE]
+
+The package's own launchers run on small CPU tensors, with every launch turned into a compilation
+for the target: so each kernel is compiled as it would be called, with its tile, its stages and the
+specialisations that Triton derives from the arguments. The cubin then tells registers, stack
+(spills live there), shared memory and tensor-core instructions.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from gpt2.kernels.triton import HEAD_SIZES, attention, cross_entropy, gelu, layer_norm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPS = ("attention", "layer_norm", "gelu", "cross_entropy")
+ROW_LENGTHS = (768, 1600, 8192)  # GPT-2's and XL's width, and the widest row there is
+
+
+class _Target:
+    """Stands in for Triton's GPU driver. The device number is the architecture's: Triton keeps one
+    cache of kernels per device, so each architecture gets its own."""
+
+    arch = 90
+
+    def get_current_device(self):
+        return self.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+
+class CompileOnly:
+    """Within it, launching a kernel compiles it for `arch` and adds it to `compiled`."""
+
+    def __init__(self, arch: int):
+        self.arch, self.compiled = arch, {}
+
+    def __enter__(self):
+        self.launch = launch = JITFunction.run
+
+        def compile_instead(kernel, *args, grid, warmup, **kwargs):
+            binary = launch(kernel, *args, grid=grid, warmup=True, **kwargs)
+            tile = {k: v for k, v in kwargs.items() if k not in ("D", "C", "PRECISION")}
+            self.compiled[kernel.fn.__name__, tuple(tile.items())] = binary
+
+        JITFunction.run = compile_instead
+        target = _Target()
+        target.arch = self.arch
+        triton.runtime.driver.set_active(target)
+        return self.compiled
+
+    def __exit__(self, *exc):
+        JITFunction.run = self.launch
+
+
+def launch_attention(dtype: torch.dtype, D: int) -> None:
+    qkv = torch.zeros(1, 128, 3 * D, dtype=dtype)
+    o, lse = torch.zeros(1, 128, D, dtype=dtype), torch.zeros(1, 1, 128)
+    for dropout_p, seed in ((0.0, None), (0.1, torch.zeros(1, dtype=torch.int64))):
+        attention.attention_qkv_fwd(qkv, 1, 0.125, dropout_p, seed)
+        attention.attention_qkv_bwd(o, qkv, o, lse, 1, 0.125, dropout_p, seed)
+
+
+def launch_layer_norm(dtype: torch.dtype, C: int) -> None:
+    x, weight = torch.zeros(4, C, dtype=dtype), torch.zeros(C)
+    mean = torch.zeros(4)
+    layer_norm.layer_norm_fwd(x, weight, weight, 1e-5)
+    layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
+    layer_norm.layer_norm_bwd(x, None, x, weight, mean, mean)
+    layer_norm.layer_norm_bwd(x, x, x, weight, mean, mean)
+
+
+def launch_gelu(dtype: torch.dtype, C: int) -> None:
+    x, bias = torch.zeros(4, C, dtype=dtype), torch.zeros(C)
+    gelu.gelu_bwd(x, gelu.gelu_fwd(x))
+    gelu.bias_gelu_bwd(x, gelu.bias_gelu_fwd(x, bias), bias)
+
+
+def launch_cross_entropy(dtype: torch.dtype, V: int) -> None:
+    logits, targets = torch.zeros(4, V, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    losses, lse = cross_entropy.cross_entropy_fwd(logits, targets, -1)
+    cross_entropy.cross_entropy_fwd_bwd_(logits, targets, -1, V)
+    cross_entropy.cross_entropy_bwd(losses, logits, targets, lse, -1)
+
+
+LAUNCHES = {  # op: (what launches its kernels, the sizes that change them)
+    "attention": (launch_attention, HEAD_SIZES),
+    "layer_norm": (launch_layer_norm, ROW_LENGTHS),
+    "gelu": (launch_gelu, (3072,)),
+    "cross_entropy": (launch_cross_entropy, (50257,)),
+}
+
+
+def measure(binary) -> dict[str, int]:
+    """What a compiled kernel takes: registers a thread, bytes of stack, shared bytes, and the
+    number of tensor-core instructions in its machine code."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def dump(flag):
+            command = [tools / "cuobjdump", flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, sass = dump("-res-usage"), dump("-sass")
+    found = {k.lower(): int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        **found,
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "shared": binary.metadata.shared,
+        "mma": len(re.findall(r"\bH(?:G)?MMA\.", sass)),
+        "wgmma": len(re.findall(r"\bHGMMA\.", sass)),
+    }
+
+
+def rows(archs, ops, dtypes, sizes=None):
+    """One dict per kernel, architecture, dtype and size."""
+    for arch in archs:
+        for op in ops:
+            launch, every_size = LAUNCHES[op]
+            for dtype in dtypes:
+                for size in every_size:
+                    if sizes and size not in sizes and op == "attention":
+                        continue
+                    with CompileOnly(arch) as compiled:
+                        launch(DTYPES[dtype], size)
+                    for (kernel, tile), binary in compiled.items():
+                        tile = ",".join(f"{k}={v}" for k, v in tile)
+                        yield {
+                            "kernel": kernel, "arch": arch, "dtype": dtype, "size": size,
+                            "tile": tile, **measure(binary),
+                        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head-size", type=int, nargs="+", choices=HEAD_SIZES)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("compile_kernels.py compiles: unset TRITON_INTERPRET")
+    found = []
+    print(f"{'kernel':28} sm dtype  size  reg stack spill shared  mma wgmma  tile")
+    for r in rows(args.arch, args.op, args.dtype, args.head_size):
+        found.append(r)
+        print(
+            f"{r['kernel']:28} {r['arch']} {r['dtype']:5} {r['size']:5} {r['reg']:4} {r['stack']:5} "
+            f"{r['spills']:5} {r['shared']:6} {r['mma']:4} {r['wgmma']:5}  {r['tile']}",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""How every test runs: where there is no GPU, Triton kernels in the repaired interpreter; fresh
+random inputs; memory that nobody has written yet full of NaN.
+
+    pytest tests/            every op, backend and bug class: a fair sample of the grid
+    pytest tests/ --full     the whole grid
+"""
+
+import collections
+import os
+import random
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        NO_TRITON = "triton is not installed: its interpreter cannot stand in for a GPU"
+    else:
+        NO_TRITON = None
+        sys.path.insert(0, str(Path(__file__).parent))
+        import interpreter
+
+        interpreter.install()
+else:
+    NO_TRITON = None
+
+SAMPLE = 12  # without --full, one in so many cases of a grid runs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the whole grid, not a sample of it")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "grid: one of a grid's many cases; sampled without --full")
+    config.addinivalue_line("markers", "full: runs only with --full")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
+    config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "gpu" in item.keywords and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; none is present"))
+        if "triton" in item.keywords and NO_TRITON:
+            item.add_marker(pytest.mark.skip(reason=NO_TRITON))
+        if "full" in item.keywords and not config.option.full:
+            item.add_marker(pytest.mark.skip(reason="runs with --full"))
+    if config.option.full or any("::" in arg for arg in config.args):
+        return
+    grids = collections.defaultdict(list)  # a grid: a test function and a dtype
+    for item in items:
+        if "grid" in item.keywords:
+            grids[item.function, item.callspec.params.get("dtype")].append(item)
+    dropped = set()
+    for grid in grids.values():
+        random.Random(0).shuffle(grid)
+        dropped.update(grid[-(-len(grid) // SAMPLE) :])
+    if dropped:
+        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(autouse=True)
+def fresh_random_numbers(request):
+    """Inputs of its own for each test, the same in every run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """torch.empty and its like return NaN (integers: the lowest there are), never old zeros."""
+    if "no_poison" in request.keywords:
+        return
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            if x.is_floating_point():
+                return x.fill_(float("nan"))
+            return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).min)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def ran(request):
+    """Called with a backend's name, once for each kernel result compared: counted in the summary."""
+    return lambda backend: request.node.user_properties.append(("compared", backend))
+
+
+@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request):
+    return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    cases, comparisons = collections.Counter(), collections.Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            if getattr(report, "when", None) == "call":
+                compared = [name for key, name in report.user_properties if key == "compared"]
+                comparisons.update(compared)
+                cases.update(set(compared))
+    where = "on the GPU" if ON_GPU else "in the interpreter: no GPU"
+    if NO_TRITON:
+        terminalreporter.write_line(f"triton: no case ran: {NO_TRITON}")
+    for name in sorted(cases):
+        how = f" ({where})" if name == "triton" else ""
+        terminalreporter.write_line(
+            f"{name}{how}: {cases[name]} cases, {comparisons[name]} results compared with float64"
+        )
+    terminalreporter.config.stash[_CASES] = cases
+
+
+_CASES = pytest.StashKey[collections.Counter]()
+
+
+def pytest_unconfigure(config):
+    """GPT2_EXPECT="triton=3000": fails a run in which fewer cases of a backend ran than that."""
+    cases = config.stash.get(_CASES, None)
+    for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
+        name, _, least = expected.partition("=")
+        if cases is not None and cases[name] < int(least or 1):
+            print(f"only {cases[name]} cases ran on {name}, {least or 1} should have")
+            raise pytest.exit.Exception(f"too few {name} cases", returncode=1)
+
+
+def pytest_report_header(config):
+    if ON_GPU:
+        return f"Triton kernels on {torch.cuda.get_device_name()}"
+    return f"no GPU: Triton kernels in the interpreter{f' ({NO_TRITON})' if NO_TRITON else ''}"

@@ -1,0 +1,489 @@
+"""causal_attention and causal_attention_qkv against float64, and the ways attention goes wrong."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from util import (
+    DEVICE,
+    DTYPES,
+    assert_close_to,
+    bits_equal,
+    check_op,
+    guarded,
+    launches,
+)
+
+from gpt2 import kernels
+from gpt2.kernels import reference
+from gpt2.kernels.triton import HEAD_SIZES
+from gpt2.kernels.triton import attention as triton_attention
+
+LAYOUTS = ("contiguous", "heads_first", "sliced", "packed")
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def qkv_in(layout, B, Tq, Tk, H, D, dtype):
+    """q, k, v: the same (B, T, H, D) numbers to the caller, laid out differently in memory."""
+    if layout == "packed":  # views of one projection's output
+        return tensor(B, Tk, 3, H, D, dtype=dtype)[:, Tk - Tq :].unbind(2)[0:1] + tuple(
+            tensor(B, Tk, 3, H, D, dtype=dtype).unbind(2)[1:]
+        )
+    if layout == "heads_first":
+        return tuple(tensor(B, H, T, D, dtype=dtype).transpose(1, 2) for T in (Tq, Tk, Tk))
+    if layout == "sliced":  # every second row, from an offset
+        return tuple(tensor(B, 2 * T + 1, H, D, dtype=dtype)[:, 1::2] for T in (Tq, Tk, Tk))
+    return tuple(guarded(tensor(B, T, H, D, dtype=dtype)) for T in (Tq, Tk, Tk))
+
+
+def gradient_terms(q, k, v):
+    """What cancels in dq and dk: do . v and delta = do . o, equal in the first row, which sees one
+    key and whose gradients are 0. In half precision delta comes from a rounded o; in float32 the
+    two sums over D are rounded differently."""
+    D, half = q.shape[-1], q.dtype != torch.float32
+    q, k, v = (x.detach().float().square().mean().sqrt().item() for x in (q, k, v))
+    return 2 * v * max(q, k) * (1 if half else math.sqrt(D))
+
+
+def shape_id(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", HEAD_SIZES, ids=lambda D: f"D{D}")
+@pytest.mark.parametrize("T", (1, 2, 5, 17, 63, 64, 65), ids=lambda T: f"T{T}")
+def test_short(T, D, layout, dtype, dropout_p, ran):
+    check_square(2 if T < 63 else 1, T, 3, D, layout, dtype, dropout_p, ran)
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", HEAD_SIZES, ids=lambda D: f"D{D}")
+@pytest.mark.parametrize("T", (127, 129, 255, 257), ids=lambda T: f"T{T}")
+def test_several_tiles(T, D, dtype, dropout_p, ran):
+    check_square(1, T, 2 if T < 200 else 1, D, "packed", dtype, dropout_p, ran)
+
+
+def check_square(B, T, H, D, layout, dtype, dropout_p, ran):
+    q, k, v = qkv_in(layout, B, T, T, H, D, DTYPES[dtype])
+    check_op(
+        "causal_attention", {"q": q, "k": k, "v": v}, backend="triton", ran=ran,
+        terms=gradient_terms(q, k, v), dropout_p=dropout_p, seed=seed_tensor(T + D),
+    )  # fmt: skip
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (16, 64, 80), ids=lambda D: f"D{D}")
+@pytest.mark.parametrize(
+    "Tq, Tk",
+    [(1, 2), (1, 65), (2, 130), (17, 64), (63, 65), (64, 128), (65, 200), (100, 101), (130, 257)],
+)
+def test_last_query_meets_last_key(Tq, Tk, D, dtype, dropout_p, ran):
+    q, k, v = qkv_in("contiguous", 1, Tq, Tk, 1, D, DTYPES[dtype])
+    check_op(
+        "causal_attention", {"q": q, "k": k, "v": v}, backend="triton", ran=ran,
+        terms=gradient_terms(q, k, v), dropout_p=dropout_p, seed=seed_tensor(Tk),
+    )  # fmt: skip
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", HEAD_SIZES, ids=lambda D: f"D{D}")
+@pytest.mark.parametrize("B, T, H", [(2, 1, 3), (2, 17, 3), (2, 64, 1), (1, 65, 3), (1, 130, 1)])
+def test_packed(B, T, H, D, dtype, strided, ran):
+    """(B, T, 3C) in, (B, T, C) out, one packed gradient."""
+    qkv = tensor(B, 2 * T, 3 * H * D, dtype=DTYPES[dtype])
+    qkv = qkv[:, ::2] if strided else guarded(qkv[:, :T])
+    terms = gradient_terms(*qkv.unflatten(-1, (3, H, D)).unbind(2))
+    check_op("causal_attention_qkv", {"qkv": qkv}, backend="triton", ran=ran, terms=terms, n_head=H)
+
+
+def seed_tensor(n):
+    return torch.tensor([0x1234567800000000 + n], device=DEVICE)
+
+
+@pytest.mark.triton
+def test_packed_makes_no_copy():
+    """The projection's output goes in as it is, and one gradient of its shape comes out: nothing of
+    its size is allocated on the way but o, its gradient, and dqkv itself."""
+    B, T, H, D = 1, 64, 2, 16
+    qkv = tensor(B, T, 3 * H * D).requires_grad_()
+    sizes = []
+    empty = torch.empty
+
+    def counting(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        sizes.append(x.numel())
+        return x
+
+    torch.empty = counting
+    try:
+        with kernels.use("triton"):
+            o = kernels.causal_attention_qkv(qkv, H)
+            (dqkv,) = torch.autograd.grad(o.sum(), qkv)
+    finally:
+        torch.empty = empty
+    assert dqkv.shape == qkv.shape and dqkv.is_contiguous()
+    assert sorted(sizes) == sorted([B * T * H * D, B * H * T, 3 * B * T * H * D])  # o, lse, dqkv
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), 1e4], ids=["nan", "huge"])
+@pytest.mark.parametrize("i", [0, 31, 63, 64, 100])
+def test_no_row_depends_on_a_later_key(i, bad, dtype):
+    """Keys beyond row i are NaN, or huge, and their values huge: rows up to i keep their bits."""
+    q, k, v = qkv_in("contiguous", 1, 130, 130, 2, 32, DTYPES[dtype])
+    with kernels.use("triton"):
+        before = kernels.causal_attention(q, k, v)
+        k[:, i + 1 :], v[:, i + 1 :] = bad, 1e4
+        after = kernels.causal_attention(q, k, v)
+    assert bits_equal(before[:, : i + 1], after[:, : i + 1])
+    assert not bits_equal(before, after)
+
+
+@pytest.mark.triton
+def test_no_gradient_flows_back_in_time():
+    q, k, v = (x.requires_grad_() for x in qkv_in("contiguous", 1, 130, 130, 2, 32, torch.float32))
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, k, v)
+    dq, dk, dv = torch.autograd.grad(o[:, 70].sum(), (q, k, v))
+    assert not dk[:, 71:].any() and not dv[:, 71:].any()
+    assert not dq[:, :70].any() and not dq[:, 71:].any()
+    assert dk[:, :71].any() and dv[:, :71].all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("i", [0, 40, 129])
+def test_nan_in_a_query_stays_in_its_row(i):
+    q, k, v = qkv_in("contiguous", 1, 130, 130, 1, 16, torch.float32)
+    q[:, i] = float("nan")
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, k, v)
+    assert o[:, i].isnan().all()
+    o[:, i] = 0
+    assert not o.isnan().any()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_huge_scores(dtype):
+    """q = k around 1e5: scores around 1e11, where a fused s * scale - max misses the maximum by more
+    than an exponent can hold, and exp(s - max) overflows."""
+    q = 1e5 * tensor(1, 70, 2, 64, dtype=DTYPES[dtype])
+    v = tensor(1, 70, 2, 64, dtype=DTYPES[dtype])
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, q, v)
+    exact = reference.causal_attention(q.double(), q.double(), v.double())
+    assert_close_to(exact, o, reference.causal_attention(q, q, v), "o", factor=2)
+
+
+@pytest.mark.triton
+def test_half_precision_scores_beyond_its_range():
+    """Scores beyond 65504 before scaling: they must never pass through float16."""
+    q = 40 * tensor(1, 65, 1, 128, dtype=torch.float16)
+    v = tensor(1, 65, 1, 128, dtype=torch.float16)
+    assert (q[0, :, 0] @ q[0, :, 0].T).isinf().any()
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, q, v)
+    exact = reference.causal_attention(q.double(), q.double(), v.double())
+    assert_close_to(exact, o, exact.half(), "o", factor=2)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("softmax_scale", [0.01, 1.0])
+def test_softmax_scale(softmax_scale, ran):
+    q, k, v = qkv_in("contiguous", 1, 65, 65, 2, 64, torch.float32)
+    check_op(
+        "causal_attention", {"q": q, "k": k, "v": v}, backend="triton", ran=ran,
+        terms=gradient_terms(q, k, v) * softmax_scale * 8, softmax_scale=softmax_scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 16), (2, 0, 2, 16), (2, 5, 0, 16)], ids=shape_id)
+def test_empty(shape, backend):
+    q = tensor(*shape).requires_grad_()
+    with kernels.use(backend):
+        o = kernels.causal_attention(q, q, q)
+        o.sum().backward()
+    assert o.shape == shape and q.grad.shape == shape
+
+
+@pytest.mark.triton
+def test_no_queries():
+    q, k, v = tensor(1, 0, 2, 16), tensor(1, 5, 2, 16), tensor(1, 5, 2, 16)
+    k.requires_grad_(), v.requires_grad_()
+    with kernels.use("triton"):
+        kernels.causal_attention(q, k, v).sum().backward()
+    assert not k.grad.any() and not v.grad.any()
+
+
+@pytest.mark.triton
+def test_more_heads_than_a_grid_axis_holds(monkeypatch):
+    """B H = 65,536 must lie along x: CUDA's y and z axes end at 65,535."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in ("_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkdv_kernel"):
+        monkeypatch.setattr(triton_attention, name, Recorder())
+    qkv = tensor(4096, 1, 3 * 16 * 16).requires_grad_()
+    with kernels.use("triton"):
+        kernels.causal_attention_qkv(qkv, 16).sum().backward()
+    assert grids == [(65536,)] * 3
+
+
+@pytest.mark.triton
+@pytest.mark.full
+def test_65536_heads():
+    B = 4096
+    qkv = tensor(B, 1, 3 * 16 * 16).requires_grad_()
+    with kernels.use("triton"):
+        o = kernels.causal_attention_qkv(qkv, 16)
+        o.sum().backward()
+    assert torch.allclose(o, qkv[..., 2 * 256 :], rtol=1e-6)  # T = 1: o = v
+    assert torch.equal(qkv.grad[..., 2 * 256 :], torch.ones_like(o))
+
+
+@pytest.mark.triton
+def test_row_strides_that_overflow_int32(tmp_path):
+    """Rows 2^30 elements apart, in a sparse file: row 3 starts beyond 2^31. The interpreter traps an
+    int32 product on the way there, and a wrapped address leaves the buffer."""
+    if DEVICE == "cuda":
+        pytest.skip(
+            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
+        )
+    stride, T, D = 2**30, 5, 16
+    file = tmp_path / "sparse"
+    with open(file, "wb") as f:
+        f.truncate(((T - 1) * stride + D) * 2)
+    n = (T - 1) * stride + D
+    big = torch.from_file(str(file), shared=True, size=n, dtype=torch.bfloat16)
+    q = big.as_strided((1, T, 1, D), (0, stride, 0, 1))
+    q.copy_(tensor(1, T, 1, D))
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, q, q)
+        small = q.clone()
+        assert bits_equal(o, kernels.causal_attention(small, small, small))
+
+
+@pytest.mark.triton
+def test_deterministic_and_independent_of_the_batch():
+    q, k, v = (x.requires_grad_() for x in qkv_in("packed", 3, 65, 65, 2, 32, torch.bfloat16))
+    do = torch.randn_like(q)
+
+    def run(*rows):
+        with kernels.use("triton"):
+            o = kernels.causal_attention(*rows)
+            return o, *torch.autograd.grad(o, rows, do[: len(o)])
+
+    whole, again = run(q, k, v), run(q, k, v)
+    assert all(map(bits_equal, whole, again))
+    alone = run(*(x[:1].detach().requires_grad_() for x in (q, k, v)))
+    assert all(bits_equal(a[:1], b) for a, b in zip(whole, alone, strict=True))
+
+
+@pytest.mark.triton
+def test_backward_twice_and_stride_0_gradients():
+    q, k, v = (x.requires_grad_() for x in qkv_in("contiguous", 2, 17, 17, 2, 16, torch.float32))
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, k, v)
+    first = torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True)  # gradient of stride 0
+    second = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    assert all(map(bits_equal, first, second))
+
+
+@pytest.mark.triton
+def test_gradient_of_a_concatenation_is_not_contiguous():
+    q, k, v = (x.requires_grad_() for x in qkv_in("contiguous", 2, 17, 17, 2, 16, torch.float32))
+    weight = tensor(2, 17, 2, 32)
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, k, v)
+        got = torch.autograd.grad((torch.cat([o, o], -1) * weight).sum(), (q, k, v))
+    o = reference.causal_attention(q, k, v)
+    want = torch.autograd.grad((torch.cat([o, o], -1) * weight).sum(), (q, k, v))
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, w, atol=1e-5)
+
+
+@pytest.mark.triton
+def test_every_subset_of_gradients():
+    tensors = qkv_in("contiguous", 1, 17, 17, 1, 16, torch.float32)
+    want = None
+    for needed in reversed(list(itertools.product([False, True], repeat=3))):
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, needed, strict=True)]
+        with kernels.use("triton"):
+            o = kernels.causal_attention(*leaves)
+        if any(needed):
+            o.sum().backward()
+            want = want or [x.grad for x in leaves]  # all three, the first time
+        for x, n, w in zip(leaves, needed, want, strict=True):
+            assert bits_equal(x.grad, w) if n else x.grad is None
+
+
+@pytest.mark.triton
+def test_same_output_with_and_without_gradients():
+    q, k, v = qkv_in("contiguous", 1, 65, 65, 2, 64, torch.bfloat16)
+    with kernels.use("triton"):
+        plain = kernels.causal_attention(q, k, v)
+        with torch.no_grad():
+            assert bits_equal(plain, kernels.causal_attention(q, k, v))
+        with torch.inference_mode():
+            assert bits_equal(plain, kernels.causal_attention(q, k, v))
+        assert bits_equal(plain, kernels.causal_attention(q.requires_grad_(), k, v))
+
+
+@pytest.mark.triton
+def test_second_derivatives_are_refused():
+    """Silently wrong second derivatives were shipped by others; ours raise."""
+    q, k, v = (x.requires_grad_() for x in qkv_in("contiguous", 1, 5, 5, 1, 16, torch.float32))
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, k, v)
+    (dq,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+# ---- dropout
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_rate(p, backend):
+    """v = 1 makes o[i] the surviving probability mass; uniform scores make it a binomial rate."""
+    T, n = 128, 4 * 128 * 129 // 2
+    q, v = torch.zeros(1, T, 4, 16, device=DEVICE), torch.ones(1, T, 4, 16, device=DEVICE)
+    with kernels.use(backend):
+        o = kernels.causal_attention(q, q, v, dropout_p=p)[..., 0]
+    seen = torch.arange(1, T + 1, device=DEVICE)[:, None]
+    kept = (o * (1 - p) * seen).sum().item()
+    sigma = math.sqrt(n * p * (1 - p))
+    assert abs(kept - n * (1 - p)) < 5 * sigma
+
+
+@pytest.mark.triton
+def test_dropout_mask_is_the_same_in_forward_and_backward():
+    """do/dv is the dropped probability itself: o = P v, so dv = P^T do gives P back."""
+    T = 65
+    q, v = torch.zeros(1, T, 1, 128, device=DEVICE), torch.zeros(1, T, 1, 128, device=DEVICE)
+    v[0, :, 0, :T] = torch.eye(T)
+    v.requires_grad_()
+    with kernels.use("triton"):
+        o = kernels.causal_attention(q, q, v, dropout_p=0.3, seed=7)
+        (dv,) = torch.autograd.grad(o, v, v.detach())
+    P = o[0, :, 0, :T]
+    assert torch.equal(P > 0, dv[0, :, 0, :T].T > 0)
+    assert torch.allclose(P, dv[0, :, 0, :T].T)
+    keep = reference.dropout_keep(torch.tensor([7]), (1, 1, T, T), 0.3)[0, 0].to(P.device)
+    assert torch.equal(P > 0, keep.tril())
+
+
+def test_dropout_masks_differ_by_seed_and_position(backend):
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.importorskip("triton")
+    q, k, v = qkv_in("contiguous", 1, 64, 64, 2, 16, torch.float32)
+
+    def run(**kwargs):
+        with kernels.use(backend):
+            return kernels.causal_attention(q, k, v, dropout_p=0.5, **kwargs)
+
+    assert bits_equal(run(seed=1), run(seed=1))
+    assert not bits_equal(run(seed=1), run(seed=2))
+    assert not bits_equal(run(seed=1), run(seed=1 + 2**32)), "the upper half of the key counts"
+    assert not bits_equal(run(), run()), "drawn anew from the generator"
+    torch.manual_seed(0)
+    first = run()
+    torch.manual_seed(0)
+    assert bits_equal(first, run())
+
+
+@pytest.mark.triton
+def test_dropout_of_nothing_and_of_everything():
+    q, k, v = (x.requires_grad_() for x in qkv_in("contiguous", 1, 33, 33, 1, 16, torch.float32))
+    with kernels.use("triton"), launches():
+        assert bits_equal(
+            kernels.causal_attention(q, k, v), kernels.causal_attention(q, k, v, dropout_p=0.0)
+        )
+        o = kernels.causal_attention(q, k, v, dropout_p=1.0)
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert not o.any() and not any(g.any() for g in grads)
+
+
+def test_philox_of_the_reference_is_philox():
+    """Philox4x32-10 from the known-answer file of Random123 (Salmon et al.); ours has 7 rounds."""
+    key = torch.tensor([(0x299F31D0 << 32 | 0xA4093822) - (1 << 64) * (0x299F31D0 >> 31)])
+    counter = [torch.tensor([c]) for c in (0x243F6A88, 0x85A308D3, 0x13198A2E)]
+    zero = [torch.tensor([0])] * 3
+    words = reference._philox(torch.tensor([0]), *zero, rounds=10)
+    assert [hex(w.item()) for w in words] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
+    assert len({w.item() for w in reference._philox(key, *counter)}) == 4
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda a: a.update(q=a["q"][0]), ValueError, r"q must have shape \(B, T, H, D\)"),
+        (lambda a: a.update(k=a["k"][:, 1:]), ValueError, "v must have k's shape"),
+        (lambda a: a.update(q=a["q"][..., :8]), ValueError, "k must have q's B, H and D"),
+        (lambda a: a.update(q=torch.cat([a["q"]] * 2, 1)), ValueError, "Tq=10, Tk=5"),
+        (lambda a: a.update(k=a["k"].half()), TypeError, "k must have dtype torch.float32, got"),
+        (lambda a: a.update(v=a["v"].long()), TypeError, "v must have a floating dtype"),
+        (lambda a: a.update(q="q"), TypeError, "q must be a tensor, got str"),
+        (lambda a: a.update(dropout_p=1.5), ValueError, r"dropout_p must lie in \[0, 1\], got 1.5"),
+        (lambda a: a.update(softmax_scale=0.0), ValueError, "softmax_scale must be positive"),
+        (lambda a: a.update(dropout_p=0.1, seed=2**64), ValueError, "seed must fit"),
+        (lambda a: a.update({n: a[n][..., :0] for n in "qkv"}), ValueError, "head size"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {name: torch.randn(2, 5, 2, 16) for name in "qkv"}
+    change(arguments)
+    with pytest.raises(error, match=message):
+        kernels.causal_attention(**arguments)
+
+
+@pytest.mark.parametrize("n_head", [0, 5])
+def test_errors_of_the_packed_form(n_head):
+    with pytest.raises(ValueError, match="n_head must divide"):
+        kernels.causal_attention_qkv(torch.randn(1, 2, 48), n_head)
+    with pytest.raises(ValueError, match=r"qkv must have shape \(B, T, 3C\)"):
+        kernels.causal_attention_qkv(torch.randn(2, 48), 1)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("D", [8, 48, 256])
+def test_other_head_sizes_fall_back_with_a_reason(D):
+    q = tensor(1, 3, 1, D)
+    with pytest.raises(kernels.BackendUnavailable, match=f"head size {D} is not one of 16, 32"):
+        with kernels.use("triton"):
+            kernels.causal_attention(q, q, q)
+    kernels.dispatch._said.clear()
+    with pytest.warns(UserWarning, match=f"attention falls back.*head size {D}"):
+        o = kernels.causal_attention(q, q, q)
+    assert torch.equal(o, reference.causal_attention(q, q, q))

@@ -1,0 +1,356 @@
+"""cross_entropy and linear_cross_entropy against float64, and the ways a loss goes wrong."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, fingerprint, guarded
+
+from gpt2 import kernels
+from gpt2.kernels import reference
+from gpt2.kernels.linear_cross_entropy import chunk_rows
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def targets_in(N, V, ignored="some"):
+    targets = torch.randint(V, (N,), device=DEVICE)
+    if ignored == "some" and N > 1:
+        targets[:: max(N // 3, 2)] = -1
+    return targets
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("ignored", ["some", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("N", (1, 3, 33), ids=lambda N: f"N{N}")
+@pytest.mark.parametrize("V", (1, 2, 17, 257, 4095, 4096, 4097, 9001), ids=lambda V: f"V{V}")
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_cross_entropy(scale, V, N, dtype, ignored, ran):
+    logits = guarded(scale * tensor(N, V)).to(DTYPES[dtype])
+    check_op(
+        "cross_entropy", {"logits": logits}, backend="triton", ran=ran,
+        terms=1.0 / N, targets=targets_in(N, V, ignored),
+    )  # fmt: skip
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("ignored", ["some", "none"])
+@pytest.mark.parametrize("weights", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", (1, 16, 77), ids=lambda C: f"C{C}")
+@pytest.mark.parametrize("N", (1, 7, 33, 200), ids=lambda N: f"N{N}")
+@pytest.mark.parametrize("V", (1, 65, 257, 1024), ids=lambda V: f"V{V}")
+def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran):
+    """In half precision the float64 truth is given the logits' rounding: what both lose there is
+    the product's precision, not the kernel's."""
+    x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
+    weight = guarded(tensor(V, C, dtype=torch.float32 if weights == "fp32" else DTYPES[dtype]))
+    check_op(
+        "linear_cross_entropy", {"x": x, "weight": weight}, backend="triton", ran=ran,
+        terms=4.0 / N, targets=targets_in(N, V, ignored),
+    )  # fmt: skip
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("N", [1, 8, 9, 64, 65, 520, 1000])
+def test_chunks_cover_every_row_once(N):
+    rows = chunk_rows(N)
+    assert rows <= max(-(-N // 8), 64) or N >= 64
+    assert 1 <= rows <= 8192 and -(-N // rows) <= 9
+    if N >= 8:
+        assert rows <= -(-N // 8) + 63, "an eighth of the logits at a time"
+    x, weight, targets = tensor(N, 4), tensor(9, 4), targets_in(N, 9)
+    with kernels.use("triton"):
+        loss = kernels.linear_cross_entropy(x, weight, targets)
+    assert torch.allclose(loss, reference.linear_cross_entropy(x, weight, targets))
+
+
+@pytest.mark.triton
+def test_no_tensor_as_large_as_the_logits(monkeypatch):
+    """B T V numbers are never stored: no allocation reaches an eighth of them plus a tile."""
+    N, C, V = 1024, 8, 512
+    largest = [0]
+    for name in ("empty", "zeros"):
+        allocate = getattr(torch, name)
+
+        def counting(*args, allocate=allocate, **kwargs):
+            x = allocate(*args, **kwargs)
+            largest[0] = max(largest[0], x.numel())
+            return x
+
+        monkeypatch.setattr(torch, name, counting)
+    x, weight = tensor(N, C).requires_grad_(), tensor(V, C).requires_grad_()
+    saved = []
+    with (
+        kernels.use("triton"),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append(t.numel()), t)[1], lambda t: t
+        ),
+    ):
+        kernels.linear_cross_entropy(x, weight, targets_in(N, V)).backward()
+    assert largest[0] <= N * V // 8
+    assert max(saved) <= max(x.numel(), weight.numel())
+
+
+@pytest.mark.triton
+def test_forward_keeps_one_number_per_row():
+    """F.cross_entropy keeps a second tensor of the logits' size; this keeps lse, and the logits."""
+    logits = tensor(9, 300).requires_grad_()
+    saved = []
+    with (
+        kernels.use("triton"),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved.append((t.data_ptr(), t.numel())), t)[1], lambda t: t
+        ),
+    ):
+        kernels.cross_entropy(logits, targets_in(9, 300))
+    assert all(n <= 9 or ptr == logits.data_ptr() for ptr, n in saved)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_place_of_the_logits(dtype):
+    """inplace_backward: no second tensor of the logits' size at all, and the same bits."""
+    targets = targets_in(9, 300)
+    leaf = tensor(9, 300, dtype=DTYPES[dtype]).requires_grad_()
+    with kernels.use("triton"):
+        (want,) = torch.autograd.grad(kernels.cross_entropy(leaf, targets), leaf)
+        logits = leaf * 1
+        loss = kernels.cross_entropy(logits, targets, inplace_backward=True)
+        (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert bits_equal(got, want) and got.data_ptr() == logits.data_ptr()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.triton
+def test_logits_are_left_alone_by_default():
+    logits = tensor(5, 40).requires_grad_()
+    before = fingerprint(logits)
+    with kernels.use("triton"):
+        loss = kernels.cross_entropy(logits, targets_in(5, 40))
+        first = torch.autograd.grad(loss, logits, retain_graph=True)
+        second = torch.autograd.grad(loss, logits)
+    assert fingerprint(logits) == before and bits_equal(*first, *second)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3)], ids=str)
+def test_leading_shapes(shape, ran):
+    targets = targets_in(6, 17).view(shape)
+    logits, x = tensor(*shape, 17), tensor(*shape, 5)
+    check_op("cross_entropy", {"logits": logits}, backend="triton", ran=ran, targets=targets)
+    check_op(
+        "linear_cross_entropy", {"x": x, "weight": tensor(17, 5)}, backend="triton", ran=ran,
+        terms=1.0, targets=targets,
+    )  # fmt: skip
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
+def test_views(view, ran):
+    x = tensor(34, 34)
+    logits = {
+        "rows": x[::2], "columns": x[:, ::2], "transposed": x.t(),
+        "expanded": x[:1].expand(34, -1), "unaligned": x.flatten()[1:-1].view(-1, 33),
+    }[view]  # fmt: skip
+    targets = targets_in(len(logits), logits.shape[1])
+    check_op("cross_entropy", {"logits": logits}, backend="triton", ran=ran, targets=targets)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("ignore_index", [-1, -100, 3])
+def test_ignore_index(ignore_index, ran):
+    targets = torch.tensor([3, 0, 1, 3, 2, 4], device=DEVICE)
+    targets[2] = ignore_index
+    check_op(
+        "cross_entropy", {"logits": tensor(6, 5)}, backend="triton", ran=ran,
+        targets=targets, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def test_every_target_ignored_is_nan_as_in_pytorch(backend):
+    logits = tensor(3, 5).requires_grad_()
+    targets = torch.full((3,), -1, device=DEVICE)
+    with kernels.use(backend):
+        assert kernels.cross_entropy(logits, targets).isnan()
+        assert kernels.linear_cross_entropy(logits, tensor(7, 5), targets).isnan()
+    assert F.cross_entropy(logits, targets, ignore_index=-1).isnan()
+
+
+@pytest.mark.triton
+def test_ignored_rows_add_nothing():
+    """Not even where their logits are NaN."""
+    logits, targets = tensor(4, 9), torch.tensor([1, -1, 3, -1], device=DEVICE)
+    logits[1] = math.nan
+    logits.requires_grad_()
+    with kernels.use("triton"):
+        loss = kernels.cross_entropy(logits, targets)
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(loss, F.cross_entropy(logits[::2], targets[::2]))
+    assert not dlogits[1::2].any() and dlogits[::2].any(dim=1).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_large_logits(size):
+    logits = torch.tensor([[size, 0.0, -size], [-size, -size, -size]], device=DEVICE)
+    targets = torch.tensor([0, 1], device=DEVICE)
+    with kernels.use("triton"):
+        loss = kernels.cross_entropy(logits, targets)
+    assert loss.item() == pytest.approx(math.log(3) / 2, rel=1e-6)
+
+
+@pytest.mark.triton
+def test_minus_infinity_is_a_probability_of_zero():
+    """A masked vocabulary: a whole block of -inf before the first finite logit."""
+    V = 10000
+    logits = torch.full((2, V), -math.inf, device=DEVICE)
+    logits[:, 5000:5003] = tensor(2, 3)
+    targets = torch.tensor([5000, 5002], device=DEVICE)
+    logits.requires_grad_()
+    with kernels.use("triton"):
+        loss = kernels.cross_entropy(logits, targets)
+    (dlogits,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(loss, F.cross_entropy(logits, targets))
+    assert not dlogits[:, :5000].any() and not dlogits[:, 5003:].any()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("column", [0, 8, 5000])
+def test_nan_is_seen(column):
+    logits = tensor(2, 6000)
+    logits[1, column] = math.nan
+    targets = torch.tensor([1, 2], device=DEVICE)
+    losses, _ = torch.ops.gpt2_kernels.cross_entropy_fwd(logits, targets, -1, "triton")
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
+@pytest.mark.triton
+def test_uneven_batches_accumulate_to_the_whole():
+    """The sum of losses over halves, weighted by their counts, is the whole: and its gradients."""
+    x, weight = tensor(20, 8).requires_grad_(), tensor(30, 8).requires_grad_()
+    targets = targets_in(20, 30)
+    targets[:7] = -1
+    counts = [(part != -1).sum() for part in targets.split(10)]
+    with kernels.use("triton"):
+        whole = kernels.linear_cross_entropy(x, weight, targets)
+        parts = [
+            kernels.linear_cross_entropy(a, weight, t) * n / sum(counts)
+            for a, t, n in zip(x.split(10), targets.split(10), counts, strict=True)
+        ]
+    assert torch.allclose(whole, sum(parts))
+    for a, b in zip(
+        torch.autograd.grad(whole, (x, weight)), torch.autograd.grad(sum(parts), (x, weight)),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.triton
+def test_deterministic_and_the_same_without_gradients():
+    x, weight = tensor(40, 16, dtype=torch.bfloat16), tensor(99, 16)
+    targets = targets_in(40, 99)
+    x.requires_grad_(), weight.requires_grad_()
+
+    def run():
+        with kernels.use("triton"):
+            loss = kernels.linear_cross_entropy(x, weight, targets)
+        return loss, *torch.autograd.grad(loss, (x, weight), retain_graph=True)
+
+    assert all(map(bits_equal, run(), run()))
+    with kernels.use("triton"), torch.no_grad():
+        assert bits_equal(kernels.linear_cross_entropy(x, weight, targets), run()[0])
+
+
+@pytest.mark.triton
+def test_every_subset_of_gradients_twice():
+    x, weight, targets = tensor(9, 5), tensor(11, 5), targets_in(9, 11)
+    want = reference_gradients(x, weight, targets)
+    for needs_x, needs_weight in ((True, True), (True, False), (False, True)):
+        a = x.detach().requires_grad_(needs_x)
+        b = weight.detach().requires_grad_(needs_weight)
+        with kernels.use("triton"):
+            loss = kernels.linear_cross_entropy(a, b, targets)
+        loss.backward(retain_graph=True)
+        (2 * loss).backward()  # scaled by 3 in all: what the forward kept was not scaled in place
+        for leaf, w, needed in ((a, want[0], needs_x), (b, want[1], needs_weight)):
+            assert torch.allclose(leaf.grad, 3 * w, atol=1e-6) if needed else leaf.grad is None
+
+
+def reference_gradients(x, weight, targets):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    return torch.autograd.grad(reference.linear_cross_entropy(x, weight, targets), (x, weight))
+
+
+@pytest.mark.triton
+def test_half_precision_gradients_do_not_underflow():
+    """1 / N before rounding would push float16 gradients of a large batch below its range."""
+    N = 4096
+    x, weight = tensor(N, 4, dtype=torch.float16), tensor(3, 4, dtype=torch.float16)
+    targets = torch.zeros(N, dtype=torch.int64, device=DEVICE)
+    weight.requires_grad_()
+    with kernels.use("triton"):
+        loss = kernels.linear_cross_entropy(x, weight, targets)
+    (dweight,) = torch.autograd.grad(loss, weight)
+    _, exact = reference_gradients(x.double(), weight.double(), targets)
+    assert_close_to(exact, dweight, exact.half(), "dweight", factor=2, terms=0.5)
+
+
+@pytest.mark.parametrize("bad", [-2, 5, 2**63 - 1, -(2**63)])
+def test_targets_out_of_range_are_named(bad, backend):
+    logits, targets = tensor(3, 5), torch.tensor([0, bad, 4], device=DEVICE)
+    with kernels.use(backend):
+        for call in (
+            lambda: kernels.cross_entropy(logits, targets),
+            lambda: kernels.linear_cross_entropy(logits, tensor(5, 5), targets),
+        ):
+            with pytest.raises(ValueError, match=rf"targets must lie in \[0, 5\), got {bad}"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "logits, targets, error, message",
+    [
+        (torch.randn(3, 5), torch.zeros(2).long(), ValueError, "targets must have the leading"),
+        (torch.randn(3, 5), torch.zeros(3), TypeError, "targets must be an int64 tensor"),
+        (torch.randn(5), torch.tensor(1), ValueError, "targets must have the leading shape"),
+        (torch.randn(3, 0), torch.zeros(3).long(), ValueError, "vocabulary must not be empty"),
+        (torch.ones(3, 5).long(), torch.zeros(3).long(), TypeError, "logits must have a floating"),
+        ([1.0], torch.zeros(1).long(), TypeError, "logits must be a tensor, got list"),
+    ],
+)
+def test_errors_name_the_argument(logits, targets, error, message):
+    with pytest.raises(error, match=message):
+        kernels.cross_entropy(logits, targets)
+
+
+def test_errors_of_linear_cross_entropy():
+    with pytest.raises(ValueError, match=r"weight must have shape \(V, 5\) for x \(3, 5\)"):
+        kernels.linear_cross_entropy(torch.randn(3, 5), torch.randn(5, 4), torch.zeros(3).long())
+
+
+@pytest.mark.triton
+def test_rows_that_overflow_int32(tmp_path):
+    """Rows of logits 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
+    if DEVICE == "cuda":
+        pytest.skip(
+            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
+        )
+    stride, N, V = 2**30, 5, 33
+    n = (N - 1) * stride + V
+    with open(tmp_path / "sparse", "wb") as f:
+        f.truncate(n * 2)
+    big = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n, dtype=torch.bfloat16)
+    logits = big.as_strided((N, V), (stride, 1))
+    logits.copy_(tensor(N, V))
+    targets = targets_in(N, V)
+    with kernels.use("triton"):
+        far = kernels.cross_entropy(logits, targets)
+        assert bits_equal(far, kernels.cross_entropy(logits.clone(), targets))

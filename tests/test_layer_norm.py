@@ -1,0 +1,298 @@
+"""layer_norm and add_layer_norm against float64, and the ways a norm goes wrong."""
+
+import itertools
+
+import pytest
+import torch
+from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, guarded
+
+from gpt2 import kernels
+from gpt2.kernels import reference
+from gpt2.kernels.triton import MAX_ROW
+
+WIDTHS = (1, 3, 17, 127, 257, 768, 769, 1600, 8192)
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def norm_inputs(shape, dtype, weight_dtype=None, offset=0.0):
+    C = shape[-1]
+    return {
+        "x": guarded(tensor(*shape, dtype=dtype) + offset),
+        "weight": guarded(tensor(C, dtype=weight_dtype or dtype)),
+        "bias": guarded(tensor(C, dtype=weight_dtype or dtype)),
+    }
+
+
+def terms(C, exact_zero):
+    """dx cancels to 0 where C = 1: what is left is the rounding of terms of size rstd dy weight."""
+    return 1e3 if exact_zero else 0.0
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("weights", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 4, 33], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("C", WIDTHS, ids=lambda C: f"C{C}")
+def test_layer_norm(C, rows, dtype, weights, ran):
+    inputs = norm_inputs((rows, C), DTYPES[dtype], torch.float32 if weights == "fp32" else None)
+    check_op("layer_norm", inputs, backend="triton", ran=ran, terms=terms(C, C == 1))
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("weights", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 33], ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("C", WIDTHS, ids=lambda C: f"C{C}")
+def test_add_layer_norm(C, rows, dtype, weights, ran):
+    inputs = norm_inputs((rows, C), DTYPES[dtype], torch.float32 if weights == "fp32" else None)
+    inputs = {"x": inputs.pop("x"), "residual": tensor(rows, C, dtype=DTYPES[dtype]), **inputs}
+    check_op("add_layer_norm", inputs, backend="triton", ran=ran, terms=terms(C, C == 1))
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", (3, 17, 127, 257, 768, 769), ids=lambda C: f"C{C}")
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+def test_mean_far_from_zero(C, offset, dtype, ran):
+    """x = 1000 + small: E[x^2] - mean^2 cancels to nothing in float32, and lanes beyond C that enter
+    the variance as (0 - mean)^2 would swamp it."""
+    inputs = norm_inputs((5, C), DTYPES[dtype], offset=offset)
+    check_op("layer_norm", inputs, backend="triton", ran=ran)
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(17,), (2, 17), (2, 3, 17), (2, 1, 3, 17), (1, 2, 1, 3, 17)])
+def test_ranks(shape, dtype, ran):
+    check_op("layer_norm", norm_inputs(shape, DTYPES[dtype]), backend="triton", ran=ran)
+
+
+VIEWS = {
+    "every second row": lambda x: x[::2],
+    "every second column": lambda x: x[:, ::2],
+    "transposed": lambda x: x.t(),
+    "expanded": lambda x: x[:1].expand(7, -1),
+    "unaligned": lambda x: x.flatten()[1:].view(-1, 31)[:5],
+    "three dimensions": lambda x: x.view(4, 8, 32).transpose(0, 1),
+}
+
+
+@pytest.mark.triton
+@pytest.mark.grid
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+def test_views(op, view, dtype, ran):
+    x = VIEWS[view](tensor(32, 32, dtype=DTYPES[dtype]))
+    inputs = {"x": x}
+    if op == "add_layer_norm":
+        inputs["residual"] = VIEWS[view](tensor(32, 32, dtype=DTYPES[dtype]))
+    for name in ("weight", "bias"):
+        inputs[name] = tensor(x.shape[-1], dtype=DTYPES[dtype])
+    check_op(op, inputs, backend="triton", ran=ran)
+
+
+@pytest.mark.triton
+def test_many_rows_per_program():
+    """The backward's programs walk several tiles each, a ragged last one among them."""
+    inputs = norm_inputs((133, 40), torch.float32)
+    check_op("layer_norm", inputs, backend="triton", ran=lambda _: None)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8)], ids=str)
+def test_empty(shape, backend):
+    x, weight = tensor(*shape).requires_grad_(), tensor(shape[-1]).requires_grad_()
+    with kernels.use(backend):
+        y, s = kernels.add_layer_norm(x, x, weight, weight)
+        (y.sum() + s.sum() + kernels.layer_norm(x, weight, weight).sum()).backward()
+    assert y.shape == s.shape == x.grad.shape == shape
+    assert not weight.grad.any()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("used", ["norm", "sum", "both"])
+def test_either_output_alone(used):
+    """The final norm's sum is never used, and a skip connection may use the sum alone."""
+    inputs = [tensor(5, 17).requires_grad_() for _ in range(2)]
+    inputs += [tensor(17).requires_grad_() for _ in range(2)]
+
+    def loss(y, s):
+        return (y.square().sum() if used != "sum" else 0) + (
+            s.square().sum() if used != "norm" else 0
+        )
+
+    with kernels.use("triton"):
+        got = torch.autograd.grad(loss(*kernels.add_layer_norm(*inputs)), inputs, allow_unused=True)
+    want = torch.autograd.grad(loss(*reference.add_layer_norm(*inputs)), inputs, allow_unused=True)
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, torch.zeros_like(g) if w is None else w, atol=1e-4)
+
+
+@pytest.mark.triton
+def test_the_norm_sees_the_sum_as_it_is_stored():
+    """In half precision s is rounded once; y is the norm of what was stored, not of more digits."""
+    x, residual = tensor(4, 64, dtype=torch.bfloat16), tensor(4, 64, dtype=torch.bfloat16)
+    weight, bias = tensor(64), tensor(64)
+    with kernels.use("triton"):
+        y, s = kernels.add_layer_norm(x, residual, weight, bias)
+        assert bits_equal(s, x + residual)
+        assert bits_equal(y, kernels.layer_norm(s, weight, bias))
+
+
+@pytest.mark.triton
+def test_eps(ran):
+    inputs = norm_inputs((3, 40), torch.float32)
+    inputs["x"] = inputs["x"] * 1e-3
+    check_op("layer_norm", inputs, backend="triton", ran=ran, eps=0.1)
+
+
+@pytest.mark.triton
+def test_constant_rows():
+    """Variance 0: rstd = 1 / sqrt(eps), y = bias."""
+    x, weight, bias = torch.full((3, 19), 7.0, device=DEVICE), tensor(19), tensor(19)
+    with kernels.use("triton"):
+        y = kernels.layer_norm(x, weight, bias)
+    assert_close_to(bias.double().expand(3, -1), y, bias.expand(3, -1), "y", factor=2)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("row", [0, 4])
+def test_nan_stays_in_its_row(row):
+    x, weight, bias = tensor(5, 33), tensor(33), tensor(33)
+    x[row, 7] = float("nan")
+    x.requires_grad_()
+    with kernels.use("triton"):
+        y = kernels.layer_norm(x, weight, bias)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y, dx):
+        nan = result.isnan()
+        assert nan[row].all() and nan.sum() == 33
+
+
+@pytest.mark.triton
+def test_deterministic_and_independent_of_the_batch():
+    x, weight, bias = (
+        t.requires_grad_() for t in norm_inputs((33, 769), torch.bfloat16, torch.float32).values()
+    )
+    dy = torch.randn_like(x)
+
+    def run(x):
+        with kernels.use("triton"):
+            y = kernels.layer_norm(x, weight, bias)
+        return y, *torch.autograd.grad(y, (x, weight, bias), dy[: len(x)])
+
+    first, second = run(x), run(x)
+    assert all(map(bits_equal, first, second))
+    y, dx, *_ = run(x[:1].detach().requires_grad_())
+    assert bits_equal(y, first[0][:1]) and bits_equal(dx, first[1][:1])
+
+
+@pytest.mark.triton
+def test_backward_twice_and_stride_0_gradients():
+    x, weight, bias = (t.requires_grad_() for t in norm_inputs((5, 17), torch.float32).values())
+    with kernels.use("triton"):
+        y = kernels.layer_norm(x, weight, bias)
+    first = torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
+    second = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
+    assert all(map(bits_equal, first, second))
+
+
+@pytest.mark.triton
+def test_every_subset_of_gradients():
+    tensors = norm_inputs((3, 17), torch.float32).values()
+    want = None
+    for needed in reversed(list(itertools.product([False, True], repeat=3))):
+        leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, needed, strict=True)]
+        with kernels.use("triton"):
+            y = kernels.layer_norm(*leaves)
+        if any(needed):
+            y.square().sum().backward()
+            want = want or [x.grad for x in leaves]
+        for x, n, w in zip(leaves, needed, want, strict=True):
+            assert bits_equal(x.grad, w) if n else x.grad is None
+
+
+@pytest.mark.triton
+def test_second_derivatives_are_refused():
+    x, weight, bias = (t.requires_grad_() for t in norm_inputs((2, 5), torch.float32).values())
+    with kernels.use("triton"):
+        y = kernels.layer_norm(x, weight, bias)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.triton
+def test_same_output_with_and_without_gradients():
+    x, weight, bias = norm_inputs((5, 17), torch.bfloat16).values()
+    with kernels.use("triton"):
+        plain = kernels.layer_norm(x, weight, bias)
+        with torch.no_grad():
+            assert bits_equal(plain, kernels.layer_norm(x, weight, bias))
+        with torch.inference_mode():
+            assert bits_equal(plain, kernels.layer_norm(x, weight, bias))
+        assert bits_equal(plain, kernels.layer_norm(x.requires_grad_(), weight, bias))
+
+
+@pytest.mark.triton
+def test_row_strides_that_overflow_int32(tmp_path):
+    """Rows 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
+    if DEVICE == "cuda":
+        pytest.skip(
+            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
+        )
+    stride, N, C = 2**30, 5, 16
+    n = (N - 1) * stride + C
+    with open(tmp_path / "sparse", "wb") as f:
+        f.truncate(n * 2)
+    big = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n, dtype=torch.bfloat16)
+    x, weight = big.as_strided((N, C), (stride, 1)), tensor(C)
+    x.copy_(tensor(N, C))
+    with kernels.use("triton"):
+        y = kernels.layer_norm(x, weight, weight)
+        assert bits_equal(y, kernels.layer_norm(x.clone(), weight, weight))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda a: a.update(weight=torch.ones(4)), ValueError, "weight must have the shape of x's"),
+        (lambda a: a.update(bias=torch.ones(1, 5)), ValueError, "bias must have the shape of x's"),
+        (lambda a: a.update(bias=a["bias"].half()), TypeError, "bias must have weight's dtype"),
+        (lambda a: a.update(x=torch.tensor(1.0)), ValueError, "weight must have the shape"),
+        (lambda a: a.update(x=torch.ones(3, 5).long()), TypeError, "x must have a floating dtype"),
+        (lambda a: a.update(eps=-1.0), ValueError, "eps must not be negative, got -1.0"),
+        (lambda a: a.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+    ],
+)
+def test_errors_name_the_argument(change, error, message):
+    arguments = {"x": torch.randn(3, 5), "weight": torch.ones(5), "bias": torch.ones(5)}
+    change(arguments)
+    with pytest.raises(error, match=message):
+        kernels.layer_norm(**arguments)
+
+
+def test_errors_of_add_layer_norm():
+    x, weight = torch.randn(3, 5), torch.ones(5)
+    with pytest.raises(ValueError, match=r"residual must have x's shape \(3, 5\), got \(2, 5\)"):
+        kernels.add_layer_norm(x, x[:2], weight, weight)
+    with pytest.raises(TypeError, match="residual must have x's dtype"):
+        kernels.add_layer_norm(x, x.half(), weight, weight)
+
+
+@pytest.mark.triton
+def test_longer_rows_fall_back_with_a_reason():
+    x, weight = tensor(1, MAX_ROW + 1), tensor(MAX_ROW + 1)
+    reason = f"rows of {MAX_ROW + 1} are longer than {MAX_ROW}"
+    with kernels.use("triton"), pytest.raises(kernels.BackendUnavailable, match=reason):
+        kernels.layer_norm(x, weight, weight)
+    kernels.dispatch._said.clear()
+    with pytest.warns(UserWarning, match=f"layer_norm falls back.*{reason}"):
+        kernels.layer_norm(x, weight, weight)

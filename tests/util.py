@@ -1,0 +1,139 @@
+"""What a kernel is measured against, and by how much it may miss.
+
+A result and every gradient are compared with the reference in float64. A kernel may be off by at
+most twice what plain PyTorch is off at the same precision (three times for gradients), plus the
+rounding of the last bit: no tolerance is set by hand. See assert_close_to.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gpt2 import kernels
+from gpt2.kernels import dispatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_op(
+    op: str,
+    inputs: Mapping[str, Tensor],
+    *,
+    backend: str,
+    ran: Callable[[str], None],
+    terms: float = 0.0,
+    fast: Callable | None = None,
+    plain: Callable | None = None,
+    exact: Mapping[str, Tensor] | None = None,
+    **kwargs,
+) -> None:
+    """kernels.<op>(**inputs, **kwargs) on `backend`, and its gradients, against kernels.reference.
+
+    terms is the size of what cancels on the way to a gradient (see assert_close_to). fast and plain replace the two functions; exact holds float64 versions of
+    inputs that differ from the inputs themselves.
+    """
+    fast = fast or getattr(kernels, op)
+    plain = plain or getattr(kernels.reference, op)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    before = {name: fingerprint(x) for name, x in inputs.items()}
+    with kernels.use(backend), launches() as launched:
+        outputs = as_tuple(fast(**leaves, **kwargs))
+        grad_outputs = [torch.randn_like(y) for y in outputs]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
+    assert all(name == backend for name in launched), f"ran on {set(launched)}, not {backend}"
+    assert launched or backend == "reference" or not outputs[0].numel(), "no kernel was launched"
+    for name, x in inputs.items():
+        assert fingerprint(x) == before[name], f"{name} was changed"
+
+    def run_plain(dtype):
+        sources = {name: (exact or {}).get(name, x) for name, x in inputs.items()}
+        if dtype is not None:
+            xs = {name: x.detach().to(dtype).requires_grad_() for name, x in sources.items()}
+        else:
+            xs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+        ys = as_tuple(plain(**xs, **kwargs))
+        gs = [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)]
+        return ys, torch.autograd.grad(ys, list(xs.values()), gs)
+
+    exact_outputs, exact_grads = run_plain(torch.float64)
+    plain_outputs, plain_grads = run_plain(None)
+    for i, y in enumerate(outputs):
+        assert_close_to(exact_outputs[i], y, plain_outputs[i], f"output {i}", factor=2)
+        ran(backend)
+    for name, g, e, p in zip(leaves, grads, exact_grads, plain_grads, strict=True):
+        assert_close_to(e, g, p, f"gradient of {name}", factor=3, terms=terms)
+        ran(backend)
+
+
+def assert_close_to(
+    exact: Tensor, x: Tensor, plain: Tensor, what: str, *, factor: float, terms: float = 0.0
+) -> None:
+    """x errs by at most factor times what plain errs, against exact: in the largest error and in
+    the root of the mean square.
+
+    To either comes the rounding floor: one unit in the last place of x's dtype at the size of the
+    result, or of `terms`, rounded numbers that cancel to something smaller on the way to it.
+    """
+    assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, not {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    x, plain, ulp = x.double(), plain.double(), torch.finfo(x.dtype).eps
+    assert bool((x.isnan() == exact.isnan()).all()), f"{what}: NaN in the wrong places"
+    for measure, name in ((_largest, "largest error"), (_root_mean_square, "rms error")):
+        error, allowed = measure(x - exact), factor * measure(plain - exact)
+        floor = ulp * (measure(exact) + terms)
+        assert error <= allowed + floor, (
+            f"{what}: {name} {error:.3g}, but plain PyTorch's is {allowed / factor:.3g} "
+            f"and the rounding floor {floor:.3g}"
+        )
+
+
+def _largest(x: Tensor) -> float:
+    return x.nan_to_num(posinf=math.inf, neginf=-math.inf).abs().max().item()
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return x.nan_to_num().square().mean().sqrt().item()
+
+
+class launches:
+    """The backends whose launchers were called inside the with block, in order."""
+
+    def __enter__(self) -> list[str]:
+        self.module, names = dispatch.module, []
+
+        def spy(backend, op):
+            names.append(backend)
+            return self.module(backend, op)
+
+        dispatch.module = spy
+        return names
+
+    def __exit__(self, *exc):
+        dispatch.module = self.module
+
+
+def as_tuple(x) -> tuple:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def fingerprint(x: Tensor) -> str:
+    data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits; NaN equals itself."""
+    return a.shape == b.shape and a.dtype == b.dtype and fingerprint(a) == fingerprint(b)
+
+
+def guarded(x: Tensor, width: int = 64) -> Tensor:
+    """x again, between bands of NaN: an element read past either end is seen in the result."""
+    n = x.numel()
+    buffer = torch.full((n + 2 * width,), float("nan"), dtype=x.dtype, device=x.device)
+    buffer[width : width + n] = x.flatten()
+    return buffer[width : width + n].view(x.shape)
