@@ -258,28 +258,28 @@ class BiasGelu(torch.autograd.Function):
 @_launcher(
     "cross_entropy",
     "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, str backend)"
-    " -> (Tensor losses, Tensor lse)",
+    " -> (Tensor losses, Tensor stats)",
 )
 def _(logits, targets, ignore_index, backend):
-    losses, lse = (_like(logits, logits.shape[0], dtype=torch.float32) for _ in range(2))
-    return losses, lse
+    N = logits.shape[0]
+    return _like(logits, N, dtype=torch.float32), _like(logits, 2, N, dtype=torch.float32)
 
 
 @_launcher(
     "cross_entropy",
-    "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor lse, "
+    "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats, "
     "int ignore_index, str backend) -> Tensor",
 )
-def _(dlosses, logits, targets, lse, ignore_index, backend):
+def _(dlosses, logits, targets, stats, ignore_index, backend):
     return _like(logits)
 
 
 @_launcher(
     "cross_entropy",
-    "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor lse, "
+    "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor stats, "
     "int ignore_index, str backend) -> ()",
 )
-def _(dlosses, logits, targets, lse, ignore_index, backend):
+def _(dlosses, logits, targets, stats, ignore_index, backend):
     return None
 
 
@@ -288,18 +288,19 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, inplace_backward, backend):
-        losses, lse = _raw.cross_entropy_fwd(logits, targets, ignore_index, backend)
-        ctx.save_for_backward(logits, targets, lse)
+        losses, stats = _raw.cross_entropy_fwd(logits, targets, ignore_index, backend)
+        ctx.save_for_backward(logits, targets, stats)
         ctx.ignore_index, ctx.inplace, ctx.backend = ignore_index, inplace_backward, backend
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlosses):
-        logits, targets, lse = ctx.saved_tensors
-        args = (dlosses, logits, targets, lse, ctx.ignore_index, ctx.backend)
+        logits, targets, stats = ctx.saved_tensors
+        args = (dlosses, logits, targets, stats, ctx.ignore_index, ctx.backend)
         if ctx.inplace and logits.stride(-1) == 1:
-            _raw.cross_entropy_bwd_(*args)  # a second backward meets PyTorch's version check
+            _raw.cross_entropy_bwd_(*args)
+            torch.autograd.graph.increment_version(logits)  # a second backward is refused
             return logits.detach(), None, None, None, None
         return _raw.cross_entropy_bwd(*args), None, None, None, None
 

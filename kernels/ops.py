@@ -150,7 +150,7 @@ def cross_entropy(
     """Mean of -log softmax(logits)[target] over the targets that are not ignore_index.
 
     logits (..., V), targets (...) int64; the result is a float32 scalar (float64 for float64
-    logits), NaN where every target is ignored. The forward keeps one float per row. With
+    logits), NaN where every target is ignored. The forward keeps two floats per row. With
     inplace_backward the gradient overwrites logits, so that no second tensor of their size ever
     exists; nobody may read them afterwards. Raises ValueError naming the first target outside
     [0, V).

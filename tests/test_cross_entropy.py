@@ -47,8 +47,6 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran):
 @pytest.mark.parametrize("N", (1, 7, 33, 200), ids=lambda N: f"N{N}")
 @pytest.mark.parametrize("V", (1, 65, 257, 1024), ids=lambda V: f"V{V}")
 def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran):
-    """In half precision the float64 truth is given the logits' rounding: what both lose there is
-    the product's precision, not the kernel's."""
     x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
     weight = guarded(tensor(V, C, dtype=torch.float32 if weights == "fp32" else DTYPES[dtype]))
     check_op(
@@ -100,7 +98,8 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch):
 
 @pytest.mark.triton
 def test_forward_keeps_one_number_per_row():
-    """F.cross_entropy keeps a second tensor of the logits' size; this keeps lse, and the logits."""
+    """F.cross_entropy keeps a second tensor of the logits' size; this keeps the logits and a few
+    numbers a row."""
     logits = tensor(9, 300).requires_grad_()
     saved = []
     with (
@@ -110,7 +109,7 @@ def test_forward_keeps_one_number_per_row():
         ),
     ):
         kernels.cross_entropy(logits, targets_in(9, 300))
-    assert all(n <= 9 or ptr == logits.data_ptr() for ptr, n in saved)
+    assert all(n <= 2 * 9 or ptr == logits.data_ptr() for ptr, n in saved)
 
 
 @pytest.mark.triton
@@ -158,7 +157,7 @@ def test_views(view, ran):
     x = tensor(34, 34)
     logits = {
         "rows": x[::2], "columns": x[:, ::2], "transposed": x.t(),
-        "expanded": x[:1].expand(34, -1), "unaligned": x.flatten()[1:-1].view(-1, 33),
+        "expanded": x[:1].expand(34, -1), "unaligned": x.flatten()[1:].view(-1, 33),
     }[view]  # fmt: skip
     targets = targets_in(len(logits), logits.shape[1])
     check_op("cross_entropy", {"logits": logits}, backend="triton", ran=ran, targets=targets)
@@ -265,8 +264,9 @@ def test_deterministic_and_the_same_without_gradients():
         return loss, *torch.autograd.grad(loss, (x, weight), retain_graph=True)
 
     assert all(map(bits_equal, run(), run()))
+    loss, *_ = run()
     with kernels.use("triton"), torch.no_grad():
-        assert bits_equal(kernels.linear_cross_entropy(x, weight, targets), run()[0])
+        assert bits_equal(kernels.linear_cross_entropy(x, weight, targets), loss)
 
 
 @pytest.mark.triton
@@ -291,16 +291,17 @@ def reference_gradients(x, weight, targets):
 
 @pytest.mark.triton
 def test_half_precision_gradients_do_not_underflow():
-    """1 / N before rounding would push float16 gradients of a large batch below its range."""
-    N = 4096
-    x, weight = tensor(N, 4, dtype=torch.float16), tensor(3, 4, dtype=torch.float16)
+    """softmax / N = 2e-6 is subnormal in float16, and off by 3 % in every row alike: the mean must
+    not be taken before the rounding."""
+    N, V = 512, 1000
+    x, weight = tensor(N, 4, dtype=torch.float16), 0.01 * tensor(V, 4, dtype=torch.float16)
     targets = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     weight.requires_grad_()
     with kernels.use("triton"):
         loss = kernels.linear_cross_entropy(x, weight, targets)
     (dweight,) = torch.autograd.grad(loss, weight)
     _, exact = reference_gradients(x.double(), weight.double(), targets)
-    assert_close_to(exact, dweight, exact.half(), "dweight", factor=2, terms=0.5)
+    assert_close_to(exact, dweight, exact.half(), "dweight", factor=2)
 
 
 @pytest.mark.parametrize("bad", [-2, 5, 2**63 - 1, -(2**63)])
