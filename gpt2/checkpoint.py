@@ -70,8 +70,12 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
                 f"checkpoint {str(path)!r} must hold the weights of {config.n_layer} layers, "
                 f"got {len(file.keys())} tensors"
             )
-        with torch.device("meta"):  # shapes without memory
-            _weights(path, file, Model(config))
+        try:
+            with torch.device("meta"):  # shapes without memory
+                model = Model(config)
+        except (RuntimeError, OverflowError) as e:
+            raise InputError(f"checkpoint {str(path)!r} describes no model: {config}") from e
+        _weights(path, file, model)
     return config, progress
 
 

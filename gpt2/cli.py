@@ -215,7 +215,7 @@ def _tokenizer(flags: argparse.Namespace) -> None:
     """Learn a byte-pair encoding from text; `--tokenizer FILE` uses it."""
     from . import files, sources, tokenizer
 
-    files.check_new_file("out", flags.out)
+    files.check_new("out", flags.out)
     texts = sources.documents(flags.source)
     blocks = (block for text in texts for block in text.blocks())
     learned = tokenizer.train_bpe(blocks, flags.vocab_size)

@@ -1,11 +1,15 @@
 """Files that are either whole or absent, whatever stops the program that writes them.
 
-A file is written under a temporary name in its own folder, flushed to the disk, and renamed; a
-rename replaces the old file in one step, and flushing the folder makes that last.
+A file is written in a temporary folder beside its place, flushed to the disk, and renamed; a rename
+replaces the old file in one step, and flushing its folder makes that last. What is left of a killed
+writer lies in the temporary folder, also what a library writes there under names of its own.
 """
 
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
@@ -13,11 +17,21 @@ from .errors import InputError
 _MARK = ".tmp-"
 
 
+@contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside path, for what is to become path by a rename."""
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work)
+
+
 def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> None:
     """Writes path whole: content is its text, or a function that writes the file it is given."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}")
-    try:
+    with work_folder(path) as work:
+        temporary = work / path.name
         temporary.touch()
         mode = temporary.stat().st_mode
         if isinstance(content, str):
@@ -27,16 +41,13 @@ def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> Non
         temporary.chmod(mode)  # what any new file here gets; safetensors' are private
         _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     _flush(path.parent)
 
 
 def sweep(folder: str | Path) -> None:
     """Removes what killed writers left behind in folder."""
     for stray in Path(folder).glob(f".*{_MARK}*"):
-        stray.unlink(missing_ok=True)
+        shutil.rmtree(stray)
 
 
 def check_new_folder(name: str, folder: str | Path) -> None:
@@ -47,12 +58,12 @@ def check_new_folder(name: str, folder: str | Path) -> None:
     _check_writable(name, folder)
 
 
-def check_new_file(name: str, path: str | Path) -> None:
+def check_new(name: str, path: str | Path) -> None:
     """Raises InputError unless path is new, in a folder that is there and can be written."""
-    path = Path(path)
-    if os.path.lexists(path) or not path.absolute().parent.is_dir():
-        raise InputError(f"{name} must be a new file in an existing folder, got {str(path)!r}")
-    _check_writable(name, path.absolute().parent)
+    path = Path(path).absolute()
+    if os.path.lexists(path) or not path.parent.is_dir():
+        raise InputError(f"{name} must be new, in an existing folder, got {str(path)!r}")
+    _check_writable(name, path.parent)
 
 
 def make_folder(name: str, folder: str | Path) -> None:

@@ -5,7 +5,6 @@ On the way there it needs room on the disk for the ids twice.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,14 @@ def prepare(
     """Writes the shards of a text source into the new folder out; the tokens in train and val.
 
     The last val_fraction of the ids is for validation. Raises InputError, with nothing written,
-    where the text or the tokenizer cannot be used or out is not a new folder.
+    where the text or the tokenizer cannot be used, or out is not new.
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
     if not 1 <= shard_tokens <= shards.MAX_TOKENS:
         raise InputError(f"shard_tokens must be 1 to {shards.MAX_TOKENS}, got {shard_tokens}")
     out = Path(out)
-    files.check_new_folder("out", out)
+    files.check_new("out", out)
     texts = sources.documents(source)
     if any(text.name.endswith(".bin") for text in texts):
         raise InputError(f"data must be text, got shards of tokens, {source!r}")
@@ -45,21 +44,16 @@ def prepare(
             f"tokenizer must have at most 65536 ids, a shard's are uint16, got {chosen.vocab_size}"
         )
 
-    work = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    files.make_folder("out", work)
-    try:
-        counts = {}
-        for part, tokens in _tokenise(texts, chosen, work / "ids", val_fraction).items():
-            counts[part] = len(tokens)
+    with files.work_folder(out) as work:
+        parts = _tokenise(texts, chosen, work / "ids", val_fraction)
+        whole = work / "whole"
+        whole.mkdir()
+        for part, tokens in parts.items():
             for n, start in enumerate(range(0, len(tokens), shard_tokens)):
-                shards.write(work / f"{part}_{n:06d}.bin", tokens[start : start + shard_tokens])
-        (work / "ids").unlink()
-        files.write_atomic(work / tokenizers.FILE, chosen.to_json())
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return counts
+                shards.write(whole / f"{part}_{n:06d}.bin", tokens[start : start + shard_tokens])
+        files.write_atomic(whole / tokenizers.FILE, chosen.to_json())
+        os.replace(whole, out)
+    return {part: len(tokens) for part, tokens in parts.items()}
 
 
 def _tokenise(texts, tokenizer, path: Path, val_fraction: float) -> dict[str, np.ndarray]:

@@ -340,7 +340,7 @@ def test_prepare_does_not_overwrite(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 100)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(InputError, match="new or empty folder"):
+    with pytest.raises(InputError, match="out must be new"):
         prepare(str(tmp_path / "a.txt"), tmp_path / "out", tokenizer="byte")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
 
@@ -360,6 +360,7 @@ def test_write_atomic_keeps_the_old_file_where_writing_fails(tmp_path):
         files.write_atomic(path, fail)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert path.read_text() == "old"
-    (tmp_path / ".a.json.tmp-1").write_text("stray")
+    (tmp_path / ".a.json.tmp-1").mkdir()
+    (tmp_path / ".a.json.tmp-1" / "stray").touch()
     files.sweep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,483 @@
+"""Training: resumed bit for bit, accumulated exactly, stopped in time; and it learns."""
+
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2 import checkpoint, report, sampling
+from gpt2.config import Config
+from gpt2.errors import InputError, NonFiniteError
+from gpt2.model import Model
+from gpt2.tokenizer import byte, char
+from gpt2.train import Trainer, resume, train
+from gpt2.train_config import TrainConfig
+
+TEXT = "the cat sat on the mat, and the dog sat on the cat. " * 60
+TINY = {
+    "block_size": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "batch_size": 4,
+    "steps": 12,
+    "warmup_steps": 2,
+    "eval_interval": 5,
+    "eval_batches": 3,
+    "log_interval": 2,
+    "save_interval": 5,
+    "sample_tokens": 5,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    """A finished run and its text, made once."""
+    folder = tmp_path_factory.mktemp("one-run")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(options("text.txt", out="run", sample_tokens=0))
+    return folder
+
+
+@pytest.fixture
+def finished(one_run, tmp_path, monkeypatch):
+    """A copy of the finished run, to spoil: its folder, and its text."""
+    shutil.copytree(one_run, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run", "text.txt"
+
+
+def options(text, **changes) -> TrainConfig:
+    return TrainConfig(**{**TINY, "data": text, **changes})
+
+
+def weights(trainer) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# A run
+
+
+def test_a_run_leaves_everything(text, tmp_path, capsys):
+    folder = tmp_path / "runs" / "a"
+    assert train(options(text, out=str(folder))) == 0
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "loss.png", "tokenizer.json"}
+    assert names == expected | {"checkpoint.safetensors"}
+
+    lines = rows(folder)
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12]
+    always = {"step", "train_loss", "lr", "tokens_per_s", "mfu", "elapsed_s"}
+    for line in lines:
+        evaluated = {"val_loss"} if line["step"] in (5, 10, 12) else set()
+        assert set(line) == always | evaluated
+        assert all(math.isfinite(value) and value > 0 for value in line.values())
+    assert [line["elapsed_s"] for line in lines] == sorted(line["elapsed_s"] for line in lines)
+
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["train"]["n_embd"] == settings["model"]["n_embd"] == 16
+    assert settings["model"]["vocab_size"] == len(set(TEXT))
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    model, tokenizer = sampling.load_run(folder)
+    assert tokenizer.name == "char"
+    printed = capsys.readouterr()
+    again = "".join(sampling.stream_text(model, tokenizer, "", 5, seed=1337))
+    assert printed.out == again + "\n"
+    assert f"validation loss {lines[-1]['val_loss']:.4f} nats per character" in printed.err
+
+
+def test_validation_loss_at_the_end_is_that_of_the_whole_split(text, tmp_path):
+    train(options(text, out=str(tmp_path / "a"), sample_tokens=0))
+    model, tokenizer = sampling.load_run(tmp_path / "a")
+    ids = torch.from_numpy(tokenizer.encode(TEXT).astype(np.int64))
+    ids = ids[int(len(ids) * 0.9) :]
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 16):
+            window = ids[start : start + 17]
+            logits, _ = model(window[None, :-1])
+            losses += torch.nn.functional.cross_entropy(
+                logits[0], window[1:], reduction="none"
+            ).tolist()
+    assert len(losses) == len(ids) - 1
+    assert rows(tmp_path / "a")[-1]["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_it_learns(text):
+    trainer = Trainer(options(text, steps=150, n_embd=32, lr=1e-2))
+    before = trainer.evaluate()
+    while trainer.step < 150:
+        trainer.train_step()
+    assert before == pytest.approx(math.log(len(set(TEXT))), abs=0.3)
+    assert trainer.evaluate() < 0.3
+
+
+def test_same_seed_same_weights_and_another_seed_others(text):
+    ends = []
+    for seed in (1, 1, 2):
+        trainer = Trainer(options(text, seed=seed, dropout=0.1))
+        for _ in range(3):
+            trainer.train_step()
+        ends.append(weights(trainer))
+        torch.manual_seed(int(time.time()))
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert not all(map(torch.equal, ends[0], ends[2]))
+
+
+def test_default_run_needs_no_data():
+    trainer = Trainer(TrainConfig(device="cpu"))
+    assert len(trainer.corpus.train) > 300_000
+
+
+# Going on
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7], ids="stop-at-{}".format)
+def test_resumed_run_is_bit_identical(stop, text, tmp_path, monkeypatch):
+    """With dropout and accumulation: weights, AdamW's state, and every line of metrics."""
+    arguments = {"dropout": 0.2, "grad_accum": 2}
+    assert train(options(text, out=str(tmp_path / "whole"), **arguments)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted_after(stop))
+        assert train(options(text, out=str(tmp_path / "cut"), **arguments)) == 130
+    assert checkpoint.read(tmp_path / "cut" / checkpoint.FILE)[1]["step"] == stop
+    torch.manual_seed(0)
+    assert resume(tmp_path / "cut") == 0
+
+    from safetensors.torch import load_file
+
+    whole, cut = (load_file(tmp_path / run / checkpoint.FILE) for run in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert any(name.startswith("optimizer.exp_avg_sq.") for name in whole)
+    for name in whole:
+        assert torch.equal(whole[name], cut[name]), name
+    ours, theirs = ({r["step"]: r for r in rows(tmp_path / run)} for run in ("whole", "cut"))
+    assert set(ours) <= set(theirs)
+    for step in ours:
+        assert ours[step]["lr"] == theirs[step]["lr"]
+        assert ours[step].get("val_loss") == theirs[step].get("val_loss")
+
+
+def interrupted_after(step):
+    """train_step, which gets a Ctrl-C in the middle of that step."""
+    original = Trainer.train_step
+
+    def train_step(trainer):
+        if trainer.step == step - 1:
+            os.kill(os.getpid(), 2)
+        return original(trainer)
+
+    return train_step
+
+
+def test_resume_with_more_steps_goes_on(finished):
+    folder, _ = finished
+    assert resume(folder, steps=14) == 0
+    assert rows(folder)[-1]["step"] == 14
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
+
+
+def test_lines_after_the_checkpoint_are_forgotten_and_strays_swept(finished):
+    """A killed run's metrics may be ahead of its checkpoint, and end in half a line."""
+    folder, _ = finished
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "train_loss": 1.0}\n{"step": 14, "tr')
+    (folder / ".checkpoint.safetensors.tmp-x").mkdir()
+    resume(folder, steps=16)
+    assert [row["step"] for row in rows(folder)][-3:] == [14, 15, 16]
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (lambda f, text: None, {}, "steps must be above the 12 done, got 12"),
+        (lambda f, text: None, {"n_layer": 3}, "n_layer cannot change"),
+        (lambda f, text: None, {"seed": 3}, "seed cannot change"),
+        (lambda f, text: Path(text).write_text(TEXT[:-40]), {"steps": 14}, "training tokens, got"),
+        (lambda f, text: Path(text).write_text("q" + TEXT), {"steps": 14}, "character 'q'"),
+        (lambda f, text: Path(text).unlink(), {"steps": 14}, "data must be a file"),
+        (lambda f, text: (f / "config.json").unlink(), {}, "resume must be the folder of a run"),
+        (lambda f, text: (f / "config.json").write_text("{"), {}, "config.json' must hold"),
+        (lambda f, text: (f / "config.json").write_text('{"train": {"x": 1}}'), {}, "option 'x'"),
+        (lambda f, text: (f / checkpoint.FILE).unlink(), {}, "checkpoint .* cannot be read"),
+        (lambda f, text: (f / "tokenizer.json").write_text("{}"), {}, "tokenizer.json"),
+    ],
+    ids=lambda value: None if callable(value) or isinstance(value, dict) else value,
+)
+def test_resume_is_refused_and_changes_nothing(spoil, changes, message, finished):
+    folder, text = finished
+    spoil(folder, text)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=message):
+        resume(folder, **changes)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# Steps
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all-targets", "uneven-mask"])
+def test_accumulation_equals_one_big_batch(masked, text):
+    """A mean of means weighs a window with few targets as much as a full one."""
+    grads, losses = [], []
+    for batch_size in (8, 2, 3):  # one pass, four, and a ragged three
+        trainer = Trainer(options(text, batch_size=batch_size))
+        trainer.model.double()
+        x, y = map(torch.from_numpy, trainer.corpus.train.batch(0, 0, 8, 16))
+        if masked:
+            for row in range(8):
+                y[row, 2 * row + 1 :] = -1
+        losses.append(trainer.backward(x, y).item())
+        grads.append([p.grad for p in trainer.model.parameters()])
+    for i in (1, 2):
+        assert losses[i] == pytest.approx(losses[0], rel=1e-6)
+        for a, b in zip(grads[0], grads[i], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert all(g.abs().sum() > 0 for g in grads[0])
+
+
+def test_accumulation_draws_the_same_windows(text):
+    seen = []
+    for changes in ({"batch_size": 4, "grad_accum": 2}, {"batch_size": 8, "grad_accum": 1}):
+        trainer = Trainer(options(text, **changes))
+        trainer.train_step()
+        seen.append(weights(trainer))
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_finite_stops_before_the_update(where, value, text, tmp_path, monkeypatch):
+    trainer = Trainer(options(text))
+    trainer.train_step()
+    before = weights(trainer)
+    original = trainer.backward
+
+    def broken(x, y):
+        loss = original(x, y)
+        if where == "loss":
+            return loss * value
+        trainer.model.lm_head.weight.grad[3, 1] = value
+        return loss
+
+    monkeypatch.setattr(trainer, "backward", broken)
+    with pytest.raises(NonFiniteError, match=r"step 2 \(batch 1 of seed 1337\)"):
+        trainer.train_step()
+    assert all(map(torch.equal, before, weights(trainer)))
+    assert trainer.step == 1
+
+
+def test_gradient_is_clipped_to_the_norm_asked_for(text, monkeypatch):
+    norms = {}
+    for clip in (0.0, 0.01):
+        trainer = Trainer(options(text, grad_clip=clip))
+        step = trainer.optimizer.step
+        monkeypatch.setattr(
+            trainer.optimizer,
+            "step",
+            lambda clip=clip, trainer=trainer, step=step: (
+                norms.update({clip: _norm(trainer.model)}),
+                step(),
+            ),
+        )
+        trainer.train_step()
+    assert norms[0.0] > 0.1
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
+
+
+def _norm(model) -> float:
+    return math.sqrt(sum(p.grad.pow(2).sum().item() for p in model.parameters()))
+
+
+def test_bfloat16_learns_as_float32_does(text):
+    """Under autocast the weights stay float32."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(options(text, dtype=dtype))
+        losses[dtype] = [trainer.train_step()[0] for _ in range(4)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+# Stopping
+
+
+def test_a_second_signal_takes_its_usual_course(text, tmp_path, monkeypatch):
+    def train_step(trainer):
+        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), 2)
+        time.sleep(1)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(options(text, out=str(tmp_path / "a")))
+
+
+def test_sigterm_saves_too_and_the_command_says_how_to_go_on(text, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a"
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), 15))
+    timer.start()
+    assert train(options(text, out=str(folder), steps=10**6)) == 128 + 15
+    assert f"go on: gpt2 train --resume {folder}" in capsys.readouterr().err
+    step = checkpoint.read(folder / checkpoint.FILE)[1]["step"]
+    assert step >= 1
+    assert rows(folder)[-1]["step"] == step
+
+
+# Sampling
+
+
+class Scripted:
+    """A model that samples what it is told, one token at a time."""
+
+    def __init__(self, ids):
+        self.ids, self.prompt = ids, None
+        self.config = Config(8, 256, 1, 1, 8)
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed):
+        self.prompt = idx.tolist()
+        for i in self.ids[:max_new_tokens]:
+            yield torch.tensor([[i]])
+
+
+def test_text_streams_in_whole_characters():
+    model = Scripted([*"né 😀".encode(), 0xF0, 0x9F])
+    assert list(sampling.stream_text(model, byte(), "ab", 99)) == ["n", "é", " ", "😀", "\ufffd"]
+    assert model.prompt == [[97, 98]]
+
+
+def test_text_ends_with_its_document():
+    from gpt2.tokenizer import bpe
+
+    tokenizer = bpe([bytes([b]) for b in range(256)])
+    model = Scripted([97, 98, 256, 99])
+    assert "".join(sampling.stream_text(model, tokenizer, "", 99)) == "ab"
+    assert model.prompt == [[256]]  # an empty prompt starts a document
+
+
+@pytest.mark.parametrize("alphabet, start", [("\nab", 0), ("ab", 0), ("\tab\n", 1)])
+def test_an_empty_prompt_starts_a_line(alphabet, start):
+    model = Scripted([1])
+    list(sampling.stream_text(model, char(alphabet), "", 1))
+    assert model.prompt == [[start]]
+
+
+def test_a_run_whose_files_do_not_fit_is_refused(finished):
+    folder, _ = finished
+    (folder / "tokenizer.json").write_text(byte().to_json())
+    with pytest.raises(InputError, match="vocab_size 14, got 256 ids"):
+        sampling.load_run(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match="run must be a folder that holds"):
+        sampling.load_run(folder)
+
+
+# What is seen
+
+
+def test_plot_has_axes_with_units_and_both_curves(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, format: (drawn.append(self), path.touch())
+    )
+    lines = [{"step": k, "train_loss": 4.0 / k} for k in range(1, 50)]
+    lines[20]["val_loss"], lines[40]["val_loss"] = 1.0, 0.5
+    report.plot(tmp_path / "loss.png", lines, "A title", "character")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "optimizer step"
+    assert axes.get_ylabel() == "loss (nats per character)"
+    assert axes.get_title() == "A title"
+    curves = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert curves["validation"].tolist() == [[21, 1.0], [41, 0.5]]
+    smooth = curves["training, smoothed"]
+    assert len(smooth) == 49 and smooth[0, 1] == 4.0 and smooth[-1, 1] < 0.1
+
+
+def test_mfu_is_speed_over_peak(tmp_path):
+    with report.Progress(
+        tmp_path / "m",
+        step=0,
+        steps=4,
+        elapsed_s=10.0,
+        tokens_per_step=100,
+        flops_per_token=6,
+        peak_flops=12_000.0,
+    ) as progress:
+        progress.add(2.0, 0.5)
+        progress.add(4.0, 1.5)
+        progress.line(2, 0.1)
+    (row,) = progress.rows
+    assert row["train_loss"] == 3.0
+    assert row["tokens_per_s"] == 100.0
+    assert row["mfu"] == pytest.approx(0.05)
+    assert 10.0 < row["elapsed_s"] < 11.0
+
+
+# The published figure
+
+
+@pytest.mark.full
+def test_tiny_shakespeare_as_nanogpt(tmp_path):
+    """nanoGPT's setting for a CPU: 1.92 measured with its own code, 1.88 published."""
+    folder = os.environ.get("GPT2_TEST_DATA")
+    if not folder:
+        pytest.skip("GPT2_TEST_DATA is not set: tinyshakespeare.txt is not at hand")
+    assert (
+        train(
+            TrainConfig(
+                data=os.path.join(folder, "tinyshakespeare.txt"),
+                n_layer=4,
+                n_head=4,
+                n_embd=128,
+                block_size=64,
+                batch_size=12,
+                steps=2000,
+                dropout=0.0,
+                lr=1e-3,
+                min_lr=1e-4,
+                warmup_steps=100,
+                beta2=0.99,
+                device="cpu",
+                out=str(tmp_path / "run"),
+            )
+        )
+        == 0
+    )
+    assert rows(tmp_path / "run")[-1]["val_loss"] <= 1.92
+
+
+def test_sizes_agree_between_the_model_and_its_options(text):
+    trainer = Trainer(options(text))
+    assert trainer.model.config == Config(16, len(set(TEXT)), 2, 2, 16)
+    assert isinstance(trainer.model, Model) and not trainer.model.fast
+    assert Trainer(options(text, fast=True)).model.fast
