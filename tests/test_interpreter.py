@@ -208,6 +208,7 @@ def _argument_kernel(x_ptr, out_ptr, scale, flag, n):
     x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)
     tl.static_assert((x * scale).dtype == tl.float32)
     tl.static_assert((x * 0.1).dtype == tl.bfloat16)
+    tl.static_assert((x / x).dtype == tl.float32)  # there is no 16-bit division
     if flag:
         tl.store(out_ptr + offs, x * scale, mask=offs < n)
 
@@ -221,18 +222,17 @@ def test_float_arguments_are_fp32_tensors():
 
 
 @triton.jit
-def _shift_kernel(x_ptr, out_ptr):
-    offs = tl.arange(0, 4)
-    x = tl.load(x_ptr + offs)
-    tl.store(out_ptr + offs, x >> 1)
-    tl.store(out_ptr + 4 + offs, x)
+def _assert_kernel(x_ptr, STATIC: tl.constexpr):
+    tl.static_assert(STATIC == 1, "never")
+    tl.device_assert(tl.load(x_ptr) == 1, "not one")
 
 
-def test_arithmetic_shift_leaves_its_operand_alone():
-    x = torch.tensor([-8, 7, -1, 2**31 - 1], dtype=torch.int32)
-    out = torch.empty(8, dtype=torch.int32)
-    _shift_kernel[(1,)](x, out)
-    assert torch.equal(out, torch.cat([x >> 1, x]))
+def test_assertions_are_on():
+    _assert_kernel[(1,)](torch.ones(1), 1)
+    with pytest.raises(interpreter.InterpreterError, match="never"):
+        _assert_kernel[(1,)](torch.ones(1), 2)
+    with pytest.raises(interpreter.InterpreterError, match="not one"):
+        _assert_kernel[(1,)](torch.zeros(1), 1)
 
 
 @triton.jit
@@ -330,8 +330,11 @@ def _integer_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr):
         out = x + y
     elif OP == "sub":
         out = x - y
-    else:
+    elif OP == "mul":
         out = x * y
+    elif OP == "unsigned":
+        unsigned = x.to(tl.uint32, bitcast=True) * y.to(tl.uint32, bitcast=True)
+        out = unsigned.to(tl.int32, bitcast=True)
     tl.store(out_ptr + offs, out)
 
 
@@ -351,6 +354,12 @@ def test_int32_overflow(op, x, y):
         run(torch.int32, x, y)
     assert run(torch.int64, x, y) == exact
     assert run(torch.int32, x // 2, y) == {"add": x // 2 + y, "sub": x // 2 - y}.get(op, x // 2 * y)
+
+
+def test_unsigned_integers_may_wrap():
+    x, out = torch.tensor([3, 2**31 - 1], dtype=torch.int32), torch.empty(2, dtype=torch.int32)
+    _integer_kernel[(1,)](x, x, out, "unsigned")
+    assert out.tolist() == [9, 1]  # (2**31 - 1)**2 modulo 2**32
 
 
 @triton.jit

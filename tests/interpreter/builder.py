@@ -47,10 +47,6 @@ class Builder(stock.InterpreterBuilder):
     def create_minnumf(self, lhs, rhs):
         return self.binary_op(lhs, rhs, np.fmin)
 
-    def create_ashr(self, lhs, rhs):  # Triton's changes the type of its operands in place
-        signed = stock._get_signed_np_dtype(lhs.data.dtype)
-        return narrow(np.right_shift(lhs.data.view(signed), rhs.data.view(signed)), lhs.dtype)
-
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if _is_fp8(a, b):
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)

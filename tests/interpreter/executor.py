@@ -89,9 +89,9 @@ class Language:
         patched = {key: getattr(*key) for key in names}
         scope.restore()
         self.originals = {key: getattr(*key, stock._MISSING) for key in names}
-        self.patches = {
-            key: _bind(original) if tl.core.is_builtin(original) else patched[key]
-            for key, original in self.originals.items()
+        self.patches = {  # its wrapper of a builtin searches the keywords: ours does not
+            key: _bind(self.originals[key]) if "_patch_attr" in str(patch) else patch
+            for key, patch in patched.items()
         }
         self.patches[tl.tensor, "__index__"] = lambda x: x.handle.data.item()
         for module in (tl, tl.core):

@@ -97,15 +97,16 @@ _broadcast_shape = functools.cache(np.broadcast_shapes)
 
 
 def _shape(type):
-    return tuple(type.shape.values) if type.is_block() else ()
+    return getattr(type, "sizes", ())  # of a block; a scalar has none
 
 
 @functools.cache
 def _block_shape(sizes):
     if not sizes:
         raise TypeError("0d block_type is forbidden")
-    shape = tl.tuple(map(tl.core._unwrap_if_constexpr, sizes))
-    return shape, tl.core.validate_block_shape(shape)
+    sizes = tuple(map(tl.core._unwrap_if_constexpr, sizes))
+    shape = tl.tuple(sizes)
+    return sizes, shape, tl.core.validate_block_shape(shape)
 
 
 @functools.cache
@@ -115,8 +116,8 @@ def _tensor_shape(sizes):
 
 def _init_block_type(self, element_ty, shape):
     self.element_ty = element_ty
-    sizes = shape.values if isinstance(shape, tl.tuple) else shape
-    self.shape, self.numel = _block_shape(tuple(sizes))
+    shape = shape.values if isinstance(shape, tl.tuple) else shape
+    self.sizes, self.shape, self.numel = _block_shape(tuple(shape))
 
 
 def _init_tensor(self, handle, type):
