@@ -314,8 +314,8 @@ def _linear_cross_entropy(x, weight, targets, ignore_index, with_grad, backend):
 def _linear_cross_entropy_fake(x, weight, targets, ignore_index, with_grad, backend):
     (N, C), V = x.shape, weight.shape[0]
     rows, columns = (N, V) if with_grad else (0, 0)
-    total, dweight = (_like(x, *shape, dtype=torch.float32) for shape in ((), (columns, C)))
-    return total, _like(x, rows, C), dweight
+    total = torch.empty((), dtype=torch.float32, device=x.device)
+    return total, _like(x, rows, C), _like(x, columns, C, dtype=torch.float32)
 
 
 _register(

@@ -30,9 +30,13 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     return None
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
 def _device_reason(device_type: str, index: int | None) -> str | None:
+    return _cached_device_reason(device_type, index)
+
+
+@functools.cache
+def _cached_device_reason(device_type: str, index: int | None) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return _import_error()
     if device_type != "cuda":

@@ -1,0 +1,447 @@
+"""The model: equal to transformers' GPT-2, the same fast and plain, compiled and not."""
+
+import math
+
+import pytest
+import torch
+from util import DEVICE, DTYPES, assert_close_to, bits_equal, launches
+
+from gpt2 import Config, Model, kernels
+
+SMALL = Config(block_size=48, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+
+
+def ids(B, T, V=65):
+    return torch.randint(V, (B, T), device=DEVICE)
+
+
+def model_in(config=SMALL, dtype=torch.float32, **kwargs):
+    """A model whose parameters are all random, biases and norms too."""
+    model = Model(config, **kwargs).to(DEVICE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.to(dtype)
+
+
+def loss_and_gradients(model, idx, targets, seed=0):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    _, loss = model(idx, targets)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def seeded_logits(model, idx, seed=0):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(idx)[0]
+
+
+# ---- against transformers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_equals_transformers(dtype):
+    """Logits, loss and every gradient, from the same random weights."""
+    transformers = pytest.importorskip("transformers")
+    c = SMALL
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
+            n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+            attn_implementation="eager", bos_token_id=0, eos_token_id=0,
+        )
+    ).to(dtype)  # fmt: skip
+    ours = model_in(dtype=dtype).cpu()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.copy_(transposed(name, ours.get_parameter(name)))
+    idx = torch.randint(c.vocab_size, (3, 33))
+    targets = torch.randint(c.vocab_size, (3, 33))
+    targets[0, 5:9] = -1
+
+    logits, _ = ours(idx)
+    _, loss = ours(idx, targets)
+    output = theirs(idx)
+    their_loss = torch.nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), targets.flatten(), ignore_index=-1
+    )
+    loss.backward(), their_loss.backward()
+
+    tolerance = {"rtol": 0, "atol": 64 * torch.finfo(dtype).eps}
+    assert torch.allclose(logits, output.logits, **tolerance)
+    assert torch.allclose(loss, their_loss, **tolerance)
+    gradients = dict(theirs.named_parameters())
+    assert set(gradients) == {name for name, _ in ours.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, transposed(name, gradients[name].grad), **tolerance), name
+
+
+def transposed(name, weight):
+    """transformers stores the four projections as (in, out), as the published checkpoints do."""
+    projections = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return weight.T if name.endswith(projections) else weight
+
+
+def test_state_dict_names():
+    names = set(Model(SMALL).state_dict())
+    block = [
+        *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias"),
+        *("attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias"),
+        *("mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"),
+    ]
+    want = {f"transformer.h.{i}.{name}" for i in range(SMALL.n_layer) for name in block}
+    want |= {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    assert names == want | {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+@pytest.mark.no_poison
+def test_published_sizes():
+    """124M and 1.5B parameters, as published; counted without building the large one."""
+    with torch.device("meta"):
+        counts = {
+            name: Model(Config.named(name)).num_params(non_embedding=False)
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+        }
+    assert counts == {
+        "gpt2": 124439808, "gpt2-medium": 354823168,
+        "gpt2-large": 774030080, "gpt2-xl": 1557611200,
+    }  # fmt: skip
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    config = Config(block_size=64, vocab_size=500, n_layer=8, n_head=4, n_embd=128)
+    for name, p in Model(config).named_parameters():
+        if "ln_" in name:
+            assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
+        elif name.endswith("bias"):
+            assert not p.any(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+    assert Model(config)(ids(2, 64, 500).cpu(), ids(2, 64, 500).cpu())[1].item() == pytest.approx(
+        math.log(500), rel=0.02
+    )
+
+
+# ---- fast against plain
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 33, 48])
+def test_fast_equals_plain(T, dtype, dropout, ran):
+    """Loss and every parameter's gradient, under the 2x rule, kernels against plain PyTorch. With
+    dropout too: both modes draw the same masks."""
+    config = Config(**{**vars(SMALL), "dropout": dropout})
+    model = model_in(config, DTYPES[dtype])
+    idx, targets = ids(2, T), ids(2, T)
+    targets[0, T // 2] = -1
+    plain, plain_logits = loss_and_gradients(model, idx, targets), seeded_logits(model, idx)
+    model.fast = True
+    with kernels.use("triton"), launches() as launched:
+        fast = loss_and_gradients(model, idx, targets)
+        # forward and backward of 2 x (attention, gelu) and 5 norms, and the loss
+        assert len(launched) == 2 * (2 * 2 + 5) + 1
+        logits = seeded_logits(model, idx)
+    model.fast = False
+    exact = loss_and_gradients(model.double(), idx, targets)
+    exact_logits = seeded_logits(model, idx)
+    assert_close_to(exact_logits, logits, plain_logits, "logits", factor=2)
+    # One number may be lucky; the loss moves by as much as the logits do.
+    noise = (plain_logits - exact_logits).abs().max().item()
+    assert (fast[0] - exact[0]).abs() <= 2 * noise
+    for name in exact[1]:
+        # Rounded activations of every layer below enter a gradient; the largest of the model's
+        # gradients is the scale of that noise.
+        scale = max(g.double().square().mean().sqrt().item() for g in exact[1].values())
+        assert_close_to(
+            exact[1][name], fast[1][name], plain[1][name], name, factor=3, terms=scale / 2
+        )
+        ran("triton")
+
+
+@pytest.mark.triton
+def test_dropout_is_drawn_anew_and_only_in_training():
+    model = model_in(Config(**{**vars(SMALL), "dropout": 0.5}), fast=True)
+    idx = ids(1, 20)
+    with kernels.use("triton"):
+        assert not bits_equal(model(idx)[0], model(idx)[0])
+        model.eval()
+        assert bits_equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.triton
+def test_switching_is_one_attribute():
+    model = model_in()
+    idx = ids(2, 20)
+    with launches() as launched:
+        model(idx)
+        assert not launched
+        model.fast = True
+        model(idx)
+        assert set(launched) == {"triton"}
+        launched.clear()
+        model.fast = False
+        model(idx)
+        assert not launched
+
+
+def test_fast_on_a_machine_that_cannot_says_so_and_works(monkeypatch):
+    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "this test says so")
+    kernels.dispatch._said.clear()
+    model, idx = model_in(fast=True), ids(2, 20)
+    with pytest.warns(UserWarning, match=r"falls back to plain PyTorch.*this test says so") as said:
+        fast = model(idx, idx)[1]
+    assert len({str(w.message) for w in said}) == len(said) == 4, "once for each op"
+    model.fast = False
+    assert bits_equal(fast, model(idx, idx)[1])
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fast", [False, True])
+def test_what_is_returned(fast, training):
+    model = model_in(fast=fast).train(training)
+    idx = ids(2, 20)
+    with kernels.use("triton" if fast else "reference"):
+        logits, loss = model(idx)
+        assert logits.shape == (2, 20, 65) and loss is None
+        logits, loss = model(idx, idx)
+        assert (logits is None) == training and loss.shape == ()
+        whole, same = model(idx, idx, return_logits=True)
+        none, again = model(idx, idx, return_logits=False)
+    assert whole.shape == (2, 20, 65) and none is None
+    assert torch.allclose(same, loss) and torch.allclose(again, loss)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_without_gradients(mode):
+    model, idx = model_in(fast=True), ids(2, 20)
+    with kernels.use("triton"):
+        want = model(idx)[0]
+        with getattr(torch, mode)():
+            assert bits_equal(want, model(idx)[0])
+
+
+@pytest.mark.triton
+def test_autocast():
+    """Parameters stay float32, kernels see bfloat16, gradients come back in float32."""
+    model, idx = model_in(fast=True), ids(2, 20)
+    with kernels.use("triton"), torch.autocast(DEVICE, torch.bfloat16):
+        logits, _ = model(idx)
+        _, loss = model(idx, idx)
+    loss.backward()
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    model.fast = False
+    assert loss.item() == pytest.approx(model(idx, idx)[1].item(), rel=0.02)
+
+
+@pytest.mark.triton
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    model = model_in(Config(**{**vars(SMALL), "dropout": 0.1}), fast=True)
+    idx = ids(2, 20)
+    with kernels.use("triton"):
+        want = loss_and_gradients(model, idx, idx)
+        for block in model.transformer.h:
+            forward = block.forward
+            block.forward = lambda *args, f=forward: checkpoint(f, *args, use_reentrant=False)
+        got = loss_and_gradients(model, idx, idx)
+    assert bits_equal(want[0], got[0])
+    assert all(bits_equal(want[1][name], got[1][name]) for name in want[1])
+
+
+# ---- torch.compile
+
+
+@pytest.mark.triton
+@pytest.mark.no_poison
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compile_has_no_graph_break(dropout):
+    """fullgraph=True raises at a break. Forward, loss and gradients equal the eager model's."""
+    torch._dynamo.reset()
+    model = model_in(Config(**{**vars(SMALL), "dropout": dropout}), fast=True)
+    compiled = torch.compile(
+        model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
+    )
+    idx = ids(2, 20)
+    with kernels.use("triton"), launches() as launched:
+        want = loss_and_gradients(model, idx, idx)
+        eager = len(launched)
+        _, loss = compiled(idx, idx)
+        model.zero_grad()
+        loss.backward()
+    assert len(launched) == 2 * eager, "the compiled graph runs the same kernels"
+    if dropout == 0.0:
+        assert torch.allclose(loss, want[0], rtol=1e-6)
+        for name, p in model.named_parameters():
+            assert torch.allclose(p.grad, want[1][name], atol=1e-6), name
+
+
+@pytest.mark.no_poison
+def test_compile_of_the_fallback():
+    """Where no kernel serves, the compiled model is plain PyTorch, and says why while it traces."""
+    torch._dynamo.reset()
+    model, idx = model_in(fast=True), ids(2, 20)
+    with kernels.use("reference"):
+        want = model(idx, idx)[1]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(idx, idx)[1], want)
+
+
+@pytest.mark.triton
+@pytest.mark.no_poison
+def test_compiled_model_still_names_bad_ids():
+    torch._dynamo.reset()
+    model = model_in(fast=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    idx = ids(1, 5)
+    with kernels.use("triton"):
+        compiled(idx)
+        idx[0, 2] = 65
+        with pytest.raises(ValueError, match=r"idx must lie in \[0, 65\), got 65"):
+            compiled(idx)
+
+
+# ---- generation
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.triton)])
+def test_generate(fast):
+    model, idx = model_in(fast=fast), ids(2, 5)
+    with kernels.use("triton" if fast else "reference"):
+        out = model.generate(idx, 7, seed=1)
+        assert out.shape == (2, 12) and torch.equal(out[:, :5], idx)
+        assert torch.equal(out, model.generate(idx, 7, seed=1))
+        assert not torch.equal(out, model.generate(idx, 7, seed=2))
+        streamed = torch.cat([idx, *model.stream(idx, 7, seed=1)], dim=1)
+    assert torch.equal(out, streamed)
+    assert model.training, "left as it was"
+
+
+def test_greedy_is_the_likeliest_token():
+    model, idx = model_in(), ids(2, 5)
+    want = idx
+    for _ in range(60):  # beyond block_size the window slides
+        model.eval()
+        logits, _ = model(want[:, -SMALL.block_size :])
+        want = torch.cat([want, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(idx, 60, temperature=0.0), want)
+    assert torch.equal(model.generate(idx, 60, top_k=1), want)
+
+
+def test_generate_does_not_look_at_dropout():
+    model = model_in(Config(**{**vars(SMALL), "dropout": 0.9}))
+    idx = ids(1, 5)
+    a, b = (model.generate(idx, 20, temperature=0.0) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_sampling_cuts():
+    """top_k and top_p against their definitions, by the frequencies of many samples."""
+    from gpt2.model import sample
+
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(20000, -1)
+
+    def frequencies(temperature=1.0, top_k=None, top_p=None):
+        generator = torch.Generator().manual_seed(0)
+        tokens = sample(logits, temperature, top_k, top_p, generator)
+        return torch.bincount(tokens[:, 0], minlength=4) / len(tokens)
+
+    def near(p):
+        return pytest.approx(p, abs=0.02)
+
+    assert frequencies().tolist() == near([0.5, 0.25, 0.15, 0.1])
+    assert frequencies(top_k=2).tolist() == near([2 / 3, 1 / 3, 0, 0])
+    assert frequencies(top_k=9).tolist() == near([0.5, 0.25, 0.15, 0.1])
+    assert frequencies(top_p=0.5).tolist() == near([1, 0, 0, 0])
+    assert frequencies(top_p=0.6).tolist() == near([2 / 3, 1 / 3, 0, 0])
+    assert frequencies(top_p=1e-9).tolist() == near([1, 0, 0, 0])
+    assert frequencies(top_k=2, top_p=0.7).tolist() == near([2 / 3, 1 / 3, 0, 0])
+    hot = frequencies(temperature=0.5)
+    assert hot.tolist() == near([0.725, 0.181, 0.065, 0.029])
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.triton)])
+@pytest.mark.parametrize("bad", [-1, 65, 2**63 - 1])
+def test_ids_out_of_range_are_named(fast, bad):
+    model = model_in(fast=fast)
+    idx = ids(2, 5)
+    wrong = idx.clone()
+    wrong[1, 3] = bad
+    with kernels.use("triton" if fast else "reference"):
+        with pytest.raises(ValueError, match=rf"idx must lie in \[0, 65\), got {bad}"):
+            model(wrong)
+        if bad != -1:
+            for return_logits in (True, False):
+                with pytest.raises(ValueError, match=rf"targets must lie in \[0, 65\), got {bad}"):
+                    model(idx, wrong, return_logits=return_logits)
+
+
+@pytest.mark.parametrize(
+    "idx, error, message",
+    [
+        (torch.zeros(1, 49).long(), ValueError, "at most block_size=48 tokens long, got T=49"),
+        (torch.zeros(5).long(), ValueError, r"idx must have shape \(B, T\), got \(5,\)"),
+        (torch.zeros(1, 5), TypeError, "idx must be an int64 tensor, got torch.float32"),
+        ([[1]], TypeError, "idx must be an int64 tensor, got list"),
+    ],
+)
+def test_bad_input_is_named(idx, error, message):
+    with pytest.raises(error, match=message):
+        Model(SMALL)(idx)
+
+
+def test_targets_of_another_shape():
+    with pytest.raises(ValueError, match=r"targets must have idx's shape \(1, 5\), got \(1, 4\)"):
+        Model(SMALL)(torch.zeros(1, 5).long(), torch.zeros(1, 4).long())
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"temperature": math.nan}, "temperature must be finite"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"idx": torch.zeros(1, 0).long()}, "T >= 1"),
+    ],
+)
+def test_bad_sampling_arguments_are_named(kwargs, message):
+    kwargs = {"idx": torch.zeros(1, 1).long(), "max_new_tokens": 1, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        Model(SMALL).generate(**kwargs)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"n_head": 5}, ValueError, "n_embd must be divisible by n_head, got n_embd=32, n_head=5"),
+        ({"n_layer": 0}, ValueError, "n_layer must be at least 1, got 0"),
+        ({"vocab_size": 65.0}, TypeError, "vocab_size must be an int, got 65.0"),
+        ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"dropout": "0"}, TypeError, "dropout must be a number, got '0'"),
+    ],
+)
+def test_bad_configurations_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        Config(**{**vars(SMALL), **change})
+
+
+def test_named_configurations():
+    assert Config.named("gpt2") == Config()
+    assert Config.named("gpt2-xl", dropout=0.1).dropout == 0.1
+    with pytest.raises(ValueError, match=r"name must be one of gpt2, .*got 'gpt3'"):
+        Config.named("gpt3")
