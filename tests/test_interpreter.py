@@ -323,6 +323,37 @@ def test_one_load_may_span_storages():
 
 
 @triton.jit
+def _block_kernel(x_ptr, out_ptr, n, CHECK: tl.constexpr):
+    x = tl.make_block_ptr(x_ptr, (n,), (1,), (0,), (16,), (0,))
+    out = tl.make_block_ptr(out_ptr, (n,), (1,), (0,), (16,), (0,))
+    value = tl.load(x, boundary_check=(0,), padding_option="zero")
+    if CHECK:
+        tl.store(out, value, boundary_check=(0,))
+    else:
+        tl.store(out, value)
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, n):
+    offs = tl.arange(0, 4)
+    tl.atomic_add(x_ptr + offs, 1.0, mask=offs < n)
+
+
+@pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
+def test_block_pointers_and_atomics_are_watched():
+    x, out = torch.randn(13), torch.empty(13)
+    _block_kernel[(1,)](x, out, 13, True)
+    assert torch.equal(x, out)
+    with pytest.raises(KernelFault, match="store of 4 bytes at byte 52 of out_ptr"):
+        _block_kernel[(1,)](x, out, 13, False)
+    total = torch.zeros(3)
+    _atomic_kernel[(5,)](total, 3)
+    assert (total == 5).all()
+    with pytest.raises(KernelFault, match="atomic of 4 bytes at byte 12 of x_ptr"):
+        _atomic_kernel[(5,)](total, 4)
+
+
+@triton.jit
 def _integer_kernel(x_ptr, y_ptr, out_ptr, OP: tl.constexpr):
     offs = tl.arange(0, 2)
     x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)

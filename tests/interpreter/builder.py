@@ -113,7 +113,7 @@ class Builder(stock.InterpreterBuilder):
 
     def _watch(self, action, ptrs, mask, itemsize):
         """Checks an access and returns its lanes (block pointers hand over a bare array)."""
-        lanes = getattr(mask, "data", mask) if not isinstance(mask, np.ndarray) else mask
+        lanes = mask.data if isinstance(mask, TensorHandle) else mask
         self.launch.check(action, ptrs.data, lanes, itemsize)
         return np.ones(ptrs.data.shape, np.bool_) if lanes is None else lanes
 
