@@ -79,7 +79,8 @@ class Progress:
         self._losses, self._seconds = [], 0.0
         self._bar.set_postfix_str(
             f"loss {row['train_loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, "
-            f"mfu {row['mfu']:.1%}"
+            f"mfu {row['mfu']:.1%}",
+            refresh=False,
         )
 
 
@@ -108,7 +109,7 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
     files.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _smoothed(values: list[float], keep: float = 0.8) -> list[float]:
+def _smoothed(values: list[float], keep: float = 0.5) -> list[float]:
     """The running mean that forgets: each value has keep times the weight of the one after it."""
     smooth, total, weight = [], 0.0, 0.0
     for value in values:

@@ -27,7 +27,7 @@ from .errors import InputError, NonFiniteError
 from .machine import peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
-from .train_config import TrainConfig
+from .train_config import FIXED, TrainConfig
 
 CONFIG, METRICS, PLOT = "config.json", "metrics.jsonl", "loss.png"  # in the folder of a run
 
@@ -52,14 +52,13 @@ def resume(folder: str | Path, **changes: Any) -> int:
     no longer the same, and for a change that would make it another run.
     """
     folder = Path(folder)
-    for name, value in changes.items():
-        group = TrainConfig.__dataclass_fields__[name].metadata["group"]
-        if group in ("data", "model") or name in ("seed", "out"):
-            raise InputError(f"{name} cannot change where a run goes on, got {value!r}")
+    for name in FIXED & set(changes):
+        raise InputError(f"{name} cannot change where a run goes on, got {changes[name]!r}")
     options = _read_options(folder / CONFIG)
     _, progress = checkpoint.read(folder / checkpoint.FILE)
+    options = replace(options, **changes)
     tokenizer = tokenizers.load(folder / tokenizers.FILE, options.tokenizer_dir)
-    trainer = Trainer(replace(options, **changes), tokenizer)
+    trainer = Trainer(options, tokenizer)
     trainer.load(folder / checkpoint.FILE, progress)
     files.sweep(folder)
     return trainer.run(folder)
@@ -227,7 +226,11 @@ class Trainer:
         o = self.options
         if o.sample_tokens:
             text = sampling.stream_text(
-                self.model, self.corpus.tokenizer, max_new_tokens=o.sample_tokens, seed=o.seed
+                self.model,
+                self.corpus.tokenizer,
+                max_new_tokens=o.sample_tokens,
+                temperature=0.7,
+                seed=o.seed,
             )
             for part in text:
                 print(part, end="", flush=True)

@@ -10,6 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import InputError
 
+# What a run keeps to its end; the rest may change where it goes on from a checkpoint.
+FIXED = {
+    *("tokenizer", "val_fraction", "block_size", "n_layer", "n_head", "n_embd", "dropout"),
+    *("seed", "out"),
+}
+
 
 def _option(group: str, default: Any, help: str, **checks: Any) -> Any:
     """A field: its group and line in --help, and its checks (see TrainConfig.__post_init__)."""
@@ -47,15 +53,15 @@ class TrainConfig:
     )
 
     block_size: int = _model(64, "tokens that the model sees at a time", at_least=1)
-    n_layer: int = _model(4, "blocks", at_least=1)
+    n_layer: int = _model(3, "blocks", at_least=1)
     n_head: int = _model(4, "attention heads in a block", at_least=1)
     n_embd: int = _model(128, "features of a token; a multiple of n_head", at_least=1)
     dropout: float = _model(0.0, "probability that a feature is dropped", at_least=0, below=1)
 
-    steps: int = _training(1000, "optimizer steps", at_least=1)
+    steps: int = _training(1500, "optimizer steps", at_least=1)
     batch_size: int = _training(16, "windows in a forward pass", at_least=1)
     grad_accum: int = _training(1, "forward passes in an optimizer step", at_least=1)
-    lr: float = _training(3e-3, "highest learning rate", above=0)
+    lr: float = _training(4e-3, "highest learning rate; 6e-4 suits GPT-2 itself", above=0)
     min_lr: float | None = _training(
         None, "learning rate at the end [default: lr / 10]", at_least=0
     )

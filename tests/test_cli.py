@@ -109,7 +109,7 @@ WRONG = {
     "train --resume none": "resume must be the folder of a run, got 'none'",
     "train --resume run": "steps must be above the 6 done, got 6",
     "train --resume run --n-head 4": "n_head cannot change where a run goes on, got 4",
-    "train --resume run --data x": "data cannot change where a run goes on, got 'x'",
+    "train --resume run --steps 9 --data x": "data must be a file, .* got 'x'",
     "train --resume broken --steps 9": "checkpoint 'broken/checkpoint.safetensors' cannot be read",
     "train --resume renamed --steps 9": "character 't' .* not among the 3 characters",
     "sample": "required: RUN",
@@ -237,7 +237,7 @@ def test_every_option_has_a_flag_and_help_says_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
-    for expected in ("[default: 0.003]", "[default: 0.0]", "[default: lr / 10]", "[default: no]"):
+    for expected in ("[default: 0.004]", "[default: 0.0]", "[default: lr / 10]", "[default: no]"):
         assert expected in text
     assert text.count("[default: ") == len(fields(TrainConfig))
 

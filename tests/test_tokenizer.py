@@ -19,7 +19,7 @@ SETTINGS = settings(
 LINES = "First, the naïve café: 1 234 日本語 don't  \n\n\tWE'LL see... ¡años! " * 40
 ANY_TEXT = st.text(
     st.one_of(
-        st.sampled_from(" \n\t'sStTa1!\u00a0\u200b\x1c\x00é日😀\u0301"),
+        st.sampled_from(" \r\n\t'sStTa1!\u00a0\u200b\x1c\x00é日😀\u0301"),
         st.characters(exclude_categories=["Cs"]),
     ),
     max_size=60,

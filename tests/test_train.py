@@ -103,7 +103,7 @@ def test_a_run_leaves_everything(text, tmp_path, capsys):
     model, tokenizer = sampling.load_run(folder)
     assert tokenizer.name == "char"
     printed = capsys.readouterr()
-    again = "".join(sampling.stream_text(model, tokenizer, "", 5, seed=1337))
+    again = "".join(sampling.stream_text(model, tokenizer, "", 5, temperature=0.7, seed=1337))
     assert printed.out == again + "\n"
     assert f"validation loss {lines[-1]['val_loss']:.4f} nats per character" in printed.err
 
@@ -210,23 +210,31 @@ def test_lines_after_the_checkpoint_are_forgotten_and_strays_swept(finished):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("spoil", "changes", "message"),
-    [
-        (lambda f, text: None, {}, "steps must be above the 12 done, got 12"),
-        (lambda f, text: None, {"n_layer": 3}, "n_layer cannot change"),
-        (lambda f, text: None, {"seed": 3}, "seed cannot change"),
-        (lambda f, text: Path(text).write_text(TEXT[:-40]), {"steps": 14}, "training tokens, got"),
-        (lambda f, text: Path(text).write_text("q" + TEXT), {"steps": 14}, "character 'q'"),
-        (lambda f, text: Path(text).unlink(), {"steps": 14}, "data must be a file"),
-        (lambda f, text: (f / "config.json").unlink(), {}, "resume must be the folder of a run"),
-        (lambda f, text: (f / "config.json").write_text("{"), {}, "config.json' must hold"),
-        (lambda f, text: (f / "config.json").write_text('{"train": {"x": 1}}'), {}, "option 'x'"),
-        (lambda f, text: (f / checkpoint.FILE).unlink(), {}, "checkpoint .* cannot be read"),
-        (lambda f, text: (f / "tokenizer.json").write_text("{}"), {}, "tokenizer.json"),
-    ],
-    ids=lambda value: None if callable(value) or isinstance(value, dict) else value,
-)
+REFUSED = {
+    # what is done to the run's folder and its text, with what it is resumed, what is said
+    "finished": (lambda run, text: None, {}, "steps must be above the 12 done, got 12"),
+    "model": (lambda run, text: None, {"n_layer": 3}, "n_layer cannot change"),
+    "seed": (lambda run, text: None, {"seed": 3}, "seed cannot change"),
+    "text-shorter": (
+        lambda run, text: Path(text).write_text(TEXT[:-40]),
+        {"steps": 14},
+        "must be what the run began with, 2808 training tokens, got 2772",
+    ),
+    "text-other": (lambda run, text: Path(text).write_text("q" + TEXT), {}, "character 'q'"),
+    "text-gone": (lambda run, text: Path(text).unlink(), {}, "data must be a file"),
+    "no-config": (lambda run, text: (run / "config.json").unlink(), {}, "folder of a run"),
+    "half-config": (lambda run, text: (run / "config.json").write_text("{"), {}, "must hold a run"),
+    "odd-config": (
+        lambda run, text: (run / "config.json").write_text('{"train": {"x": 1}}'),
+        {},
+        "unknown option 'x'",
+    ),
+    "no-checkpoint": (lambda run, text: (run / checkpoint.FILE).unlink(), {}, "cannot be read"),
+    "no-tokenizer": (lambda run, text: (run / "tokenizer.json").unlink(), {}, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_resume_is_refused_and_changes_nothing(spoil, changes, message, finished):
     folder, text = finished
     spoil(folder, text)
