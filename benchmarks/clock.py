@@ -96,6 +96,7 @@ def limits(clock: Clock, dtype: torch.dtype, quick: bool) -> dict[str, float]:
 
 
 def peak_memory(run: Callable, device: torch.device) -> int | None:
+    """What `run` allocates at most, in bytes; None on a CPU, where PyTorch keeps no count."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace as Shape
 
 import torch
+import torch._functorch.config
 from clock import Clock, environment, limits, peak_memory
 from report import Result, label, plot, show, significant
 
@@ -242,12 +243,14 @@ def measure(op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict,
 
 
 def timed(step: str, contenders, inputs, grads, clock: Clock) -> dict[Contender, tuple]:
-    """Median, 20th and 80th percentile in ms, and peak memory in bytes."""
+    """Median, 20th and 80th percentile in ms, and peak memory in bytes: a backward's includes
+    what the forward saved for it."""
     runs, peaks = {}, {}
     for contender in contenders:
         with contender.context():
+            whole = stepper(BOTH if step == BACKWARD else step, contender.call, inputs, grads)
+            peaks[contender] = peak_memory(whole, clock.device)
             run = stepper(step, contender.call, inputs, grads)
-            peaks[contender] = peak_memory(run, clock.device)
         runs[contender] = run, contender.context
     return {contender: (*ms, peaks[contender]) for contender, ms in clock(runs).items()}
 
@@ -324,6 +327,12 @@ def parse(argv, doc: str, dims: str, default_shapes: dict, peers: list[str]):
         parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel has no speed to measure")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
+    if (
+        options.device != "cpu"
+        and torch.cuda.is_available()
+        and not importlib.util.find_spec("triton")
+    ):
+        parser.error("triton is not installed: triton.testing is the clock of a GPU")
     options.device = torch.device(
         options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     )

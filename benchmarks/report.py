@@ -26,7 +26,7 @@ class Result:
     percent_of_limit: float | None = None
     times_faster_than: dict = field(default_factory=dict)  # per peer
     max_error: float | None = None
-    peak_memory_bytes: int | None = None  # beyond the inputs; on a GPU only
+    peak_memory_bytes: int | None = None  # beyond the inputs, saved tensors included; GPU only
 
 
 def show(results: list[Result]) -> str:
@@ -78,6 +78,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     timed = [r for r in results if r.median_ms]
+    colours = {r.contender: f"C{i}" for i, r in enumerate({r.contender: r for r in timed}.values())}
     panels = list(dict.fromkeys((r.op, r.step, r.dtype) for r in timed))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False, layout="constrained"
@@ -87,13 +88,18 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         shapes = list(dict.fromkeys(label(r.shape) for r in rows))
         for name in dict.fromkeys(r.contender for r in rows):
             mine = [r for r in rows if r.contender == name]
-            style = {"linewidth": 3} if mine[0].kind == "backend" else {"linewidth": 1}
-            x = [shapes.index(label(r.shape)) for r in mine]
-            axis.plot(x, [r.rate for r in mine], marker="o", label=name, **style)
-        axis.set_title(" ".join(panel))
+            axis.plot(
+                [shapes.index(label(r.shape)) for r in mine],
+                [r.rate for r in mine],
+                marker="o",
+                label=name,
+                color=colours[name],
+                linewidth=3 if mine[0].kind == "backend" else 1,
+            )
+        axis.set_title(", ".join(panel))
         axis.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right", fontsize=8)
         axis.set_ylabel(rows[0].unit)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * max(r.rate for r in rows))
         axis.legend(fontsize=8)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

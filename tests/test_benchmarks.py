@@ -83,15 +83,15 @@ def test_script(script, tmp_path):
 
 
 def test_compiled_peer(tmp_path):
-    """torch.compile's backward frees its buffers unless told not to, and is run many times."""
+    """torch.compile's backward may reuse what the forward saved, and then runs once only."""
     done = run(
-        "benchmarks/gelu.py", "--shapes", "7x33", "--device", "cpu", "--quick",
-        "--peers", "compiled", "--json", tmp_path / "out.json",
+        "benchmarks/layer_norm.py", "--shapes", "7x33", "--device", "cpu", "--quick",
+        "--peers", "formula-compiled", "--json", tmp_path / "out.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    mine = [r for r in rows if r["contender"] == "compiled"]
-    assert len(mine) == 4
+    mine = [r for r in rows if r["contender"] == "formula-compiled"]
+    assert len(mine) == 2
     for r in mine:
         if r["status"] != "ok":
             assert "compiler" in r["reason"].lower(), r["reason"]  # a machine without one
@@ -99,7 +99,7 @@ def test_compiled_peer(tmp_path):
 
 
 def test_interpreted_kernels_are_not_timed():
-    done = run("benchmarks/gelu.py", TRITON_INTERPRET="1")
+    done = run("benchmarks/gelu.py", *ON_CPU, "--shapes", "4x8", TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "TRITON_INTERPRET=1" in done.stderr
 
