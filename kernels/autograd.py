@@ -136,59 +136,57 @@ class AttentionQKV(torch.autograd.Function):
 # ---- layer_norm
 
 
-def _rows_of(x: Tensor) -> int:
-    return x.shape[:-1].numel()
+def _stats(x: Tensor) -> Tensor:
+    return _like(x, 2, x.shape[:-1].numel(), dtype=torch.float32)  # mean, rstd
 
 
 @_launcher(
     "layer_norm",
     "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, str backend)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+    " -> (Tensor y, Tensor stats)",
 )
 def _(x, weight, bias, eps, backend):
-    mean, rstd = (_like(x, _rows_of(x), dtype=torch.float32) for _ in range(2))
-    return _like(x), mean, rstd
+    return _like(x), _stats(x)
 
 
 @_launcher(
     "layer_norm",
     "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
-    "str backend) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    "str backend) -> (Tensor y, Tensor s, Tensor stats)",
 )
 def _(x, residual, weight, bias, eps, backend):
-    mean, rstd = (_like(x, _rows_of(x), dtype=torch.float32) for _ in range(2))
-    return _like(x), _like(x), mean, rstd
+    return _like(x), _like(x), _stats(x)
 
 
 @_launcher(
     "layer_norm",
-    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor mean, Tensor rstd, "
-    "str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor stats, str backend)"
+    " -> (Tensor dx, Tensor dparams)",
 )
-def _(dy, ds, x, weight, mean, rstd, backend):
-    return _like(x), _like(weight), _like(weight)
+def _(dy, ds, x, weight, stats, backend):
+    return _like(x), _like(weight, 2, weight.numel())  # of weight and bias
 
 
 class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, backend):
-        y, mean, rstd = _raw.layer_norm_fwd(x, weight, bias, eps, backend)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        y, stats = _raw.layer_norm_fwd(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, stats)
         ctx.backend = backend
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, dweight, dbias = _raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
+        dx, (dweight, dbias) = _raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
         return dx, dweight, dbias, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, backend):
-        y, s, mean, rstd = _raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
-        ctx.save_for_backward(s, weight, mean, rstd)
+        y, s, stats = _raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
+        ctx.save_for_backward(s, weight, stats)
         ctx.backend = backend
         return y, s
 
@@ -196,7 +194,7 @@ class AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, ds):
         # s = x + residual: one tensor is the gradient of both.
-        dx, dweight, dbias = _raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
+        dx, (dweight, dbias) = _raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
         return dx, dx, dweight, dbias, None, None
 
 

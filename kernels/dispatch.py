@@ -90,11 +90,15 @@ def module(backend: str, op: str):
     return _MODULES[backend].module(op)
 
 
-@torch.compiler.assume_constant_result  # runs while torch.compile traces: said at compile time
 def _say_once(op: str, reason: str) -> None:
     if (op, reason) not in _said:
         _said.add((op, reason))
         warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
+
+
+# torch.compile calls it instead of tracing it: what torch.compiler.assume_constant_result sets,
+# without importing the compiler, which takes longer than all the rest of this package.
+_say_once._dynamo_marked_constant = True
 
 
 def report() -> str:

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gpt2.kernels.triton import HEAD_SIZES, attention, cross_entropy, gelu, layer_norm
+from gpt2.kernels.triton import HEAD_SIZES, attention, configs, cross_entropy, gelu, layer_norm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPS = ("attention", "layer_norm", "gelu", "cross_entropy")
@@ -61,6 +61,8 @@ class CompileOnly:
             self.compiled[kernel.fn.__name__, tuple(tile.items())] = binary
 
         JITFunction.run = compile_instead
+        self.is_hopper = configs.is_hopper
+        configs.is_hopper = lambda device: self.arch == 90
         target = _Target()
         target.arch = self.arch
         triton.runtime.driver.set_active(target)
@@ -68,6 +70,7 @@ class CompileOnly:
 
     def __exit__(self, *exc):
         JITFunction.run = self.launch
+        configs.is_hopper = self.is_hopper
 
 
 def launch_attention(dtype: torch.dtype, D: int) -> None:
@@ -80,11 +83,11 @@ def launch_attention(dtype: torch.dtype, D: int) -> None:
 
 def launch_layer_norm(dtype: torch.dtype, C: int) -> None:
     x, weight = torch.zeros(4, C, dtype=dtype), torch.zeros(C)
-    mean = torch.zeros(4)
+    stats = torch.zeros(2, 4)
     layer_norm.layer_norm_fwd(x, weight, weight, 1e-5)
     layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
-    layer_norm.layer_norm_bwd(x, None, x, weight, mean, mean)
-    layer_norm.layer_norm_bwd(x, x, x, weight, mean, mean)
+    layer_norm.layer_norm_bwd(x, None, x, weight, stats)
+    layer_norm.layer_norm_bwd(x, x, x, weight, stats)
 
 
 def launch_gelu(dtype: torch.dtype, C: int) -> None:
@@ -161,14 +164,24 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_kernels.py compiles: unset TRITON_INTERPRET")
     found = []
-    print(f"{'kernel':28} sm dtype  size  reg stack spill shared  mma wgmma  tile")
-    for r in rows(args.arch, args.op, args.dtype, args.head_size):
-        found.append(r)
-        print(
-            f"{r['kernel']:28} {r['arch']} {r['dtype']:5} {r['size']:5} {r['reg']:4} {r['stack']:5} "
-            f"{r['spills']:5} {r['shared']:6} {r['mma']:4} {r['wgmma']:5}  {r['tile']}",
-            flush=True,
-        )
+    columns = (
+        "kernel",
+        "arch",
+        "dtype",
+        "size",
+        "reg",
+        "stack",
+        "spills",
+        "shared",
+        "mma",
+        "wgmma",
+    )
+    widths = (28, 5, 6, 6, 4, 6, 7, 7, 4, 6)
+    print("".join(f"{c:<{w}}" for c, w in zip(columns, widths, strict=True)), "tile")
+    for row in rows(args.arch, args.op, args.dtype, args.head_size):
+        found.append(row)
+        cells = (f"{row[c]:<{w}}" for c, w in zip(columns, widths, strict=True))
+        print("".join(cells), row["tile"], flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
 

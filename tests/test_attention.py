@@ -17,7 +17,7 @@ from util import (
 
 from gpt2 import kernels
 from gpt2.kernels import reference
-from gpt2.kernels.triton import HEAD_SIZES
+from gpt2.kernels.triton import HEAD_SIZES, configs
 from gpt2.kernels.triton import attention as triton_attention
 
 LAYOUTS = ("contiguous", "heads_first", "sliced", "packed")
@@ -113,6 +113,15 @@ def test_packed(B, T, H, D, dtype, strided, ran):
     check_op("causal_attention_qkv", {"qkv": qkv}, backend="triton", ran=ran, terms=terms, n_head=H)
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the tiles of its own architecture run")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_tiles_of_another_architecture(dtype, dropout_p, ran, monkeypatch):
+    monkeypatch.setattr(configs, "is_hopper", lambda device: True)
+    check_square(1, 130, 1, 64, "packed", dtype, dropout_p, ran)
+
+
 def seed_tensor(n):
     return torch.tensor([0x1234567800000000 + n], device=DEVICE)
 
@@ -183,8 +192,8 @@ def test_nan_in_a_query_stays_in_its_row(i):
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_huge_scores(dtype):
-    """q = k around 1e5: scores around 1e11, where a fused s * scale - max misses the maximum by more
-    than an exponent can hold, and exp(s - max) overflows."""
+    """q = k around 1e5, scores around 1e11: a fused s * scale - max misses the maximum by more than
+    an exponent can hold there, and exp(s - max) overflows."""
     q = 1e5 * tensor(1, 70, 2, 64, dtype=DTYPES[dtype])
     v = tensor(1, 70, 2, 64, dtype=DTYPES[dtype])
     with kernels.use("triton"):
@@ -265,7 +274,7 @@ def test_65536_heads():
 
 @pytest.mark.triton
 def test_row_strides_that_overflow_int32(tmp_path):
-    """Rows 2^30 elements apart, in a sparse file: row 3 starts beyond 2^31. The interpreter traps an
+    """Rows 2^30 elements apart, in a sparse file: row 2 starts at 2^31. The interpreter traps an
     int32 product on the way there, and a wrapped address leaves the buffer."""
     if DEVICE == "cuda":
         pytest.skip(
@@ -480,9 +489,9 @@ def test_errors_of_the_packed_form(n_head):
 @pytest.mark.parametrize("D", [8, 48, 256])
 def test_other_head_sizes_fall_back_with_a_reason(D):
     q = tensor(1, 3, 1, D)
-    with pytest.raises(kernels.BackendUnavailable, match=f"head size {D} is not one of 16, 32"):
-        with kernels.use("triton"):
-            kernels.causal_attention(q, q, q)
+    reason = f"head size {D} is not one of 16, 32"
+    with kernels.use("triton"), pytest.raises(kernels.BackendUnavailable, match=reason):
+        kernels.causal_attention(q, q, q)
     kernels.dispatch._said.clear()
     with pytest.warns(UserWarning, match=f"attention falls back.*head size {D}"):
         o = kernels.causal_attention(q, q, q)

@@ -30,9 +30,11 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
 def _device_reason(device_type: str, index: int | None) -> str | None:
     return _cached_device_reason(device_type, index)
+
+
+_device_reason._dynamo_marked_constant = True  # see dispatch._say_once
 
 
 @functools.cache

@@ -255,7 +255,7 @@ def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, lse
-    tile = attention_config("fwd", D, q.dtype)
+    tile = attention_config("fwd", D, q.dtype, dropout_p > 0.0, q.device)
     _attn_fwd_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
         q, k, v, o, lse, lse if seed is None else seed,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, Tq, Tk,
@@ -299,12 +299,12 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     scale_log2 = softmax_scale * LOG2E.value
     scalars = (H, Tq, Tk, softmax_scale, scale_log2, *_dropout_args(dropout_p))
     if Tq > 0:
-        tile = attention_config("bwd_dq", D, q.dtype)
+        tile = attention_config("bwd_dq", D, q.dtype, dropout_p > 0.0, q.device)
         _attn_bwd_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
             do, q, k, v, o, lse, dq, delta, seed_arg, *strides, *dq.stride()[:3], *scalars,
             **_constants(q, tile, dropout_p),
         )  # fmt: skip
-    tile = attention_config("bwd_dkdv", D, q.dtype)
+    tile = attention_config("bwd_dkdv", D, q.dtype, dropout_p > 0.0, q.device)
     _attn_bwd_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
         do, q, k, v, lse, delta, dk, dv, seed_arg,
         *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars,

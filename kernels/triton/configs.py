@@ -1,9 +1,9 @@
 """Tiles and launch shapes, with the reason for each. A table, not an autotuner: no start-up cost,
 the same bits every time, and every rank of a job takes the same kernel.
 
-None of these has been timed on hardware yet. They are chosen by what the compiler reports for
-sm_80 and sm_90: no spills, and at most 99 KiB of shared memory, which every GPU from compute
-capability 8.0 on has (tests/test_compile.py prints and holds the budget).
+None of these has been timed on hardware yet. They are the largest tiles, in the order in which they
+should do best, that the compiler turns into code without spills and within 99 KiB of shared memory,
+which every GPU from compute capability 8.0 on has. tests/test_compile.py holds them to that.
 """
 
 import functools
@@ -20,42 +20,86 @@ class AttentionTile(NamedTuple):
     num_stages: int
 
 
-# Half precision, by padded head size. 128 query rows by 64 keys waste 11 % of their area above the
-# diagonal at T = 1024 (192 x 128 wastes 33 %); eight warps where the accumulators pass 64 registers
-# a thread with four.
+# By kernel, whether dropout is on (its random numbers take registers), and head size; 80 and 96 are
+# padded to 128 lanes, and the masks that this takes cost registers too. At T = 1024, 128 x 64 tiles
+# waste 11 % of their area above the diagonal, 192 x 128 waste 33 %.
 _HALF = {
-    "fwd": {
-        16: AttentionTile(128, 64, 4, 3),
-        32: AttentionTile(128, 64, 4, 3),
-        64: AttentionTile(128, 64, 4, 3),
+    ("fwd", False): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(128, 64, 4, 3)),
+        **dict.fromkeys((80, 96), AttentionTile(64, 32, 4, 2)),
         128: AttentionTile(128, 64, 8, 2),
     },
-    "bwd_dq": {
-        16: AttentionTile(128, 64, 4, 3),
-        32: AttentionTile(128, 64, 4, 3),
-        64: AttentionTile(128, 64, 8, 2),
-        128: AttentionTile(64, 64, 8, 2),
+    ("fwd", True): {
+        **dict.fromkeys((16, 32), AttentionTile(128, 64, 4, 3)),
+        64: AttentionTile(128, 64, 8, 3),
+        **dict.fromkeys((80, 96), AttentionTile(64, 32, 4, 2)),
+        128: AttentionTile(64, 64, 4, 2),
     },
-    "bwd_dkdv": {
-        16: AttentionTile(64, 128, 4, 3),
-        32: AttentionTile(64, 128, 4, 3),
-        64: AttentionTile(64, 128, 8, 2),
+    ("bwd_dq", False): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(128, 64, 8, 2)),
+        **dict.fromkeys((80, 96, 128), AttentionTile(128, 32, 8, 2)),
+    },
+    ("bwd_dq", True): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(128, 64, 8, 2)),
+        **dict.fromkeys((80, 96, 128), AttentionTile(64, 32, 4, 2)),
+    },
+    ("bwd_dkdv", False): {
+        **dict.fromkeys((16, 32), AttentionTile(64, 128, 8, 2)),
+        64: AttentionTile(32, 128, 8, 2),
+        **dict.fromkeys((80, 96), AttentionTile(32, 64, 8, 2)),
         128: AttentionTile(32, 64, 4, 2),
     },
+    ("bwd_dkdv", True): {
+        **dict.fromkeys((16, 32), AttentionTile(64, 128, 8, 2)),
+        64: AttentionTile(32, 32, 4, 1),
+        **dict.fromkeys((80, 96, 128), AttentionTile(32, 64, 8, 2)),
+    },
 }
 
-# True float32 runs on the FMA units: operands are held in registers whole, so tiles are small.
+# Hopper's matrix instructions read their operands from shared memory: a quarter fewer registers,
+# enough for GPT-2's head size to keep 64 query rows a step.
+_HALF_HOPPER = {("bwd_dkdv", p): {64: AttentionTile(64, 128, 8, 2)} for p in (False, True)}
+
+# True float32 runs on the FMA units, operands in registers whole: small tiles, many warps.
 _FLOAT = {
-    "fwd": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
-    "bwd_dq": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
-    "bwd_dkdv": {d: AttentionTile(32, 32, 4, 2) for d in (16, 32, 64, 128)},
+    ("fwd", False): {
+        **dict.fromkeys((16, 64), AttentionTile(64, 32, 8, 2)),
+        32: AttentionTile(32, 32, 4, 2),
+        **dict.fromkeys((80, 96, 128), AttentionTile(16, 32, 4, 1)),
+    },
+    ("fwd", True): {
+        **dict.fromkeys((16, 32, 64, 128), AttentionTile(64, 32, 8, 2)),
+        **dict.fromkeys((80, 96), AttentionTile(32, 32, 4, 2)),
+    },
+    ("bwd_dq", False): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(64, 32, 8, 2)),
+        **dict.fromkeys((80, 96), AttentionTile(32, 32, 8, 2)),
+        128: AttentionTile(32, 32, 4, 2),
+    },
+    ("bwd_dq", True): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(64, 32, 8, 2)),
+        **dict.fromkeys((80, 96, 128), AttentionTile(32, 32, 8, 2)),
+    },
+    ("bwd_dkdv", False): {
+        **dict.fromkeys((16, 32, 64), AttentionTile(32, 32, 8, 2)),
+        **dict.fromkeys((80, 96, 128), AttentionTile(32, 32, 8, 1)),
+    },
 }
+_FLOAT["bwd_dkdv", True] = _FLOAT["bwd_dkdv", False]
 
 
-def attention_config(kernel: str, D: int, dtype: torch.dtype) -> AttentionTile:
+def attention_config(
+    kernel: str, D: int, dtype: torch.dtype, dropout: bool, device: torch.device
+) -> AttentionTile:
     """The tile of "fwd", "bwd_dq" or "bwd_dkdv" for head size D."""
-    table = _FLOAT if dtype == torch.float32 else _HALF
-    return table[kernel][triton.next_power_of_2(D)]
+    if dtype == torch.float32:
+        return _FLOAT[kernel, dropout][D]
+    hopper = _HALF_HOPPER.get((kernel, dropout), {}) if is_hopper(device) else {}
+    return hopper.get(D) or _HALF[kernel, dropout][D]
+
+
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and _properties(device.index).major == 9
 
 
 def input_precision(dtype: torch.dtype) -> str:
@@ -108,10 +152,10 @@ def resident_programs(device: torch.device, tiles: int, columns: int = 1) -> int
     Enough warps to hide memory latency, few enough partial sums that adding them costs little. In
     the interpreter a few, so that every one of them walks more than one tile.
     """
-    sms = _sm_count(device.index) if device.type == "cuda" else 1
+    sms = _properties(device.index).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(tiles, 4 * sms // columns))
 
 
 @functools.cache
-def _sm_count(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _properties(index: int | None):
+    return torch.cuda.get_device_properties(index)

@@ -101,36 +101,35 @@ def _layer_norm_bwd_kernel(
 
 
 def layer_norm_fwd(x, weight, bias, eps):
-    """y (..., C) contiguous, in x's dtype; mean and rstd (N,) float32."""
-    y, _, mean, rstd = _forward(x, None, weight, bias, eps)
-    return y, mean, rstd
+    """y (..., C) contiguous, in x's dtype, and stats (2, N) float32: mean and rstd."""
+    y, _, stats = _forward(x, None, weight, bias, eps)
+    return y, stats
 
 
 def add_layer_norm_fwd(x, residual, weight, bias, eps):
-    """layer_norm(s), s = x + residual, mean, rstd."""
+    """layer_norm(s), s = x + residual, and stats of s."""
     return _forward(x, residual, weight, bias, eps)
 
 
-def layer_norm_bwd(dy, ds, x, weight, mean, rstd):
-    """dx (..., C) contiguous, which also takes the residual's gradient ds where there is one; the
-    gradients of weight and bias in weight's dtype."""
+def layer_norm_bwd(dy, ds, x, weight, stats):
+    """dx (..., C) contiguous, which also takes the residual's gradient ds where there is one, and
+    (2, C) in weight's dtype: the gradients of weight and bias."""
     C = x.shape[-1]
     x2, dy2 = _matrix(x), _matrix(dy)
     ds2 = dy2 if ds is None else _matrix(ds)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     N = x2.shape[0]
-    if N == 0 or C == 0:
-        return dx, torch.zeros_like(weight), torch.zeros_like(weight)
+    if N == 0:
+        return dx, weight.new_zeros((2, C))
     tile = layer_norm_config("bwd", C)
     programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS))
     partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[(programs,)](
-        dy2, ds2, x2, weight, mean, rstd, dx, partial[0], partial[1],
+        dy2, ds2, x2, weight, *stats, dx, *partial,
         dy2.stride(0), ds2.stride(0), x2.stride(0), N,
         C=C, BLOCK_C=triton.next_power_of_2(C), ADD=ds is not None, **tile._asdict(),
     )  # fmt: skip
-    dw, db = partial.sum(1).to(weight.dtype)
-    return dx, dw, db
+    return dx, partial.sum(1).to(weight.dtype)
 
 
 def _forward(x, residual, weight, bias, eps):
@@ -140,19 +139,19 @@ def _forward(x, residual, weight, bias, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = y if residual is None else torch.empty_like(y)
     N = x2.shape[0]
-    mean, rstd = torch.empty((2, N), dtype=torch.float32, device=x.device)
-    if N > 0 and C > 0:
+    stats = torch.empty((2, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
+    if N > 0:
         tile = layer_norm_config("fwd", C)
         _layer_norm_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
-            x2, residual2, weight, bias, y, s, mean, rstd,
+            x2, residual2, weight, bias, y, s, *stats,
             x2.stride(0), residual2.stride(0), N, eps,
             C=C, BLOCK_C=triton.next_power_of_2(C), ADD=residual is not None, **tile._asdict(),
         )  # fmt: skip
-    return y, s, mean, rstd
+    return y, s, stats
 
 
 def _matrix(x):
-    """x as (N, C), contiguous in C: a view wherever there is one."""
+    """x as (N, C), contiguous in C: a view wherever there is one. Rows of nothing are no rows."""
     C = x.shape[-1]
     x = x.reshape(-1, C) if C else x.reshape(0, 0)
     return x if x.stride(-1) == 1 else x.contiguous()

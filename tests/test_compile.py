@@ -1,0 +1,74 @@
+"""Every Triton kernel, compiled for GPUs that are not here: it compiles, spills nothing, stays in
+its budget, and multiplies matrices where it should. The table is printed.
+
+The kernels are compiled in a process of their own, without the interpreter.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.triton
+
+SCRIPT = Path(__file__).parent / "compile_kernels.py"
+SHARED = 99 * 1024  # bytes a program may take on every GPU from compute capability 8.0 on
+REGISTERS = 64 * 1024  # of an SM
+PROGRAMS = {"attention": 1, "layer_norm": 1, "gelu": 4, "cross_entropy": 4}  # at a time on an SM
+
+
+def compiled(tmp_path, capsys, *args):
+    table = tmp_path / "kernels.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--json", table, *args], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    with capsys.disabled():
+        print(f"\n{done.stdout}", end="")
+    return json.loads(table.read_text())
+
+
+def check(rows, op):
+    assert rows
+    for row in rows:
+        what = f"{row['kernel']} for sm_{row['arch']}, {row['dtype']}, {row['size']}: {row}"
+        threads = 32 * int(row["tile"].partition("num_warps=")[2].partition(",")[0])
+        assert row["spills"] == 0 and row["stack"] == 0, f"spills: {what}"
+        assert row["shared"] <= SHARED, f"shared memory: {what}"
+        assert row["reg"] * threads * PROGRAMS[op] <= REGISTERS, f"registers: {what}"
+        if op != "attention" or row["dtype"] == "fp32":
+            assert row["mma"] == 0, f"no tensor core computes in true float32: {what}"
+        else:
+            assert row["mma"] > 0, f"no matrix instruction: {what}"
+            if row["arch"] == 90 and row["size"] == 64:
+                assert row["wgmma"] == row["mma"], f"not Hopper's matrix instructions: {what}"
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_attention_of_gpt2(arch, tmp_path, capsys):
+    args = ("--op", "attention", "--arch", arch, "--dtype", "bf16", "--head-size", "64")
+    rows = compiled(tmp_path, capsys, *args)
+    assert len(rows) == 6  # forward, dq, dk dv, each with and without dropout
+    check(rows, "attention")
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "gelu", "cross_entropy"])
+def test_row_kernels(op, tmp_path, capsys):
+    rows = compiled(tmp_path, capsys, "--op", op, "--arch", "90", "--dtype", "bf16")
+    check(rows, op)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "op, dtype, arch",
+    itertools.product(PROGRAMS, ("fp32", "bf16", "fp16"), ("80", "90")),
+)
+def test_every_kernel(op, dtype, arch, tmp_path, capsys):
+    """Kernel x configuration x dtype."""
+    rows = compiled(tmp_path, capsys, "--op", op, "--arch", arch, "--dtype", dtype)
+    check(rows, op)

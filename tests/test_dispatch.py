@@ -1,0 +1,425 @@
+"""Which backend serves a call, what PyTorch's machinery makes of it, and how the parts depend."""
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from util import DEVICE, bits_equal, launches
+
+from gpt2 import kernels
+from gpt2.kernels import autograd, dispatch, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def every_op():
+    """One call of each public op: (name, function, differentiable inputs)."""
+    targets = torch.tensor([1, -1, 3], device=DEVICE)
+    row = tensor(16)
+    return {
+        "causal_attention": (kernels.causal_attention, [tensor(1, 5, 2, 16) for _ in range(3)]),
+        "causal_attention_qkv": (
+            lambda x: kernels.causal_attention_qkv(x, 2),
+            [tensor(1, 5, 96)],
+        ),
+        "layer_norm": (kernels.layer_norm, [tensor(3, 16), row, row]),
+        "add_layer_norm": (kernels.add_layer_norm, [tensor(3, 16), tensor(3, 16), row, row]),
+        "gelu": (kernels.gelu, [tensor(3, 16)]),
+        "bias_gelu": (kernels.bias_gelu, [tensor(3, 16), row]),
+        "cross_entropy": (lambda x: kernels.cross_entropy(x, targets), [tensor(3, 7)]),
+        "linear_cross_entropy": (
+            lambda x, w: kernels.linear_cross_entropy(x, w, targets),
+            [tensor(3, 16), tensor(7, 16)],
+        ),
+    }
+
+
+OPS = list(every_op())
+
+
+def as_tensor(result):
+    return torch.cat([y.flatten().float() for y in result]) if type(result) is tuple else result
+
+
+# ---- the choice
+
+
+def test_every_public_op_is_tested_here():
+    public = {name for name in kernels.__all__ if name.islower()} - {"report", "use", "why_not"}
+    assert public == set(OPS)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+def test_forced_backend_serves_or_raises(op, monkeypatch):
+    call, inputs = every_op()[op]
+    with kernels.use("triton"), launches() as launched:
+        call(*inputs)
+    assert set(launched) == {"triton"}
+    with kernels.use("reference"), launches() as launched:
+        call(*inputs)
+    assert not launched
+    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
+    with (
+        kernels.use("triton"),
+        pytest.raises(kernels.BackendUnavailable, match=r"triton cannot serve \w+: not today"),
+    ):
+        call(*inputs)
+
+
+def test_fallback_says_so_once(monkeypatch):
+    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
+    dispatch._said.clear()
+    with pytest.warns(UserWarning) as warnings:
+        for _ in range(3):
+            kernels.gelu(tensor(3))
+    assert len(warnings) == 1
+    assert "gelu falls back to plain PyTorch (triton: not today)" in str(warnings[0].message)
+    assert warnings[0].filename == __file__, "the warning points at the caller"
+
+
+def test_use_nests_and_ends_with_its_block():
+    with kernels.use("reference"):
+        with pytest.raises(RuntimeError, match="inside"), kernels.use("triton"):
+            assert dispatch._forced == "triton"
+            raise RuntimeError("inside")
+        assert dispatch._forced == "reference"
+    assert not dispatch.is_forced()
+
+
+def test_unknown_backends_are_named():
+    with (
+        pytest.raises(ValueError, match="backend must be one of triton, reference, got 'tritn'"),
+        kernels.use("tritn"),
+    ):
+        pass
+
+
+@pytest.mark.triton
+def test_backward_runs_where_the_forward_did():
+    """Outside of the use() block too, and on autograd's own thread."""
+    x = tensor(5).requires_grad_()
+    with kernels.use("triton"):
+        y = kernels.gelu(x)
+    with kernels.use("reference"), launches() as launched:
+        y.sum().backward()
+    assert launched == ["triton"]
+
+
+def test_reasons_without_a_gpu():
+    why = kernels.triton._cached_device_reason.__wrapped__
+    assert "needs a CUDA tensor, this one is on mps" in why("mps", None)
+
+
+@pytest.mark.parametrize(
+    "capability, hip, reason",
+    [
+        ((7, 5), None, "needs compute capability 8.0 or newer, this GPU has 7.5"),
+        ((9, 0), "6.0", "needs an NVIDIA GPU, this build of PyTorch is for ROCm"),
+        ((8, 0), None, None),
+    ],
+)
+def test_reasons_with_a_gpu(capability, hip, reason, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert kernels.triton._cached_device_reason.__wrapped__("cuda", 0) == reason
+
+
+def test_reason_for_a_dtype():
+    reason = kernels.why_not("triton", "gelu", torch.device(DEVICE), torch.float64)
+    assert "float64" in reason or "triton cannot be imported" in reason
+
+
+def run_python(code, *flags, cwd=ROOT, **environment):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=cwd, env=env
+    )
+
+
+def test_report_is_a_table():
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2.kernels"], capture_output=True, text=True, cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"torch {torch.__version__}")
+    assert lines[2].split() == ["op", "served", "by", "triton", "reference"]
+    assert [line.split()[0] for line in lines[3:]] == list(dispatch.OPS)
+    want = "triton" if DEVICE == "cuda" else "reference"
+    assert all(line.split()[1] == want for line in lines[3:])
+    if DEVICE == "cpu":
+        assert all("needs a CUDA tensor, this one is on cpu" in line for line in lines[3:])
+
+
+def test_a_machine_without_triton():
+    """Import works, the reason is told, and the ops run as plain PyTorch."""
+    done = run_python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, warnings; from gpt2 import kernels\n"
+        "reason = kernels.triton._cached_device_reason('cpu', None)\n"
+        "assert 'triton cannot be imported' in reason, reason\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    kernels.gelu(torch.ones(3))\n"
+        "assert 'triton cannot be imported' in str(said[0].message)\n"
+        "print(kernels.report())",
+        TRITON_INTERPRET="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "triton cannot be imported" in done.stdout
+
+
+# ---- PyTorch's machinery
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.no_poison
+def test_compile_has_no_graph_break(op):
+    torch._dynamo.reset()
+    call, inputs = every_op()[op]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with kernels.use("triton"):
+        want = as_tensor(call(*leaves))
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        got = as_tensor(compiled(*leaves))
+        assert torch.allclose(got, want, rtol=1e-6)
+        pairs = zip(
+            torch.autograd.grad(got.square().sum(), leaves),
+            torch.autograd.grad(want.square().sum(), leaves),
+            strict=True,
+        )
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.triton
+@pytest.mark.no_poison
+def test_gelu_alone_is_left_to_the_compiler():
+    torch._dynamo.reset()
+    with launches() as launched:
+        torch.compile(kernels.gelu, fullgraph=True, backend="aot_eager")(tensor(3))
+    assert not launched
+
+
+RAW = torch.ops.gpt2_kernels
+
+
+def raw_calls():
+    """Arguments of every raw op, over a grid of strides."""
+    B, T, H, D, N, C, V = 2, 5, 2, 16, 6, 17, 9
+    f32 = torch.float32
+    lse, seed = tensor(B, H, T), torch.tensor([3], device=DEVICE)
+    targets = torch.randint(V, (N,), device=DEVICE)
+    layouts = (
+        lambda *s: tensor(*s),
+        lambda *s: tensor(s[0], *[2 * n for n in s[1:2]], *s[2:])[:, ::2][: s[0]],
+        lambda *s: tensor(*s).transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    for make in layouts:
+        q, k, v, o, do = (make(B, T, H, D) for _ in range(5))
+        for p, s in ((0.0, None), (0.5, seed)):
+            yield RAW.attention_fwd, (q, k, v, 0.25, p, s)
+            yield RAW.attention_bwd, (do, q, k, v, o.contiguous(), lse, 0.25, p, s)
+        qkv, do3 = make(B, T, 3 * H * D), make(B, T, H * D)
+        yield RAW.attention_qkv_fwd, (qkv, H, 0.25, 0.0, None)
+        yield RAW.attention_qkv_bwd, (do3, qkv, tensor(B, T, H * D), lse, H, 0.25, 0.0, None)
+        x, r, dy, w = make(N, C), make(N, C), make(N, C), tensor(C)
+        norm_stats = tensor(2, N)
+        yield RAW.layer_norm_fwd, (x, w, w, 1e-5)
+        yield RAW.add_layer_norm_fwd, (x, r, w, w, 1e-5)
+        for ds in (None, r):
+            yield RAW.layer_norm_bwd, (dy, ds, x, w, norm_stats)
+        yield RAW.gelu_fwd, (x,)
+        yield RAW.gelu_bwd, (dy, x)
+        yield RAW.bias_gelu_fwd, (x, w)
+        yield RAW.bias_gelu_bwd, (dy, x, w)
+        logits, stats = make(N, V), torch.zeros(2, N, device=DEVICE, dtype=f32)
+        yield RAW.cross_entropy_fwd, (logits, targets, -1)
+        yield RAW.cross_entropy_bwd, (tensor(N), logits, targets, stats, -1)
+        yield RAW.cross_entropy_bwd_, (tensor(N), tensor(N, V), targets, stats, -1)
+        for with_grad in (True, False):
+            yield RAW.linear_cross_entropy_fwd, (x, tensor(V, C), targets, -1, with_grad)
+
+
+@pytest.mark.triton
+@pytest.mark.no_poison
+@pytest.mark.filterwarnings("ignore")
+def test_raw_ops_pass_opcheck():
+    """Schema, fake implementation (shapes, strides, dtypes) and tracing of every raw op."""
+    seen = set()
+    for op, args in raw_calls():
+        torch.library.opcheck(op.default, (*args, "triton"))
+        seen.add(op.default.name())
+    ids = torch.tensor([[0, 3], [2, 1]], device=DEVICE)
+    torch.library.opcheck(RAW.check_ids.default, (ids, "ids", 4, None))
+    torch.library.opcheck(RAW.check_ids.default, (ids.t(), "ids", 4, None))
+    seen.add(RAW.check_ids.default.name())
+    registered = {
+        f"gpt2_kernels::{schema.name.partition('::')[2]}"
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("gpt2_kernels::")
+    }
+    assert seen == registered
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(op, dtype):
+    """The result has the autocast dtype (a loss is float32), gradients that of their inputs."""
+    call, inputs = every_op()[op]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves[0] = leaves[0].to(torch.float32).detach().requires_grad_()
+    with kernels.use("triton"), torch.autocast(DEVICE, dtype):
+        result = call(*leaves)
+    for y in result if type(result) is tuple else (result,):
+        want = torch.float32 if "cross_entropy" in op or op == "gelu" else dtype
+        assert y.dtype == want
+    as_tensor(result).square().sum().backward()
+    assert all(x.grad.dtype == x.dtype for x in leaves)
+    with kernels.use("reference"):
+        exact = as_tensor(call(*leaves))
+    assert torch.allclose(as_tensor(result).float(), exact.float(), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+def test_mixed_dtypes_without_autocast(op):
+    """bf16 activations with fp32 weights are served; activations of two dtypes are not."""
+    call, inputs = every_op()[op]
+    mixed = [x.bfloat16() if i == 0 else x for i, x in enumerate(inputs)]
+    second_is_activation = op in ("causal_attention", "add_layer_norm")
+    with kernels.use("triton"):
+        if second_is_activation:
+            with pytest.raises(TypeError, match=r"dtype torch.bfloat16, got torch.float32"):
+                call(*mixed)
+        else:
+            y = call(*mixed)
+            assert y.dtype == (torch.float32 if "cross_entropy" in op else torch.bfloat16)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+def test_selective_checkpointing(op):
+    from torch.utils.checkpoint import checkpoint
+
+    call, inputs = every_op()[op]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with kernels.use("triton"):
+        want = torch.autograd.grad(as_tensor(call(*leaves)).square().sum(), leaves)
+        result = checkpoint(lambda *a: as_tensor(call(*a)), *leaves, use_reentrant=False)
+        got = torch.autograd.grad(result.square().sum(), leaves)
+    assert all(map(bits_equal, want, got))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("op", OPS)
+def test_functional_reference_agrees(op):
+    """The public op on the reference backend is the function of that name in reference.py."""
+    call, inputs = every_op()[op]
+    assert getattr(reference, op).__name__ == getattr(kernels, op).__name__
+    with kernels.use("reference"):
+        a = as_tensor(call(*inputs))
+    with kernels.use("triton"):
+        b = as_tensor(call(*inputs))
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_launches_run_on_the_tensors_device(monkeypatch):
+    """The guard switches to the tensor's device: seen by a stand-in, as one GPU is all there is."""
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            entered.append(device)
+
+        __enter__ = __exit__ = lambda *args: None
+
+    class OnSecondGpu:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with autograd._device_guard(OnSecondGpu()):
+        pass
+    assert entered == [torch.device("cuda", 1)]
+
+
+def test_tensors_on_different_devices_are_named():
+    x = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"weight must be on cpu, got meta"):
+        kernels.layer_norm(x, torch.ones(3, device="meta"), torch.ones(3))
+
+
+@pytest.mark.triton
+def test_no_flush_to_zero_leaks_out():
+    assert float.fromhex("0x0.0000000000001p-1022") != 0
+    with kernels.use("triton"):
+        for call, inputs in every_op().values():
+            call(*inputs)
+            assert torch.tensor(5e-324, dtype=torch.float64).item() != 0
+            assert (torch.tensor(1e-45) * 1).item() != 0
+
+
+# ---- imports
+
+
+def imports(path: Path):
+    """Modules of this package that a file imports, as they stand in the folder tree."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = path.relative_to(ROOT).parent.parts
+            base = base[: len(base) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield module.replace("gpt2.kernels", "kernels")
+            if not node.module or node.level:
+                for alias in node.names:
+                    yield f"{module}.{alias.name}".replace("gpt2.kernels", "kernels")
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.replace("gpt2.kernels", "kernels") for alias in node.names)
+
+
+def test_imports_point_one_way():
+    """cli -> train / sampling -> model -> kernels (ops -> dispatch -> backends); nothing in the
+    package looks at tests or benchmarks."""
+    for path in itertools.chain(ROOT.glob("kernels/**/*.py"), ROOT.glob("gpt2/*.py")):
+        found = set(imports(path))
+        name = path.relative_to(ROOT).with_suffix("").as_posix()
+        assert not any(m.split(".")[0] in ("tests", "benchmarks") for m in found), name
+        if name.startswith("kernels/") and name != "kernels/_alias":
+            assert not any(m == "gpt2" or m.startswith("gpt2.") for m in found), name
+        if name == "kernels/reference":
+            assert {m.split(".")[0] for m in found} <= {"math", "torch"}
+        if name == "kernels/dispatch":
+            assert not any(m.startswith(("kernels.ops", "kernels.autograd")) for m in found)
+        if name.startswith("kernels/triton/"):
+            assert not any(
+                m.startswith(("kernels.ops", "kernels.autograd", "kernels.dispatch")) for m in found
+            ), name
+        if name in ("gpt2/model", "gpt2/config"):
+            above = ("cli", "train", "sampling", "checkpoint", "data", "tokenizer", "optim")
+            assert not any(m.startswith(tuple(f"gpt2.{a}" for a in above)) for m in found), name
+
+
+def test_importing_touches_nothing():
+    """No GPU is initialised, no compiler starts, triton itself is not imported, and it is quick."""
+    done = run_python(
+        "import time, torch, sys, subprocess\n"
+        "subprocess.Popen = None\n"
+        "start = time.perf_counter(); import gpt2; took = time.perf_counter() - start\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not {'torch._dynamo', 'triton'} & set(sys.modules)\n"
+        "print(took)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.3
