@@ -7,6 +7,7 @@ computed without the stop, bit for bit.
 
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -146,7 +147,10 @@ class Trainer:
             if saved != self.step:  # a signal came during the last lines, or before the first step
                 self.save(folder, progress)
         if self.step < o.steps:
-            _say(f"stopped at step {self.step} of {o.steps}; go on: gpt2 train --resume {folder}")
+            _say(
+                f"stopped at step {self.step} of {o.steps}; "
+                f"go on: gpt2 train --resume {shlex.quote(str(folder))}"
+            )
             return 128 + stop[0]
         self._finish(folder, val_loss)
         return 0
@@ -237,7 +241,8 @@ class Trainer:
             print()
         _say(
             f"validation loss {val_loss:.4f} nats per {self._unit} over the whole split, "
-            f"{len(self.corpus.val):,} tokens; sample from it: gpt2 sample {folder} --prompt TEXT"
+            f"{len(self.corpus.val):,} tokens; sample from it: "
+            f"gpt2 sample {shlex.quote(str(folder))} --prompt TEXT"
         )
 
     @property

@@ -261,10 +261,11 @@ def test_help_needs_no_torch():
         f"package.__path__ = [{os.path.dirname(gpt2.__file__)!r}]; sys.modules['gpt2'] = package\n"
         "from gpt2.cli import main\n"
         "try: main(['train', '--help'])\n"
-        "except SystemExit: print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))\n"
+        "import os; print(os.environ['OMP_WAIT_POLICY'])"
     )
     out, err = run_python("-c", code).communicate(timeout=60)
-    assert out.endswith("[]\n"), err
+    assert out.endswith("[]\nPASSIVE\n"), err
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(made, tmp_path):
