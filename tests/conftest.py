@@ -44,6 +44,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
+    config.pluginmanager.register(Counts(config))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -97,7 +98,7 @@ def poisoned_memory(request, monkeypatch):
 
 @pytest.fixture
 def ran(request):
-    """Called with a backend's name, once for each kernel result compared: counted in the summary."""
+    """Called with a backend's name for each of its results that is compared: the summary counts."""
     return lambda backend: request.node.user_properties.append(("compared", backend))
 
 
@@ -106,36 +107,38 @@ def backend(request):
     return request.param
 
 
-def pytest_terminal_summary(terminalreporter):
-    cases, comparisons = collections.Counter(), collections.Counter()
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, ()):
-            if getattr(report, "when", None) == "call":
-                compared = [name for key, name in report.user_properties if key == "compared"]
-                comparisons.update(compared)
-                cases.update(set(compared))
-    where = "on the GPU" if ON_GPU else "in the interpreter: no GPU"
-    if NO_TRITON:
-        terminalreporter.write_line(f"triton: no case ran: {NO_TRITON}")
-    for name in sorted(cases):
-        how = f" ({where})" if name == "triton" else ""
-        terminalreporter.write_line(
-            f"{name}{how}: {cases[name]} cases, {comparisons[name]} results compared with float64"
-        )
-    terminalreporter.config.stash[_CASES] = cases
+class Counts:
+    """How many cases ran on each backend, and how many results they compared with float64."""
 
+    def __init__(self, config):
+        self.cases, self.comparisons = collections.Counter(), collections.Counter()
+        self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller counts
 
-_CASES = pytest.StashKey[collections.Counter]()
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and not report.skipped:
+            compared = [name for key, name in report.user_properties if key == "compared"]
+            self.comparisons.update(compared)
+            self.cases.update(set(compared))
 
+    def missing(self):
+        """What GPT2_EXPECT="triton=3000,..." demands and did not run."""
+        for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
+            name, _, least = expected.partition("=")
+            if self.cases[name] < int(least):
+                yield f"{name}: {self.cases[name]} cases ran, at least {least} should have"
 
-def pytest_unconfigure(config):
-    """GPT2_EXPECT="triton=3000": fails a run in which fewer cases of a backend ran than that."""
-    cases = config.stash.get(_CASES, None)
-    for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
-        name, _, least = expected.partition("=")
-        if cases is not None and cases[name] < int(least or 1):
-            print(f"only {cases[name]} cases ran on {name}, {least or 1} should have")
-            raise pytest.exit.Exception(f"too few {name} cases", returncode=1)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if not self.is_worker and exitstatus == 0 and any(self.missing()):
+            session.exitstatus = 1
+
+    def pytest_terminal_summary(self, terminalreporter):
+        where = "on the GPU" if ON_GPU else "in the interpreter: no GPU"
+        for name, n in sorted(self.cases.items()):
+            how = f" ({where})" if name == "triton" else ""
+            results = f"{self.comparisons[name]} results compared with float64"
+            terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
+        for line in [*self.missing(), *filter(None, [NO_TRITON])]:
+            terminalreporter.write_line(line, red=True)
 
 
 def pytest_report_header(config):
