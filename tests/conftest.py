@@ -12,6 +12,8 @@ import sys
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's small products: threads only wait
+
 import pytest
 import torch
 

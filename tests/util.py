@@ -26,18 +26,13 @@ def check_op(
     backend: str,
     ran: Callable[[str], None],
     terms: float = 0.0,
-    fast: Callable | None = None,
-    plain: Callable | None = None,
-    exact: Mapping[str, Tensor] | None = None,
     **kwargs,
 ) -> None:
     """kernels.<op>(**inputs, **kwargs) on `backend`, and its gradients, against kernels.reference.
 
-    terms is the size of what cancels on the way to a gradient (see assert_close_to). fast and plain replace the two functions; exact holds float64 versions of
-    inputs that differ from the inputs themselves.
+    terms is the size of what cancels on the way to a gradient (see assert_close_to).
     """
-    fast = fast or getattr(kernels, op)
-    plain = plain or getattr(kernels.reference, op)
+    fast, plain = getattr(kernels, op), getattr(kernels.reference, op)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     before = {name: fingerprint(x) for name, x in inputs.items()}
     with kernels.use(backend), launches() as launched:
@@ -49,18 +44,16 @@ def check_op(
     for name, x in inputs.items():
         assert fingerprint(x) == before[name], f"{name} was changed"
 
-    def run_plain(dtype):
-        sources = {name: (exact or {}).get(name, x) for name, x in inputs.items()}
-        if dtype is not None:
-            xs = {name: x.detach().to(dtype).requires_grad_() for name, x in sources.items()}
-        else:
-            xs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    def run_plain(dtype=None):
+        xs = {n: x.detach().to(dtype or x.dtype, copy=True) for n, x in inputs.items()}
+        for x in xs.values():
+            x.requires_grad_()
         ys = as_tuple(plain(**xs, **kwargs))
         gs = [g.to(y.dtype) for g, y in zip(grad_outputs, ys, strict=True)]
         return ys, torch.autograd.grad(ys, list(xs.values()), gs)
 
     exact_outputs, exact_grads = run_plain(torch.float64)
-    plain_outputs, plain_grads = run_plain(None)
+    plain_outputs, plain_grads = run_plain()
     for i, y in enumerate(outputs):
         assert_close_to(exact_outputs[i], y, plain_outputs[i], f"output {i}", factor=2)
         ran(backend)

@@ -1,0 +1,174 @@
+"""Installed, editable or not at all: gpt2.kernels is there, and the name `kernels` is left to the
+library that owns it.
+
+Hugging Face's `kernels` is imported by transformers; a wheel with a top-level `kernels` of its own
+overwrites its files, in one install order silently. Each case here is a new virtual environment
+that sees this one's packages (torch, transformers), but not this project.
+"""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+THEIRS = "kernels==0.16.2"  # Hugging Face's
+TRACKED = ("kernels", "gpt2", "pyproject.toml", "README.md", "LICENSE")
+
+CHECK = """
+import sys
+where, theirs = sys.argv[1:]
+if theirs == "first":
+    import kernels
+from transformers import GPT2LMHeadModel
+import gpt2
+from gpt2 import kernels as ours
+from gpt2.kernels.triton import configs
+assert ours.gelu.__module__ == "gpt2.kernels.ops"
+if theirs != "absent":
+    import kernels
+    assert kernels is not ours and hasattr(kernels, "get_kernel"), kernels.__file__
+elif where == "root":
+    import kernels
+    assert kernels is ours
+    from kernels.ops import gelu
+    import kernels.triton.configs, kernels.reference
+    assert gelu is ours.gelu and kernels.triton.configs is configs
+    assert kernels.reference.__spec__.name == "gpt2.kernels.reference"
+else:
+    try:
+        import kernels
+    except ImportError:
+        pass
+    else:
+        raise AssertionError(f"a top-level kernels was installed: {kernels.__file__}")
+assert GPT2LMHeadModel.__name__ == "GPT2LMHeadModel"
+print("good")
+"""
+
+
+def run(*command, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=env | environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Environment:
+    """A virtual environment of its own over this one's packages."""
+
+    def __init__(self, folder: Path):
+        run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+        self.python = folder / "bin/python"
+        packages = next(folder.glob("lib/python*/site-packages"))
+        # A plain path line: their .pth files, an editable install of ours among them, do not count.
+        (packages / "outer.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+
+    def pip(self, *args):
+        pip = (sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check")
+        run(*pip, *args, cwd=ROOT.parent)
+
+    def install(self, *what):
+        self.pip("install", "-q", "--no-index", *what)
+
+    def check(self, cwd, where, theirs, **environment):
+        args = (self.python, "-c", CHECK, where, theirs)
+        assert run(*args, cwd=cwd, **environment) == "good\n"
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """The project's files alone, links kept: what a clean clone holds."""
+    folder = tmp_path_factory.mktemp("source")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in TRACKED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory):
+    """What builds and what shares the name, downloaded once. Without a package index the tests that
+    need it skip, unless GPT2_TEST_INDEX=1 says that there is one."""
+    folder = tmp_path_factory.mktemp("wheels")
+    pip = (sys.executable, "-m", "pip", "download", "-q", "-d", folder, "setuptools>=77", "wheel")
+    try:
+        run(*pip, THEIRS, cwd=folder)
+    except AssertionError as error:
+        if os.environ.get("GPT2_TEST_INDEX") == "1":
+            raise
+        pytest.skip(f"no package index can be reached: {str(error).splitlines()[-1]}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(source, index, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("built")
+    pip = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder)
+    run(*pip, "--find-links", index, source, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_gpt2_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"gpt2", "gpt2_kernels-0.1.0.dist-info"}
+    present = {name for name in names if name.endswith(".py")}
+    wanted = {f"gpt2/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "gpt2").glob("*.py")}
+    assert present == wanted
+
+
+def cases():
+    for installed in ("wheel", "editable", "no"):
+        for theirs in ("absent", "first", "last"):
+            # One of each by default: importing transformers takes its seconds.
+            default = (installed, theirs) in (("wheel", "last"), ("editable", "absent"))
+            marks = [] if default else [pytest.mark.full]
+            yield pytest.param(installed, theirs, marks=marks, id=f"{installed}-theirs {theirs}")
+
+
+@pytest.mark.parametrize("installed, theirs", list(cases()))
+def test_beside_the_library_that_owns_the_name(installed, theirs, source, index, tmp_path, request):
+    pytest.importorskip("transformers")
+    environment = Environment(tmp_path / "venv")
+    if theirs == "first":
+        environment.install("--find-links", index, THEIRS)
+    if installed == "wheel":
+        environment.install("--no-deps", request.getfixturevalue("wheel"))
+    elif installed == "editable":
+        environment.install("--no-deps", "--find-links", index, "-e", source)
+    if theirs == "last":
+        environment.install("--find-links", index, THEIRS)
+    environment.check(source, "root", theirs)
+    if installed == "no":  # found through PYTHONPATH, as from its root
+        environment.check(tmp_path, "root", theirs, PYTHONPATH=str(source))
+    else:
+        environment.check(tmp_path, "elsewhere", theirs)
+    if installed == "wheel" and theirs != "absent":
+        environment.pip("uninstall", "-q", "-y", "gpt2-kernels")
+        run(environment.python, "-c", "import kernels; kernels.get_kernel", cwd=tmp_path)
+
+
+def test_module_runs_under_both_names(source):
+    """python -m kernels from the repository prints the same table as python -m gpt2.kernels."""
+    tables = [run(sys.executable, "-m", name, cwd=source) for name in ("kernels", "gpt2.kernels")]
+    assert tables[0] == tables[1] and "served by" in tables[0]
+
+
+def test_version_is_below_the_other_library():
+    """transformers reads kernels.__version__ where it finds this folder: PEP 440, below 0.17."""
+    from packaging.version import Version
+
+    from gpt2 import kernels
+
+    assert Version(kernels.__version__) < Version("0.17")
