@@ -60,7 +60,7 @@ def test_add_layer_norm(C, rows, dtype, weights, ran):
 @pytest.mark.parametrize("C", (3, 17, 127, 257, 768, 769), ids=lambda C: f"C{C}")
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
 def test_mean_far_from_zero(C, offset, dtype, ran):
-    """x = 1000 + small: E[x^2] - mean^2 cancels to nothing in float32, and lanes beyond C would swamp
+    """x = 1000 + small: E[x^2] - mean^2 cancels to nothing in float32; lanes beyond C would swamp
     the variance with (0 - mean)^2."""
     inputs = norm_inputs((5, C), DTYPES[dtype], offset=offset)
     check_op("layer_norm", inputs, backend="triton", ran=ran)

@@ -1,0 +1,143 @@
+"""What only a GPU shows: streams, CUDA graphs, offsets beyond 2^31, races that repeat themselves
+rarely, and training that stays on course. The other test files run their cases on it as well."""
+
+import pytest
+import torch
+from util import bits_equal
+
+from gpt2 import Config, Model, kernels
+
+pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def every_op():
+    """Public ops at sizes that fill a GPU: (function, differentiable inputs)."""
+    targets = torch.randint(50257, (2048,), device="cuda")
+    row = randn(768, dtype=torch.float32)
+    return {
+        "attention": (lambda x: kernels.causal_attention_qkv(x, 12), [randn(8, 1024, 2304)]),
+        "dropout": (
+            lambda x: kernels.causal_attention_qkv(x, 12, dropout_p=0.1, seed=5),
+            [randn(8, 1024, 2304)],
+        ),
+        "layer_norm": (kernels.layer_norm, [randn(8192, 768), row, row]),
+        "add_layer_norm": (
+            lambda *a: torch.cat(kernels.add_layer_norm(*a)),
+            [randn(8192, 768), randn(8192, 768), row, row],
+        ),
+        "bias_gelu": (kernels.bias_gelu, [randn(8192, 3072), randn(3072)]),
+        "cross_entropy": (lambda x: kernels.cross_entropy(x, targets), [randn(2048, 50257)]),
+        "linear_cross_entropy": (
+            lambda x, w: kernels.linear_cross_entropy(x, w, targets),
+            [randn(2048, 768), randn(50257, 768)],
+        ),
+    }
+
+
+OPS = ("attention", "dropout", "layer_norm", "add_layer_norm", "bias_gelu", "cross_entropy")
+OPS = (*OPS, "linear_cross_entropy")
+
+
+def result_and_gradients(call, inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = call(*leaves)
+    return y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_repeats_give_the_same_bits(op, request):
+    """A race between warps shows in one run of many: 10,000 in full."""
+    call, inputs = every_op()[op]
+    want = result_and_gradients(call, inputs)
+    for _ in range(10_000 if request.config.option.full else 100):
+        assert all(map(bits_on_device_equal, want, result_and_gradients(call, inputs)))
+
+
+def bits_on_device_equal(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_side_streams(op):
+    call, inputs = every_op()[op]
+    want = result_and_gradients(call, inputs)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = result_and_gradients(call, inputs)
+    stream.synchronize()
+    assert all(map(bits_equal, want, got))
+
+
+@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "bias_gelu"])
+def test_graph_replays_equal_eager(op):
+    call, inputs = every_op()[op]
+    static = [x.clone() for x in inputs]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        result_and_gradients(call, static)  # compiles outside of the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = result_and_gradients(call, static)
+    for _ in range(2):
+        for x in static:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert all(map(bits_equal, captured, result_and_gradients(call, static)))
+
+
+def test_graph_replays_with_fresh_dropout():
+    qkv = randn(2, 256, 2304)
+    kernels.causal_attention_qkv(qkv, 12, dropout_p=0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = kernels.causal_attention_qkv(qkv, 12, dropout_p=0.5)
+    graph.replay()
+    first = o.clone()
+    graph.replay()
+    assert not bits_equal(first, o)
+
+
+@pytest.mark.full
+def test_tensors_beyond_2_to_the_31_elements():
+    """The last rows of a tensor of 2^31 + elements are those of the rows alone."""
+    N, C = 2**31 // 768 + 33, 768
+    x, row = torch.zeros(N, C, device="cuda", dtype=torch.bfloat16), randn(C, dtype=torch.float32)
+    x[-40:] = randn(40, C)
+    for call in (
+        lambda x: kernels.layer_norm(x, row, row),
+        kernels.gelu,
+        lambda x: kernels.bias_gelu(x, row),
+    ):
+        assert bits_equal(call(x)[-40:], call(x[-40:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_stays_on_course(dtype, request):
+    """Fast against plain: losses of the same steps from the same start, 124M in full."""
+    full = request.config.option.full
+    config = Config() if full else Config(block_size=128, vocab_size=512, n_layer=4, n_embd=256)
+    steps, T = (500, 1024) if full else (50, 128)
+    torch.manual_seed(0)
+    batches = torch.randint(config.vocab_size // 4, (steps, 4, T + 1), device="cuda")
+    losses = {}
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = Model(config, fast=fast).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+        losses[fast] = []
+        for batch in batches:
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                _, loss = model(batch[:, :-1], batch[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[fast].append(loss.detach())
+    plain, fast = (torch.stack(losses[k]) for k in (False, True))
+    assert (plain - fast).abs().max() < 0.02 * plain[0]
+    assert fast[-1] < 0.9 * fast[0]
