@@ -206,7 +206,7 @@ def test_lines_after_the_checkpoint_are_forgotten_and_strays_swept(finished):
         file.write('{"step": 13, "train_loss": 1.0}\n{"step": 14, "tr')
     (folder / ".checkpoint.safetensors.tmp-x").mkdir()
     resume(folder, steps=16)
-    assert [row["step"] for row in rows(folder)][-3:] == [14, 15, 16]
+    assert [row["step"] for row in rows(folder)] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16]
     assert not list(folder.glob(".*"))
 
 
