@@ -1,8 +1,20 @@
-"""GPT-2 with hand-written kernels: the model, its configuration, and the kernels themselves."""
+"""GPT-2 with hand-written kernels: the model, its configuration, and the kernels themselves.
 
-from . import kernels
+Model and kernels are imported when first asked for: they need torch, the command line's help does
+not, and some of PyTorch's settings count only before it is loaded.
+"""
+
+import importlib
+
 from .config import Config
-from .model import Model
 
-__version__ = kernels.__version__
+__version__ = "0.1.0"
 __all__ = ["Config", "Model", "kernels"]
+
+
+def __getattr__(name: str):
+    if name == "Model":
+        return importlib.import_module(".model", __name__).Model
+    if name == "kernels":
+        return importlib.import_module(".kernels", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -165,10 +165,12 @@ def test_module_runs_under_both_names(source):
     assert tables[0] == tables[1] and "served by" in tables[0]
 
 
-def test_version_is_below_the_other_library():
+def test_one_version_below_the_other_library():
     """transformers reads kernels.__version__ where it finds this folder: PEP 440, below 0.17."""
     from packaging.version import Version
 
-    from gpt2 import kernels
+    import gpt2
 
-    assert Version(kernels.__version__) < Version("0.17")
+    assert gpt2.__version__ == gpt2.kernels.__version__
+    assert f'version = "{gpt2.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert Version(gpt2.__version__) < Version("0.17")
