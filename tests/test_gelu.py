@@ -102,6 +102,17 @@ def test_left_tail_keeps_its_relative_accuracy():
 
 
 @pytest.mark.triton
+def test_gradient_on_the_right_keeps_its_accuracy():
+    """g (1 - g) cancels where g is near 1, ten roundings' worth; e g^2 does not."""
+    x = torch.linspace(2, 9, 500, device=DEVICE).requires_grad_()
+    with kernels.use("triton"):
+        (dx,) = torch.autograd.grad(kernels.gelu(x).sum(), x)
+    d = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(kernels.reference.gelu(d).sum(), d)
+    assert_close_to(exact, dx, exact.float(), "dx", factor=3)
+
+
+@pytest.mark.triton
 def test_nan_stays_in_its_place():
     x, bias = tensor(5, 33), tensor(33)
     x[2, 3] = math.nan
