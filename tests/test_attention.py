@@ -46,7 +46,7 @@ def gradient_terms(q, k, v):
     two sums over D are rounded differently."""
     D, half = q.shape[-1], q.dtype != torch.float32
     q, k, v = (x.detach().float().square().mean().sqrt().item() for x in (q, k, v))
-    return 2 * v * max(q, k) * (1 if half else math.sqrt(D))
+    return 4 * v * max(q, k) * (1 if half else math.sqrt(D))
 
 
 def shape_id(value):

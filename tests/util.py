@@ -57,24 +57,33 @@ def check_op(
     for i, y in enumerate(outputs):
         assert_close_to(exact_outputs[i], y, plain_outputs[i], f"output {i}", factor=2)
         ran(backend)
+    ulp = max(torch.finfo(x.dtype).eps for x in inputs.values())  # a float32 weight's gradient too
     for name, g, e, p in zip(leaves, grads, exact_grads, plain_grads, strict=True):
-        assert_close_to(e, g, p, f"gradient of {name}", factor=3, terms=terms)
+        assert_close_to(e, g, p, f"gradient of {name}", factor=3, terms=terms, ulp=ulp)
         ran(backend)
 
 
 def assert_close_to(
-    exact: Tensor, x: Tensor, plain: Tensor, what: str, *, factor: float, terms: float = 0.0
+    exact: Tensor,
+    x: Tensor,
+    plain: Tensor,
+    what: str,
+    *,
+    factor: float,
+    terms: float = 0.0,
+    ulp: float | None = None,
 ) -> None:
     """x errs by at most factor times what plain errs, against exact: in the largest error and in
     the root of the mean square.
 
-    To either comes the rounding floor: one unit in the last place of x's dtype at the size of the
-    result, or of `terms`, rounded numbers that cancel to something smaller on the way to it.
+    To either comes the rounding floor: ulp, by default one unit in the last place of x's dtype, at
+    the size of the result, and of `terms`, rounded numbers that cancel on the way to it.
     """
     assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, not {tuple(exact.shape)}"
     if not exact.numel():
         return
-    x, plain, ulp = x.double(), plain.double(), torch.finfo(x.dtype).eps
+    ulp = ulp or torch.finfo(x.dtype).eps
+    x, plain = x.double(), plain.double()
     assert bool((x.isnan() == exact.isnan()).all()), f"{what}: NaN in the wrong places"
     for measure, name in ((_largest, "largest error"), (_root_mean_square, "rms error")):
         error, allowed = measure(x - exact), factor * measure(plain - exact)

@@ -1,11 +1,11 @@
 """Cross-entropy of logits rows against one target each, forward, backward, and both in place.
 
-    m     = max_v x[v]    log_sum = log sum_v exp(x[v] - m)
-    loss  = log_sum + (m - x[target])
-    dx[v] = (exp(x[v] - m - log_sum) - [v = target]) dloss
+    m     = max_v x[v]    l = sum_v exp(x[v] - m)
+    loss  = log(l) + (m - x[target])
+    dx[v] = (exp(x[v] - m) / l - [v = target]) dloss
 
 One program owns a row, reads it once with an online maximum and sum, and keeps these two numbers;
-the softmax is never stored. lse = m + log_sum as one number would round away the digits of log_sum
+the softmax is never stored. lse = m + log(l) as one number would round away the digits of log(l)
 where logits are large. The in-place form overwrites the row with its gradient while it is still in
 cache: kernels/linear_cross_entropy.py gives it a chunk of logits that nobody else sees.
 
@@ -25,7 +25,7 @@ def _cross_entropy_fwd_kernel(
     logits_ptr,                        # (N, V), contiguous in V; with GRAD its gradient, in place
     targets_ptr,                       # (N,), int64
     losses_ptr,                        # (N,), float32; 0 where the target is ignored
-    max_ptr, log_sum_ptr,              # (N,), float32, out
+    m_ptr, l_ptr,                      # (N,), float32, out
     stride_row, V, V_padded, ignore_index,
     BLOCK_V: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -44,18 +44,17 @@ def _cross_entropy_fwd_kernel(
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # a block of -inf so far: exp gives 0
         l = l * tl.exp2((m - shift) * LOG2E) + tl.sum(tl.exp2((x - shift) * LOG2E), axis=0)
         m = m_new
-    log_sum = tl.log2(l) * LN2
     x_target = tl.load(logits_ptr + target, mask=counts, other=0.0).to(tl.float32)
-    tl.store(max_ptr + row, m)
-    tl.store(log_sum_ptr + row, log_sum)
-    tl.store(losses_ptr + row, tl.where(counts, log_sum + (m - x_target), 0.0))
+    tl.store(m_ptr + row, m)
+    tl.store(l_ptr + row, l)
+    tl.store(losses_ptr + row, tl.where(counts, tl.log2(l) * LN2 + (m - x_target), 0.0))
 
     if GRAD:
         # Every lane reads its logits before it overwrites them; the barrier keeps the store from
         # passing another lane's read of x[target].
         tl.debug_barrier()
         _store_gradient(
-            logits_ptr, logits_ptr, target, counts, m, log_sum, 1.0, V, V_padded, BLOCK_V
+            logits_ptr, logits_ptr, target, counts, m, l, 1.0, V, V_padded, BLOCK_V
         )  # fmt: skip
 
 
@@ -63,38 +62,39 @@ def _cross_entropy_fwd_kernel(
 def _cross_entropy_bwd_kernel(
     dlosses_ptr, stride_dlosses,       # (N,), float32
     logits_ptr,                        # (N, V), contiguous in V
-    targets_ptr, max_ptr, log_sum_ptr, # (N,)
+    targets_ptr, m_ptr, l_ptr,         # (N,)
     dlogits_ptr,                       # (N, V), contiguous in V; may be logits_ptr
     stride_row, stride_drow, V, ignore_index,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    m = tl.load(max_ptr + row)
-    log_sum = tl.load(log_sum_ptr + row)
+    m = tl.load(m_ptr + row)
+    l = tl.load(l_ptr + row)
     dloss = tl.load(dlosses_ptr + row * stride_dlosses)
     _store_gradient(
         logits_ptr + row * stride_row, dlogits_ptr + row * stride_drow,
-        target, target != ignore_index, m, log_sum, dloss, V, V, BLOCK_V,
+        target, target != ignore_index, m, l, dloss, V, V, BLOCK_V,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_gradient(
-    logits_ptr, dlogits_ptr, target, counts, m, log_sum, dloss, V, V_padded, BLOCK_V: tl.constexpr
+    logits_ptr, dlogits_ptr, target, counts, m, l, dloss, V, V_padded, BLOCK_V: tl.constexpr
 ):
     """dx = (softmax - onehot) dloss, 0 in an ignored row and in the columns that pad V."""
+    scale = 1.0 / l
     for start in range(0, V_padded, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + offs, mask=offs < V, other=NEG_INF).to(tl.float32)
-        p = tl.exp2(((x - m) - log_sum) * LOG2E)
+        p = tl.exp2((x - m) * LOG2E) * scale
         dx = tl.where(offs == target, p - 1.0, p) * dloss
         dx = tl.where(counts & (offs < V), dx, 0.0)
         tl.store(dlogits_ptr + offs, dx.to(dlogits_ptr.dtype.element_ty), mask=offs < V_padded)
 
 
 def cross_entropy_fwd(logits, targets, ignore_index):
-    """losses (N,) and stats (2, N), m and log_sum, float32; logits (N, V), targets (N,)."""
+    """losses (N,) and stats (2, N), m and l, float32; logits (N, V), targets (N,)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     return _forward(logits, targets, ignore_index, logits.shape[1], grad=False)
 
