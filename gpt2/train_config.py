@@ -58,7 +58,7 @@ class TrainConfig:
     n_embd: int = _model(128, "features of a token; a multiple of n_head", at_least=1)
     dropout: float = _model(0.0, "probability that a feature is dropped", at_least=0, below=1)
 
-    steps: int = _training(1200, "optimizer steps", at_least=1)
+    steps: int = _training(1500, "optimizer steps", at_least=1)
     batch_size: int = _training(16, "windows in a forward pass", at_least=1)
     grad_accum: int = _training(1, "forward passes in an optimizer step", at_least=1)
     lr: float = _training(4e-3, "highest learning rate; 6e-4 suits GPT-2 itself", above=0)

@@ -296,52 +296,54 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, dlosses):
         logits, targets, stats = ctx.saved_tensors
         args = (dlosses, logits, targets, stats, ctx.ignore_index, ctx.backend)
-        if ctx.inplace and logits.stride(-1) == 1:
+        if ctx.inplace and logits.stride(-1) == 1 and logits.stride(0) >= logits.shape[1]:
             _raw.cross_entropy_bwd_(*args)
             torch.autograd.graph.increment_version(logits)  # a second backward is refused
             return logits.detach(), None, None, None, None
         return _raw.cross_entropy_bwd(*args), None, None, None, None
 
 
-def _linear_cross_entropy(x, weight, targets, ignore_index, with_grad, backend):
-    row_kernel = dispatch.module(backend, "cross_entropy")
-    with _device_guard(x):
-        return linear_cross_entropy_fwd(row_kernel, x, weight, targets, ignore_index, with_grad)
+def _linear_cross_entropy(*args):
+    *args, backend = args
+    with _device_guard(args[0]):
+        return linear_cross_entropy_fwd(dispatch.module(backend, "cross_entropy"), *args)
 
 
-def _linear_cross_entropy_fake(x, weight, targets, ignore_index, with_grad, backend):
+def _linear_cross_entropy_fake(x, weight, targets, ignore_index, need_dx, need_dweight, backend):
     (N, C), V = x.shape, weight.shape[0]
-    rows, columns = (N, V) if with_grad else (0, 0)
     total = torch.empty((), dtype=torch.float32, device=x.device)
-    return total, _like(x, rows, C), _like(x, columns, C, dtype=torch.float32)
+    dweight = _like(x, V if need_dweight else 0, C, dtype=torch.float32)
+    return total, _like(x, N if need_dx else 0, C), dweight
 
 
 _register(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, int ignore_index, "
-    "bool with_grad, str backend) -> (Tensor total, Tensor dx, Tensor dweight)",
+    "bool need_dx, bool need_dweight, str backend) -> (Tensor total, Tensor dx, Tensor dweight)",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
 )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses, () float32. The forward takes the gradients for dtotal = 1."""
+    """The sum of the losses, () float32. The forward takes the gradients for dtotal = 1, of x and
+    weight as far as they are needed: under no_grad they are not, whatever they require."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index, backend):
-        with_grad = any(ctx.needs_input_grad[:2])
+    def forward(ctx, x, weight, targets, ignore_index, need_dx, need_dweight, backend):
         total, dx, dweight = _raw.linear_cross_entropy_fwd(
-            x, weight, targets, ignore_index, with_grad, backend
+            x, weight, targets, ignore_index, need_dx, need_dweight, backend
         )
         ctx.save_for_backward(dx, dweight)
-        ctx.weight_dtype = weight.dtype
+        ctx.need_dx, ctx.need_dweight, ctx.weight_dtype = need_dx, need_dweight, weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal):
         dx, dweight = ctx.saved_tensors
-        return dx * dtotal, (dweight * dtotal).to(ctx.weight_dtype), None, None, None
+        dx = dx * dtotal if ctx.need_dx else None
+        dweight = (dweight * dtotal).to(ctx.weight_dtype) if ctx.need_dweight else None
+        return dx, dweight, None, None, None, None, None
 
 
 # ---- token ids

@@ -18,10 +18,16 @@ MAX_CHUNK = 8192  # rows; larger products gain nothing
 
 
 def linear_cross_entropy_fwd(
-    row_kernel, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_grad: bool
+    row_kernel,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    need_dx: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, () float32, and without their scale dx (N, C) in x's dtype and
-    dweight (V, C) float32; both are empty without with_grad.
+    dweight (V, C) float32; each has no rows where it is not needed.
 
     row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
@@ -34,19 +40,21 @@ def linear_cross_entropy_fwd(
         padded = x.new_zeros((V_padded, C))
         padded[:V] = weight
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
-    dx = torch.empty((N, C) if with_grad else (0, C), dtype=x.dtype, device=x.device)
+    dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
     dweight = torch.zeros(
-        (V_padded, C) if with_grad else (0, C), dtype=torch.float32, device=x.device
+        (V_padded if need_dweight else 0, C), dtype=torch.float32, device=x.device
     )
     rows = chunk_rows(N)
     logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         chunk = torch.mm(x[part], padded.t(), out=logits[: part.stop - start])
-        if with_grad:
+        if need_dx or need_dweight:
             losses[part] = row_kernel.cross_entropy_fwd_bwd_(chunk, targets[part], ignore_index, V)
-            torch.mm(chunk, padded, out=dx[part])
-            dweight += _mm_float32(chunk.t(), x[part])
+            if need_dx:
+                torch.mm(chunk, padded, out=dx[part])
+            if need_dweight:
+                dweight += _mm_float32(chunk.t(), x[part])
         else:
             losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
                 0

@@ -186,7 +186,10 @@ def linear_cross_entropy(
     if backend == "reference":
         return reference.linear_cross_entropy(x, weight, targets, ignore_index)
     rows, targets = x.flatten(0, -2), targets.flatten()
-    total = autograd.LinearCrossEntropy.apply(rows, weight, targets, ignore_index, backend)
+    need_dx, need_dweight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
+    total = autograd.LinearCrossEntropy.apply(
+        rows, weight, targets, ignore_index, need_dx, need_dweight, backend
+    )
     return total / (targets != ignore_index).sum()
 
 

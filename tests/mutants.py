@@ -374,8 +374,18 @@ MUTANTS = [
         "test_cross_entropy.py::test_linear_cross_entropy[V65-N33-C16-fp32-same-none]",
     ),
     Mutant(
+        "gradients taken under no_grad", OPS,
+        "(torch.is_grad_enabled() and t.requires_grad for", "(t.requires_grad for",
+        "test_cross_entropy.py::test_only_what_is_needed_is_computed[x-no_grad]",
+    ),
+    Mutant(
+        "gradient in place of expanded logits", AUTOGRAD,
+        " and logits.stride(0) >= logits.shape[1]", "",
+        "test_cross_entropy.py::test_gradient_in_place_of_expanded_logits",
+    ),
+    Mutant(
         "saved gradient scaled in place", AUTOGRAD,
-        "return dx * dtotal,", "return dx.mul_(dtotal),",
+        "dx = dx * dtotal if", "dx = dx.mul_(dtotal) if",
         "test_cross_entropy.py::test_every_subset_of_gradients_twice",
     ),
     # the way to a kernel

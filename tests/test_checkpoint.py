@@ -262,6 +262,7 @@ def test_killed_in_mid_save_leaves_a_whole_checkpoint(kills, tmp_path):
 def _save_forever(path, model, optimizer, pipe):
     """In a child: step n saves weights that are all n, and writes a byte once it is saved."""
     try:
+        torch.set_num_threads(1)  # OpenMP would wait for threads that a fork does not copy
         step = 0
         while True:
             step += 1

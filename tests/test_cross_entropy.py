@@ -1,5 +1,6 @@
 """cross_entropy and linear_cross_entropy against float64, and the ways a loss goes wrong."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, fingerprint, guarded
 
 from gpt2 import kernels
-from gpt2.kernels import reference
+from gpt2.kernels import autograd, reference
 from gpt2.kernels.linear_cross_entropy import chunk_rows
 
 
@@ -268,6 +269,38 @@ def test_deterministic_and_the_same_without_gradients():
     loss, *_ = run()
     with kernels.use("triton"), torch.no_grad():
         assert bits_equal(kernels.linear_cross_entropy(x, weight, targets), loss)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, None])
+@pytest.mark.parametrize("leaf", ["x", "weight"])
+def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch):
+    """Two of the three products are for gradients. Evaluation computed them all: inside an autograd
+    function, leaves that require gradients look needed under no_grad too."""
+    inputs = {"x": tensor(6, 5), "weight": tensor(9, 5)}
+    inputs[leaf].requires_grad_()
+    raw, asked = autograd._raw, []
+
+    class Spy:
+        def linear_cross_entropy_fwd(self, *args):
+            asked.append(args[4:6])
+            return raw.linear_cross_entropy_fwd(*args)
+
+    monkeypatch.setattr(autograd, "_raw", Spy())
+    with kernels.use("triton"), mode() if mode else contextlib.nullcontext():
+        kernels.linear_cross_entropy(**inputs, targets=targets_in(6, 9))
+    assert asked == [(leaf == "x", leaf == "weight") if mode is None else (False, False)]
+
+
+@pytest.mark.triton
+def test_gradient_in_place_of_expanded_logits():
+    """Rows that are one row in memory cannot take different gradients: they are copied."""
+    leaf, targets = tensor(1, 9).requires_grad_(), targets_in(4, 9, ignored="none")
+    with kernels.use("triton"):
+        loss = kernels.cross_entropy((leaf * 1).expand(4, -1), targets, inplace_backward=True)
+    (got,) = torch.autograd.grad(loss, leaf)
+    (want,) = torch.autograd.grad(F.cross_entropy(leaf.expand(4, -1), targets), leaf)
+    assert torch.allclose(got, want)
 
 
 @pytest.mark.triton

@@ -248,8 +248,8 @@ def raw_calls():
         yield RAW.cross_entropy_fwd, (logits, targets, -1)
         yield RAW.cross_entropy_bwd, (tensor(N), logits, targets, stats, -1)
         yield RAW.cross_entropy_bwd_, (tensor(N), tensor(N, V), targets, stats, -1)
-        for with_grad in (True, False):
-            yield RAW.linear_cross_entropy_fwd, (x, tensor(V, C), targets, -1, with_grad)
+        for needed in itertools.product((True, False), repeat=2):
+            yield RAW.linear_cross_entropy_fwd, (x, tensor(V, C), targets, -1, *needed)
 
 
 @pytest.mark.triton

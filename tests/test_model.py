@@ -29,7 +29,8 @@ def loss_and_gradients(model, idx, targets, seed=0):
     torch.manual_seed(seed)
     _, loss = model(idx, targets)
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    # clones: Module.double() would convert the gradients in place
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def seeded_logits(model, idx, seed=0):
@@ -159,7 +160,7 @@ def test_fast_equals_plain(T, dtype, dropout, ran):
         # gradients is the scale of that noise.
         scale = max(g.double().square().mean().sqrt().item() for g in exact[1].values())
         assert_close_to(
-            exact[1][name], fast[1][name], plain[1][name], name, factor=3, terms=scale / 2
+            exact[1][name], fast[1][name], plain[1][name], name, factor=3, terms=scale / 8
         )
         ran("triton")
 

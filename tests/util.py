@@ -35,7 +35,11 @@ def check_op(
     fast, plain = getattr(kernels, op), getattr(kernels.reference, op)
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     before = {name: fingerprint(x) for name, x in inputs.items()}
-    with kernels.use(backend), launches() as launched:
+    saved = []  # tensors that the forward left to the backward, and what they held
+    note = torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (saved.append((x, fingerprint(x))), x)[1], lambda x: x
+    )
+    with kernels.use(backend), launches() as launched, note:
         outputs = as_tuple(fast(**leaves, **kwargs))
         grad_outputs = [torch.randn_like(y) for y in outputs]
         grads = torch.autograd.grad(outputs, list(leaves.values()), grad_outputs)
@@ -43,6 +47,7 @@ def check_op(
     assert launched or backend == "reference" or not outputs[0].numel(), "no kernel was launched"
     for name, x in inputs.items():
         assert fingerprint(x) == before[name], f"{name} was changed"
+    assert all(fingerprint(x) == held for x, held in saved), "a saved tensor was changed"
 
     def run_plain(dtype=None):
         xs = {n: x.detach().to(dtype or x.dtype, copy=True) for n, x in inputs.items()}

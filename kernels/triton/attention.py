@@ -36,12 +36,13 @@ def _attn_fwd_kernel(
     BLOCK_N: tl.constexpr,             # key rows read per step
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the keys. A query row carries across key tiles, in units of s / scale,
+    """One pass over the keys. With s the unscaled product and e(x) = exp(scale x), a query row
+    carries across key tiles
 
-        m = max_j s[i, j]    l = sum_j exp(s[i, j] - m)    acc = sum_j exp(s[i, j] - m) v[j]
+        m = max_j s[i, j]    l = sum_j e(s[i, j] - m)    acc = sum_j e(s[i, j] - m) v[j]
 
-    A tile that raises m scales the old l and acc by exp(m_old - m_new).
-    At the end o = acc / l and lse = m + log(l).
+    A tile that raises m scales the old l and acc by alpha = e(m_old - m_new).
+    At the end o = acc / l and lse = scale m + log(l).
     """
     tiles = tl.cdiv(Tq, BLOCK_M)
     bh = tl.program_id(0) // tiles
