@@ -36,7 +36,9 @@ ON_CPU = ["--device", "cpu", "--backends", "reference", "--quick"]
 
 def run(*command, **env):
     """A process of its own: conftest has set TRITON_INTERPRET in this one."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # PYTEST_XDIST_*: in a worker's child, pytest-benchmark would take itself for one and give up
+    left_out = ("TRITON_INTERPRET", "PYTEST_")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     env = inherited | {"OMP_NUM_THREADS": "1"} | env
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
