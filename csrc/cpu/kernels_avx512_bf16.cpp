@@ -1,0 +1,15 @@
+#define GPT2_ISA avx512_bf16
+#include "vec_avx512.h"
+
+#include "table.h"
+
+namespace gpt2 {
+
+const Kernels& kernels_avx512_bf16() {
+  using namespace avx512_bf16;
+  static constexpr Kernels table = {
+      {&ops<Vec16, float>, &ops<Vec16, bf16>, &ops<Vec16, f16>, nullptr}};
+  return table;
+}
+
+}  // namespace gpt2
