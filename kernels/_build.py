@@ -1,0 +1,247 @@
+"""Compiles csrc: which sources, which flags, which compiler; ninja runs them.
+
+One binary serves every Python and every torch >= 2.10: it uses LibTorch's stable ABI alone, and
+finds libtorch_cpu by name among the libraries that the process has already loaded, so that no path
+of this machine is in it. Only the sources named for an instruction set get its flags; ops.cpp asks
+the processor at run time.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CSRC = Path(__file__).parent.parent / "csrc"
+COMPILERS = ("c++", "g++", "clang++")  # asked in this order, where $CXX is not set
+X86_64 = platform.machine().lower() in ("x86_64", "amd64")
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+
+
+@dataclass(frozen=True)
+class Library:
+    title: str  # as progress lines name it
+    sources: dict[str, tuple[str, ...]]  # file under csrc -> flags of its own; slowest first
+    headers: tuple[str, ...]  # what they include, as patterns under csrc
+    flags: tuple[str, ...] = ()  # of every source
+
+
+_SOURCES = {
+    "cpu/kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "cpu/kernels_avx512.cpp": _AVX512,
+    "cpu/kernels_avx2.cpp": _AVX2,
+    "cpu/kernels_scalar.cpp": (),
+    "ops.cpp": (),
+}
+_PORTABLE = {"cpu/kernels_scalar.cpp": (), "ops.cpp": ()}
+
+LIBRARIES = {
+    "cpu": Library(
+        title="the CPU kernels",
+        sources=_SOURCES if X86_64 else _PORTABLE,
+        headers=("*.h", "cpu/*.h"),
+        flags=() if X86_64 else ("-DGPT2_KERNELS_PORTABLE",),
+    ),
+}
+
+# No -ffast-math, not even for linking: it makes the library turn denormals off in the whole process.
+# -ffp-contract=off: a fused multiply-add stands in the source or is none, so that every instruction
+# set rounds alike.
+_COMPILE = (
+    "-std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off "
+    "-Wall -Wextra -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000"
+).split()
+_LINK = ("-shared", "-ltorch_cpu")
+_OPTIMIZE = ("-O3",)
+_SANITIZE = (
+    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+)
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built or cached; the message is one line that a person can act on."""
+
+
+class CompilerError(BuildError):
+    """The compiler has failed, and will again with the same sources and flags."""
+
+    def __init__(self, message: str, log: str):
+        super().__init__(message)
+        self.log = log
+
+
+def recipe(library: Library) -> str:
+    """Hash of all that decides what the library does: the bytes of its sources, flags, platform."""
+    settled = (sys.platform, platform.machine(), *_COMPILE, *_link_flags(), *_level())
+    digest = hashlib.sha256(repr((settled, library)).encode())
+    headers = {path for pattern in library.headers for path in CSRC.glob(pattern)}
+    for path in sorted({CSRC / source for source in library.sources} | headers):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise BuildError(f"the source file {path} is missing") from None
+        digest.update(f"{path.relative_to(CSRC)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def find_compiler() -> list[str]:
+    """$CXX (with its arguments, where it has some), else the first of COMPILERS on PATH."""
+    chosen = os.environ.get("CXX", "").strip()
+    if chosen:
+        try:
+            command = shlex.split(chosen)
+        except ValueError:  # a quotation mark without its twin
+            command = [chosen]
+        if shutil.which(command[0]) is None:
+            raise BuildError(f"no C++ compiler: CXX is {chosen!r}, which cannot be run")
+        return command
+    found = next(filter(shutil.which, COMPILERS), None)
+    if found is None:
+        raise BuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH; set CXX")
+    return [found]
+
+
+def identity(compiler: list[str]) -> str:
+    """Hash of which programs these are, by path, size and date: cheap, as no process is started."""
+    parts: list[object] = [compiler]
+    for program in filter(None, map(shutil.which, compiler)):
+        stat = os.stat(program)
+        parts.append((os.path.realpath(program), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def run(library: Library, compiler: list[str], work: Path, output: Path) -> str:
+    """Compiles library to the file output, with all by-products in the folder work.
+
+    Returns the log; CompilerError has it where the compiler fails.
+    """
+    ninja = _find_ninja()
+    (work / "build.ninja").write_text(_ninja_file(library, compiler, work, output))
+    before, start = recipe(library), time.monotonic()
+    # A builder that is killed leaves ninja alone with a pipe that nobody reads: it ends with the
+    # first line it prints, and nothing that it or its compilers wrote is ever looked at.
+    process = subprocess.Popen(
+        [*ninja, "-f", str(work / "build.ninja")],
+        cwd=CSRC, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={k: v for k, v in os.environ.items() if k not in ("NINJA_STATUS", "LD_PRELOAD")},
+    )  # fmt: skip
+    try:
+        log = _follow(process, library, start)
+    except BaseException:
+        process.terminate()  # ninja ends its compilers, too
+        process.wait()
+        raise
+    if process.returncode != 0 or not output.exists():
+        raise CompilerError(f"the C++ compiler failed: {_first_error(log)}", log)
+    if recipe(library) != before:
+        raise BuildError("the sources changed while they were compiled; start again")
+    say(f"built {library.title} in {time.monotonic() - start:.0f} s")
+    return log
+
+
+def say(text: str, end: str = "\n") -> None:
+    """One line for the person at the terminal."""
+    if sys.stderr is not None:
+        print(f"gpt2-kernels: {text}", end=end, file=sys.stderr, flush=True)
+
+
+def _find_ninja() -> list[str]:
+    if found := shutil.which("ninja"):
+        return [found]
+    try:
+        import ninja  # noqa: F401  the package: its program need not be on PATH
+    except ImportError:
+        raise BuildError("ninja is missing: pip install ninja") from None
+    return [sys.executable, "-m", "ninja"]
+
+
+def _level() -> tuple[str, ...]:
+    """How far to optimise; GPT2_KERNELS_SANITIZE=1 watches memory and arithmetic instead."""
+    return _SANITIZE if os.environ.get("GPT2_KERNELS_SANITIZE") == "1" else _OPTIMIZE
+
+
+def _link_flags() -> tuple[str, ...]:
+    # What stays undefined is an error here, not when the library is loaded. Sanitizers leave their
+    # own functions to the program.
+    strict = sys.platform == "linux" and _level() is _OPTIMIZE
+    return (*_LINK, "-Wl,-z,defs") if strict else _LINK
+
+
+def _ninja_file(library: Library, compiler: list[str], work: Path, output: Path) -> str:
+    """Every command in full. Sources are named relative to csrc, where ninja runs: a path of this
+    machine comes into the binary by no __FILE__."""
+    root = Path(torch.__file__).parent
+    flags = [*_COMPILE, *_level(), *library.flags]
+    flags += ["-isystem", str(root / "include"), f"-ffile-prefix-map={root}=torch"]
+    lines = [f"builddir = {_escape(str(work))}", "rule run", "  command = $run", ""]
+
+    def step(target: Path, inputs: list[str], command: list[str]) -> None:
+        names = " ".join(map(_escape_path, inputs))
+        lines.append(f"build {_escape_path(str(target))}: run {names}")
+        lines.append(f"  run = {_escape(shlex.join(map(str, command)))}")
+
+    objects = []
+    for source, own in library.sources.items():
+        target = work / f"{source.replace('/', '-')}.o"
+        step(target, [source], [*compiler, *flags, *own, "-c", source, "-o", target])
+        objects.append(str(target))
+    link = [*compiler, *_level(), *objects, f"-L{root / 'lib'}", *_link_flags(), "-o", output]
+    step(output, objects, link)
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _escape_path(path: str) -> str:
+    return re.sub(r"[$ :]", r"$\g<0>", path)
+
+
+def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
+    """Reads ninja's output to its end; says how far it is, each second where a terminal shows it."""
+    live = sys.stderr is not None and sys.stderr.isatty()
+    files, log = len(library.sources), b""
+    if not live:
+        say(f"building {library.title}, once ({files} files)…")
+    while True:
+        if live:
+            done = max(map(int, re.findall(rb"^\[(\d+)/\d+\]", log, re.M)), default=0)
+            took = f"{min(done, files)}/{files} files, {time.monotonic() - start:.0f} s"
+            say(f"building {library.title}, once ({took})…", end="\r")
+        if select.select([process.stdout], [], [], 1)[0]:
+            chunk = os.read(process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                break
+            log += chunk
+    process.wait()
+    process.stdout.close()
+    if live:
+        print("\x1b[K", end="", file=sys.stderr)
+    return log.decode(errors="replace")
+
+
+def _first_error(log: str) -> str:
+    """The line of ninja's output that says most; ninja's own and the commands it repeats do not."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    commands = [i + 1 for i, line in enumerate(lines) if line.startswith("FAILED:")]
+    said = [
+        line
+        for i, line in enumerate(lines)
+        if i not in commands and not line.startswith(("FAILED:", "ninja:", "["))
+    ]
+    telling = re.compile(r"error: |undefined reference|not found|No space left")
+    line = next(filter(telling.search, said), (said or ["it gave no message"])[-1])
+    return line if len(line) <= 160 else line[:159] + "…"
