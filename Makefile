@@ -1,4 +1,4 @@
-.PHONY: test full bench lint build
+.PHONY: test full bench lint build wheel sanitize
 
 test:  ## what a user runs
 	pytest tests/
@@ -12,5 +12,22 @@ bench:  ## every op, every backend and peer on this machine
 lint:
 	ruff check . && ruff format --check .
 
-build:
+build:  ## compiles the CPU kernels ahead of their first use
+	python -m gpt2.kernels build
+
+wheel:  ## for machines without a compiler: dist/ gets a wheel of this platform with the library in it
+	rm -rf build kernels/lib
+	python -m gpt2.kernels build --out kernels/lib
 	python -m pip wheel --no-deps -w dist .
+	rm -rf build kernels/lib
+
+# The tests of the CPU kernels with a library that watches its memory and its arithmetic. Python is
+# not built that way, so the runtimes come first: theirs, and the C++ library, whose exceptions they
+# intercept.
+sanitize: export GPT2_KERNELS_SANITIZE = 1
+sanitize: SANITIZED = tests/ -m cpu_kernels
+sanitize: RUNTIMES = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
+sanitize:
+	python -m gpt2.kernels build
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		python -m pytest -p no:cacheprovider $(SANITIZED)

@@ -1,6 +1,6 @@
 """python -m gpt2.kernels: which backend serves each op here, and why the others do not.
 
-python -m gpt2.kernels build [--out DIR] [--force]: compiles the CPU kernels ahead of their first use.
+python -m gpt2.kernels build [--out DIR] [--force]: compiles the CPU kernels ahead of time.
 """
 
 import argparse

@@ -55,13 +55,14 @@ LIBRARIES = {
     ),
 }
 
-# No -ffast-math, not even for linking: it makes the library turn denormals off in the whole process.
+# No -ffast-math, not even for linking: the library would turn denormals off in the whole process.
 # -ffp-contract=off: a fused multiply-add stands in the source or is none, so that every instruction
 # set rounds alike.
 _COMPILE = (
-    "-std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off "
-    "-Wall -Wextra -DTORCH_STABLE_ONLY -DTORCH_TARGET_VERSION=0x020a000000000000"
-).split()
+    *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+)
 _LINK = ("-shared", "-ltorch_cpu")
 _OPTIMIZE = ("-O3",)
 _SANITIZE = (
@@ -211,7 +212,7 @@ def _escape_path(path: str) -> str:
 
 
 def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
-    """Reads ninja's output to its end; says how far it is, each second where a terminal shows it."""
+    """Reads ninja's output to its end; a terminal shows each second how far it is."""
     live = sys.stderr is not None and sys.stderr.isatty()
     files, log = len(library.sources), b""
     if not live:

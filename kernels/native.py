@@ -115,7 +115,7 @@ def _file_name(name: str) -> str:
 
 
 def _is_sound(library: Path, recipe: str) -> bool:
-    """Whether the file is there, whole, and of this recipe; says so where it is there and is not."""
+    """Whether the file is there, whole, and of this recipe; if it is merely there, says so."""
     if not library.exists():
         return False
     try:
@@ -213,7 +213,7 @@ def _build_into_cache(name: str, *, force: bool, retry: bool) -> Path:
 
 @contextlib.contextmanager
 def _work_folder(name: str, title: str):
-    """A folder of our own in the cache, while no other process has one; what dead ones left goes."""
+    """A folder of our own in the cache, while no other process has one; dead ones' are swept."""
     with contextlib.ExitStack() as stack:
         try:
             folder = _cache_folder(create=True) / name
