@@ -32,7 +32,7 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 @dataclass(frozen=True)
 class Library:
     title: str  # as progress lines name it
-    sources: dict[str, tuple[str, ...]]  # file under csrc -> flags of its own; slowest first
+    sources: dict[str, tuple[str, ...]]  # pattern under csrc -> flags of its own; slowest first
     headers: tuple[str, ...]  # what they include, as patterns under csrc
     flags: tuple[str, ...] = ()  # of every source
 
@@ -42,9 +42,9 @@ _SOURCES = {
     "cpu/kernels_avx512.cpp": _AVX512,
     "cpu/kernels_avx2.cpp": _AVX2,
     "cpu/kernels_scalar.cpp": (),
-    "ops.cpp": (),
+    "*.cpp": (),
 }
-_PORTABLE = {"cpu/kernels_scalar.cpp": (), "ops.cpp": ()}
+_PORTABLE = {"cpu/kernels_scalar.cpp": (), "*.cpp": ()}
 
 LIBRARIES = {
     "cpu": Library(
@@ -87,13 +87,10 @@ def recipe(library: Library) -> str:
     """Hash of all that decides what the library does: the bytes of its sources, flags, platform."""
     settled = (sys.platform, platform.machine(), *_COMPILE, *_link_flags(), *_level())
     digest = hashlib.sha256(repr((settled, library)).encode())
-    headers = {path for pattern in library.headers for path in CSRC.glob(pattern)}
-    for path in sorted({CSRC / source for source in library.sources} | headers):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise BuildError(f"the source file {path} is missing") from None
-        digest.update(f"{path.relative_to(CSRC)} {len(content)}\n".encode() + content)
+    headers = {name for pattern in library.headers for name in _files(pattern)}
+    for name in sorted(headers.union(_sources(library))):
+        content = (CSRC / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 
@@ -158,6 +155,21 @@ def say(text: str, end: str = "\n") -> None:
         print(f"gpt2-kernels: {text}", end=end, file=sys.stderr, flush=True)
 
 
+def _files(pattern: str) -> list[str]:
+    return sorted(path.relative_to(CSRC).as_posix() for path in CSRC.glob(pattern))
+
+
+def _sources(library: Library) -> dict[str, tuple[str, ...]]:
+    """Each source file of the library, and the flags of its own."""
+    found = {}
+    for pattern, flags in library.sources.items():
+        files = _files(pattern)
+        if not files:
+            raise BuildError(f"the source file {CSRC / pattern} is missing")
+        found.update(dict.fromkeys(files, flags))
+    return found
+
+
 def _find_ninja() -> list[str]:
     if found := shutil.which("ninja"):
         return [found]
@@ -194,7 +206,7 @@ def _ninja_file(library: Library, compiler: list[str], work: Path, output: Path)
         lines.append(f"  run = {_escape(shlex.join(map(str, command)))}")
 
     objects = []
-    for source, own in library.sources.items():
+    for source, own in _sources(library).items():
         target = work / f"{source.replace('/', '-')}.o"
         step(target, [source], [*compiler, *flags, *own, "-c", source, "-o", target])
         objects.append(str(target))
@@ -214,7 +226,7 @@ def _escape_path(path: str) -> str:
 def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
     """Reads ninja's output to its end; a terminal shows each second how far it is."""
     live = sys.stderr is not None and sys.stderr.isatty()
-    files, log = len(library.sources), b""
+    files, log = len(_sources(library)), b""
     if not live:
         say(f"building {library.title}, once ({files} files)…")
     while True:

@@ -164,10 +164,9 @@ def _cache_folder(*, create: bool = False) -> Path:
     root = Path(os.environ.get("GPT2_KERNELS_CACHE") or Path(base, "gpt2-kernels")).absolute()
     if create:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        stat = root.stat()
-    except FileNotFoundError:
+    elif not root.exists():
         return root
+    stat = root.stat()
     if stat.st_uid != os.geteuid():
         raise BuildError(
             f"the cache {root} belongs to user {stat.st_uid}, not to {os.geteuid()} who runs this; "
