@@ -1,5 +1,5 @@
 #define GPT2_ISA avx512_bf16
-#include "vec_avx512.h"
+#include "dot_bf16.h"
 
 #include "table.h"
 

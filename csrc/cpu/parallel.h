@@ -15,7 +15,7 @@ void parallel_ranges(const Threads& threads, int64_t n, int64_t grain, const F& 
   threads.run(n, grain, call, &f);
 }
 
-// Items of unequal cost: worker() is called once per thread, and takes what it does from next().
+// Items of unequal cost: a worker takes the next whenever it is done with one.
 class Queue {
  public:
   explicit Queue(int64_t n) : n_(n) {}
@@ -29,12 +29,31 @@ class Queue {
   int64_t n_, taken_ = 0;
 };
 
+// work(worker, queue) on each of at most threads.count workers.
 template <class F>
-void parallel_workers(const Threads& threads, int64_t items, const F& worker) {
+void parallel_workers(const Threads& threads, int64_t items, const F& work) {
+  Queue queue(items);
   const int64_t workers = items < threads.count ? items : threads.count;
-  parallel_ranges(threads, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) worker();
+  parallel_ranges(threads, workers, 1, [&](int64_t worker, int64_t end) {
+    for (; worker < end; ++worker) work(worker, queue);
   });
 }
+
+// Memory given out piece by piece, each on a cache line of its own. Over null it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class E>
+  E* take(int64_t n) {
+    E* taken = memory_ ? reinterpret_cast<E*>(memory_ + used_) : nullptr;
+    used_ += (n * int64_t(sizeof(E)) + 63) / 64 * 64;
+    return taken;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
 
 }  // namespace gpt2::GPT2_ISA

@@ -1,0 +1,207 @@
+// Causal attention, one (batch, head) at a time, in blocks that stay in cache.
+//
+//   s[i, j] = q[i] . k[j]                     j <= i + Tk - Tq
+//   p = softmax(softmax_scale s)    o = p v    lse = log sum exp(softmax_scale s)
+//
+// The softmax is online: a block of keys raises a row's maximum, and scales what the row has
+// gathered so far, l = sum p and acc = p v, by exp(m_old - m_new). Scores exist kRows x kKeys at a
+// time. Powers are of two, log2(e) folded into the scale; m is the rounded product scale * max(s),
+// so that what its rounding loses cancels between p and l.
+//
+// A tile of kRows queries is clipped at the diagonal: it multiplies up to its last query's last
+// key, rounded up to whole vectors. Blocks do not depend on the number of threads: nor do the bits.
+#pragma once
+
+#include "attention_common.h"
+
+namespace gpt2::GPT2_ISA {
+
+constexpr int64_t kKeys = 128;    // keys per block of the forward: whole panels, pairs and counters
+constexpr int64_t kQueries = 96;  // queries per block: whole tiles
+
+template <class P, class T>
+struct AttentionForward {
+  using V = typename P::V;
+  using S = typename V::scalar;
+  using E = typename P::Element;
+
+  // A head's keys and values, packed.
+  struct Head {
+    E *k_panels, *v_pairs;
+    Head(const AttentionForward& f, Arena& arena)
+        : k_panels(arena.template take<E>(f.packed.panels(f.x.Tk))),
+          v_pairs(arena.template take<E>(f.packed.rows(f.x.Tk))) {}
+  };
+
+  // A worker's own: a block of queries, and room to pack in.
+  struct Block {
+    E* q;                 // (kQueries, ld)
+    S *acc, *m, *l;       // (kQueries, ld), (kQueries), (kQueries)
+    S *s, *keep, *alpha;  // (kRows, kKeys), (kKeys), (kRows)
+    E* p;                 // (kRows, kKeys)
+    E* rows;              // (kPackRows, ld): k or v on the way
+    Block(const AttentionForward& f, Arena& arena)
+        : q(arena.template take<E>(kQueries * f.packed.ld)),
+          acc(arena.template take<S>(kQueries * f.packed.ld)),
+          m(arena.template take<S>(kQueries)),
+          l(arena.template take<S>(kQueries)),
+          s(arena.template take<S>(kRows * kKeys)),
+          keep(arena.template take<S>(kKeys)),
+          alpha(arena.template take<S>(kRows)),
+          p(arena.template take<E>(kRows * kKeys)),
+          rows(arena.template take<E>(f.packed.rows(kPackRows))) {}
+  };
+
+  static constexpr int64_t kPackRows = 4 * kPanel<V>;
+
+  const Attention& x;
+  T* o;
+  S* lse;
+  const Packed<P> packed{x.D};
+  const Dropout dropout{x.dropout_p, x.seed};
+  const S scale_log2 = S(x.softmax_scale * kLog2E);
+
+  // Keys and values [begin, end) of a head; begin is at a panel.
+  void pack(int64_t bh, int64_t begin, int64_t end, const Head& head, const Block& block) const {
+    const T* k = head_of<T>(x.k, bh / x.H, bh % x.H) + begin * x.k.time;
+    const T* v = head_of<T>(x.v, bh / x.H, bh % x.H) + begin * x.v.time;
+    for (int64_t j = begin; j < end; j += kPackRows) {
+      const int64_t n = at_most(kPackRows, end - j);
+      pack_rows<P>(k, x.k.time, n, x.D, block.rows, packed.ld);
+      pack_panels<P>(block.rows, packed.ld, n, packed.steps,
+                     head.k_panels + j * packed.steps * P::K);
+      pack_pairs<P>(v, x.v.time, n, x.D, block.rows, head.v_pairs + j * packed.ld, packed.ld);
+      k += kPackRows * x.k.time;
+      v += kPackRows * x.v.time;
+    }
+  }
+
+  // Queries [i0, i0 + kQueries) of a head.
+  void queries(int64_t bh, int64_t i0, const Head& head, const Block& block) const {
+    const int64_t b = bh / x.H, h = bh % x.H, rows = at_most(kQueries, x.Tq - i0);
+    const int64_t ld = packed.ld, sees = i0 + 1 + x.Tk - x.Tq;  // keys that the first query sees
+    pack_rows<P>(head_of<T>(x.q, b, h) + i0 * x.q.time, x.q.time, rows, x.D, block.q, ld);
+    for (int64_t r = 0; r < rows; ++r) {
+      block.m[r] = -S(INFINITY);
+      block.l[r] = 0;
+    }
+    for (int64_t i = 0; i < rows * ld; i += V::W) V::set(0).store(block.acc + i);
+
+    for (int64_t j0 = 0; j0 < sees + rows - 1; j0 += kKeys) {
+      for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+        const int64_t n = at_most(kRows, rows - r0);
+        const int64_t keys = at_most(kKeys, sees + r0 + n - 1 - j0);
+        if (keys <= 0) continue;  // the whole tile is above the diagonal
+        // s = q k^T
+        product<P, Into::kSet>(n, keys,
+                               {.a = block.q + r0 * ld,
+                                .a_row = ld,
+                                .a_step = P::K,
+                                .b = head.k_panels + j0 * packed.steps * P::K,
+                                .b_step = kPanel<V> * P::K,
+                                .b_strip = kPanel<V> * P::K * packed.steps,
+                                .steps = packed.steps,
+                                .c = block.s,
+                                .c_row = kKeys});
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t visible = at_most(kKeys, sees + r0 + r - j0);
+          softmax(bh, i0 + r0 + r, j0, visible, keys, r, r0 + r, block);
+        }
+        // acc = alpha acc + p v
+        product<P, Into::kRescale>(n, ld,
+                                   {.a = block.p,
+                                    .a_row = kKeys,
+                                    .a_step = P::K,
+                                    .b = head.v_pairs + j0 * ld,
+                                    .b_step = ld * P::K,
+                                    .b_strip = kPanel<V> * P::K,
+                                    .steps = (keys + P::K - 1) / P::K,
+                                    .c = block.acc + r0 * ld,
+                                    .c_row = ld,
+                                    .alpha = block.alpha});
+      }
+    }
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = i0 + r;
+      const V factor = V::set(S(dropout.scale) / block.l[r]);
+      store_row(block.acc + r * ld, factor, o + ((b * x.Tq + i) * x.H + h) * x.D, x.D);
+      lse[bh * x.Tq + i] = block.m[r] * S(kLn2) + S(__builtin_log(block.l[r]));
+    }
+  }
+
+  // One row of scores to powers: p = 2^(s - m), l and alpha along with it. Keys that the row does
+  // not see, up to the tile's, become zero.
+  GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t j0, int64_t visible, int64_t keys,
+                           int64_t r, int64_t row, const Block& block) const {
+    const S* s = block.s + r * kKeys;
+    E* p = block.p + r * kKeys;
+    const V lowest = V::set(-S(INFINITY)), scale = V::set(scale_log2);
+    V top = lowest;
+    int64_t j = 0;
+    for (; j + V::W <= visible; j += V::W) top = max(top, V::load(s + j));
+    if (j < visible) top = max(top, first(visible - j, V::load(s + j), lowest));
+    const S m_old = block.m[row], top_scaled = top.max() * scale_log2;
+    const S m = top_scaled > m_old ? top_scaled : m_old;
+    const S base = m == -S(INFINITY) ? S(0) : m;  // all scores so far are -inf: p = 0, not NaN
+    block.m[row] = m;
+    block.alpha[r] = exp2(Vec<S>{m_old - base}).v;
+
+    V sum = V::set(0);
+    const V minus_base = V::set(-base);
+    if (dropout.active()) dropout.keep(bh, i, j0, round_up(visible, V::W), block.keep);
+    for (j = 0; j < visible; j += V::W) {
+      V power = exp2(fma(V::load(s + j), scale, minus_base));
+      if (j + V::W > visible) power = first(visible - j, power, V::set(0));
+      sum = sum + power;
+      if (dropout.active()) power = power * V::load(block.keep + j);
+      power.store(p + j);
+    }
+    for (; j < round_up(keys, V::W); j += V::W) V::set(0).store(p + j);
+    block.l[row] = block.l[row] * block.alpha[r] + sum.sum();
+  }
+};
+
+// The bytes of workspace it needs; with null for it nothing else happens.
+template <class P, class T>
+int64_t attention_fwd(const Attention& x, void* o, void* lse, void* workspace,
+                      const Threads& threads) {
+  using F = AttentionForward<P, T>;
+  const F f{x, static_cast<T*>(o), static_cast<typename F::S*>(lse)};
+  const bool shared = share_heads(x, threads);
+  const int64_t n_heads = x.B * x.H,
+                packed_heads = shared ? n_heads : at_most(n_heads, threads.count);
+  const Layout<typename F::Head, typename F::Block, F> memory(f, workspace, packed_heads);
+  if (!workspace) return memory.size(threads.count);
+
+  if (!shared) {
+    parallel_workers(threads, n_heads, [&](int64_t worker, Queue& heads) {
+      const auto head = memory.head(worker);
+      const auto block = memory.block(worker);
+      for (int64_t bh; (bh = heads.next()) >= 0;) {
+        f.pack(bh, 0, x.Tk, head, block);
+        for (int64_t i = 0; i < x.Tq; i += kQueries) f.queries(bh, i, head, block);
+      }
+    });
+    return 0;
+  }
+  const int64_t parts = (x.Tk + F::kPackRows - 1) / F::kPackRows;
+  parallel_workers(threads, n_heads * parts, [&](int64_t worker, Queue& packs) {
+    const auto block = memory.block(worker);
+    for (int64_t n; (n = packs.next()) >= 0;) {
+      const int64_t begin = n % parts * F::kPackRows;
+      f.pack(n / parts, begin, at_most(begin + F::kPackRows, x.Tk), memory.head(n / parts), block);
+    }
+  });
+  const int64_t blocks = (x.Tq + kQueries - 1) / kQueries;
+  parallel_workers(threads, n_heads * blocks, [&](int64_t worker, Queue& queries) {
+    const auto block = memory.block(worker);
+    for (int64_t n; (n = queries.next()) >= 0;) {  // late queries see most keys: they go first
+      const int64_t bh = n % n_heads, i = (blocks - 1 - n / n_heads) * kQueries;
+      f.queries(bh, i, memory.head(bh), block);
+    }
+  });
+  return 0;
+}
+
+}  // namespace gpt2::GPT2_ISA

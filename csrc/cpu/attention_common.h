@@ -1,0 +1,76 @@
+// What attention's two passes share: views of a head, the lengths of packed operands, and who works
+// on what in which part of the workspace.
+#pragma once
+
+#include "dropout.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "vec_math.h"
+
+namespace gpt2::GPT2_ISA {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// Row t of head (b, h) in a view.
+template <class T>
+const T* head_of(const View& view, int64_t b, int64_t h) {
+  return static_cast<const T*>(view.data) + b * view.batch + h * view.head;
+}
+template <class T>
+T* head_of(const OutView& view, int64_t b, int64_t h) {
+  return static_cast<T*>(view.data) + b * view.batch + h * view.head;
+}
+
+// Extents of packed operands.
+template <class P>
+struct Packed {
+  int64_t ld, steps;  // a row's length, padded with zeros; its length in steps of K
+
+  explicit Packed(int64_t D) : ld(round_up(D, P::V::W)), steps((D + P::K - 1) / P::K) {}
+  int64_t rows(int64_t T) const { return round_up(T, P::K) * ld; }
+  int64_t panels(int64_t T) const { return round_up(T, kPanel<typename P::V>) * steps * P::K; }
+};
+
+// factor * from, rounded to the dtype.
+template <class V, class T>
+GPT2_INLINE void store_row(const typename V::scalar* from, V factor, T* to, int64_t D) {
+  int64_t d = 0;
+  for (; d + V::W <= D; d += V::W) (V::load(from + d) * factor).store(to + d);
+  if (d < D) (V::load(from + d) * factor).store(to + d, D - d);
+}
+
+// Where heads are too few to keep all threads busy, every head is packed first, and the threads
+// then share the blocks of all heads; else each thread takes whole heads.
+inline bool share_heads(const Attention& x, const Threads& threads) {
+  return threads.count > 1 && x.B * x.H < 4 * threads.count;
+}
+
+// Where the packed heads and the workers' blocks lie in the workspace.
+template <class Head, class Block, class Pass>
+class Layout {
+ public:
+  Layout(const Pass& pass, void* workspace, int64_t heads)
+      : pass_(pass), memory_(static_cast<char*>(workspace)), heads_(heads) {
+    Arena count(nullptr);
+    Head(pass, count);
+    head_size_ = count.used();
+    Block(pass, count);
+    block_size_ = count.used() - head_size_;
+  }
+  int64_t size(int64_t workers) const { return heads_ * head_size_ + workers * block_size_; }
+  Head head(int64_t i) const {
+    Arena arena(memory_ + i * head_size_);
+    return Head(pass_, arena);
+  }
+  Block block(int64_t worker) const {
+    Arena arena(memory_ + heads_ * head_size_ + worker * block_size_);
+    return Block(pass_, arena);
+  }
+
+ private:
+  const Pass& pass_;
+  char* memory_;
+  int64_t heads_, head_size_, block_size_;
+};
+
+}  // namespace gpt2::GPT2_ISA

@@ -1,0 +1,32 @@
+// Products of bfloat16 pairs, summed in float32: AVX-512 BF16's vdpbf16ps, for gemm.h.
+#pragma once
+
+#include "gemm.h"
+#include "vec_avx512.h"
+
+namespace gpt2::GPT2_ISA {
+
+struct DotBf16 {
+  using V = Vec16;
+  using Element = bf16;
+  static constexpr int64_t K = 2;
+  static GPT2_INLINE __m512bh load(const bf16* b) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+  }
+  static GPT2_INLINE __m512bh broadcast(const bf16* a) {
+    int32_t pair;
+    memcpy(&pair, a, 4);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+  // Scalar: c + a[0] b[0] + a[1] b[1]
+  static GPT2_INLINE Vec16 mac(__m512bh a, __m512bh b, Vec16 c) {
+    return {_mm512_dpbf16_ps(c.v, a, b)};
+  }
+};
+
+template <>
+struct ProductsOf<Vec16, bf16> {
+  using type = DotBf16;
+};
+
+}  // namespace gpt2::GPT2_ISA

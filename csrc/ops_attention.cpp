@@ -1,0 +1,154 @@
+// Attention's operators: views of any strides in, one packed gradient out for a packed projection.
+#include "ops.h"
+
+namespace gpt2 {
+namespace {
+
+// A view that is contiguous in its last dimension; else a copy of it.
+Tensor contiguous_in_last(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+View view_of(const Tensor& x) {  // (B, T, H, D)
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+OutView out_view_of(const Tensor& x) {
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Heads of D in (B, T, n C): the `part`-th C of the last dimension.
+View view_of(const Tensor& x, int64_t part, int64_t C, int64_t D) {
+  const char* data = static_cast<const char*>(x.const_data_ptr());
+  return {data + part * C * int64_t(x.element_size()), x.stride(0), x.stride(1), D};
+}
+
+OutView out_view_of(const Tensor& x, int64_t part, int64_t C, int64_t D) {
+  char* data = static_cast<char*>(x.mutable_data_ptr());
+  return {data + part * C * int64_t(x.element_size()), x.stride(0), x.stride(1), D};
+}
+
+struct Options {
+  double softmax_scale, dropout_p;
+  std::optional<Tensor> seed;
+};
+
+Attention problem(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+  return {.B = q.size(0),
+          .H = q.size(2),
+          .Tq = q.size(1),
+          .Tk = k.size(1),
+          .D = q.size(3),
+          .q = view_of(q),
+          .k = view_of(k),
+          .v = view_of(v),
+          .softmax_scale = options.softmax_scale,
+          .dropout_p = options.dropout_p,
+          .seed = options.seed ? *options.seed->const_data_ptr<int64_t>() : 0};
+}
+
+Attention problem(const Tensor& qkv, int64_t n_head, const Options& options) {
+  const int64_t T = qkv.size(1), C = qkv.size(2) / 3, D = C / n_head;
+  return {.B = qkv.size(0),
+          .H = n_head,
+          .Tq = T,
+          .Tk = T,
+          .D = D,
+          .q = view_of(qkv, 0, C, D),
+          .k = view_of(qkv, 1, C, D),
+          .v = view_of(qkv, 2, C, D),
+          .softmax_scale = options.softmax_scale,
+          .dropout_p = options.dropout_p,
+          .seed = options.seed ? *options.seed->const_data_ptr<int64_t>() : 0};
+}
+
+// call(workspace) once for the size of the workspace, and once with it.
+template <class Call>
+void with_workspace(const Tensor& like, const Call& call) {
+  const int64_t size = call(nullptr);
+  const Tensor workspace = gpt2::new_empty(like, {size > 0 ? size : 1}, ScalarType::Byte);
+  call(workspace.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
+                                   std::vector<int64_t> shape) {
+  Tensor o = gpt2::new_empty(like, shape);
+  Tensor lse = gpt2::new_empty(like, {x.B, x.H, x.Tq}, accumulator(like));
+  with_workspace(like, [&](void* workspace) {
+    return ops_for(like).attention_fwd(x, o.mutable_data_ptr(), lse.mutable_data_ptr(), workspace,
+                                       threads());
+  });
+  return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q_, Tensor k_, Tensor v_, double softmax_scale,
+                                         double dropout_p, std::optional<Tensor> seed) {
+  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
+  const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
+  return forward(x, q, {x.B, x.Tq, x.H, x.D});
+}
+
+std::tuple<Tensor, Tensor> attention_qkv_fwd(Tensor qkv_, int64_t n_head, double softmax_scale,
+                                             double dropout_p, std::optional<Tensor> seed) {
+  const Tensor qkv = contiguous_in_last(qkv_);
+  const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
+  return forward(x, qkv, {x.B, x.Tq, x.H * x.D});
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k_, Tensor v_,
+                                                 Tensor o, Tensor lse, double softmax_scale,
+                                                 double dropout_p, std::optional<Tensor> seed) {
+  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
+  const Tensor dout = contiguous_in_last(do_);
+  const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
+  Tensor dq = gpt2::new_empty(q, {x.B, x.Tq, x.H, x.D});
+  Tensor dk = gpt2::new_empty(k, {x.B, x.Tk, x.H, x.D});
+  Tensor dv = gpt2::new_empty(v, {x.B, x.Tk, x.H, x.D});
+  with_workspace(q, [&](void* workspace) {
+    return ops_for(q).attention_bwd(x, view_of(dout), o.const_data_ptr(), lse.const_data_ptr(),
+                                    out_view_of(dq), out_view_of(dk), out_view_of(dv), workspace,
+                                    threads());
+  });
+  return {dq, dk, dv};
+}
+
+Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t n_head,
+                         double softmax_scale, double dropout_p, std::optional<Tensor> seed) {
+  const Tensor qkv = contiguous_in_last(qkv_), dout = contiguous_in_last(do_);
+  const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
+  const int64_t C = x.H * x.D;
+  Tensor dqkv = gpt2::new_empty(qkv, {x.B, x.Tq, 3 * C});
+  with_workspace(qkv, [&](void* workspace) {
+    return ops_for(qkv).attention_bwd(x, view_of(dout, 0, C, x.D), o.const_data_ptr(),
+                                      lse.const_data_ptr(), out_view_of(dqkv, 0, C, x.D),
+                                      out_view_of(dqkv, 1, C, x.D), out_view_of(dqkv, 2, C, x.D),
+                                      workspace, threads());
+  });
+  return dqkv;
+}
+
+}  // namespace
+}  // namespace gpt2
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gpt2_kernels_cpu, m) {
+  m.def(
+      "attention_fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, float dropout_p, "
+      "Tensor? seed) -> (Tensor o, Tensor lse)");
+  m.def(
+      "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+      "float softmax_scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_qkv_fwd(Tensor qkv, int n_head, float softmax_scale, float dropout_p, "
+      "Tensor? seed) -> (Tensor o, Tensor lse)");
+  m.def(
+      "attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, int n_head, "
+      "float softmax_scale, float dropout_p, Tensor? seed) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&gpt2::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&gpt2::attention_bwd));
+  m.impl("attention_qkv_fwd", TORCH_BOX(&gpt2::attention_qkv_fwd));
+  m.impl("attention_qkv_bwd", TORCH_BOX(&gpt2::attention_qkv_bwd));
+}
