@@ -84,7 +84,9 @@ class Toy:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    return Toy(tmp_path, monkeypatch)
+    toy = Toy(tmp_path, monkeypatch)
+    yield toy
+    toy.hold.unlink(missing_ok=True)  # a test that failed leaves nobody waiting
 
 
 def lines(captured) -> list[str]:

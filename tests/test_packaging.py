@@ -11,6 +11,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 THEIRS = "kernels==0.16.2"  # Hugging Face's
-TRACKED = ("kernels", "gpt2", "pyproject.toml", "README.md", "LICENSE")
+TRACKED = ("kernels", "gpt2", "csrc", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md")
+TRACKED += ("LICENSE", "Makefile")
 
 CHECK = """
 import sys
@@ -87,7 +89,7 @@ class Environment:
 def source(tmp_path_factory):
     """The project's files alone, links kept: what a clean clone holds."""
     folder = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "lib")
     for name in TRACKED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignore)
@@ -126,6 +128,65 @@ def test_wheel_holds_gpt2_and_nothing_else(wheel):
     wanted = {f"gpt2/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "gpt2").glob("*.py")}
     assert present == wanted
+
+
+def test_wheel_holds_the_sources_and_nothing_compiled(wheel):
+    """Through the link gpt2/csrc, from wherever it is built: they are compiled where it runs."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gpt2/csrc/")}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    assert names == {f"gpt2/{path.relative_to(ROOT)}" for path in sources} and len(names) > 5
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not any(".so" in name for name in zipfile.ZipFile(wheel).namelist())
+
+
+def small_csrc(source, folder):
+    """A copy of the project whose csrc has the same files, and next to nothing in them."""
+    copy = shutil.copytree(source, folder / "project", symlinks=True)
+    for path in (copy / "csrc").rglob("*.*"):
+        path.write_text("")
+    return copy
+
+
+FIRST_USE = """
+import torch
+from gpt2.kernels import native
+print(native.load())
+print(*torch.ops.loaded_libraries)
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_make_wheel_is_for_machines_without_a_compiler(source, index, tmp_path):
+    project, cache = small_csrc(source, tmp_path), tmp_path / "cache"
+    builder = f"PATH={Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run("make", "wheel", builder, cwd=project, PIP_FIND_LINKS=str(index), PYTHONPATH=str(project),
+        GPT2_KERNELS_CACHE=str(cache))  # fmt: skip
+    wheel = next((project / "dist").glob("*.whl"))
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name.endswith(f"-py3-none-{platform}.whl")
+    assert {"gpt2/kernels/lib/libgpt2_kernels_cpu.so", "gpt2/kernels/lib/libgpt2_kernels_cpu.json",
+            "gpt2/csrc/ops.cpp"} <= set(zipfile.ZipFile(wheel).namelist())  # fmt: skip
+    assert not (project / "kernels/lib").exists(), "the next wheel is a plain one"
+    environment = Environment(tmp_path / "venv")
+    environment.install("--no-deps", wheel)
+    nothing = {"PATH": "/nonexistent", "CXX": "/nonexistent", "HOME": "/nonexistent"}
+    nothing["GPT2_KERNELS_CACHE"] = str(tmp_path / "empty")
+    reason, loaded = run(environment.python, "-c", FIRST_USE, cwd=tmp_path, **nothing).splitlines()
+    assert reason == "None" and loaded.startswith(str(tmp_path / "venv"))
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_installing_compiles_nothing_and_the_first_use_does(how, source, index, tmp_path):
+    project, cache = small_csrc(source, tmp_path), tmp_path / "cache"
+    environment = Environment(tmp_path / "venv")
+    what = ("-e", project) if how == "editable" else (project,)
+    environment.install("--no-deps", "--find-links", index, *what)
+    assert not list(tmp_path.rglob("*.so"))
+    args = (environment.python, "-c", FIRST_USE)
+    reason, loaded = run(*args, cwd=tmp_path, GPT2_KERNELS_CACHE=str(cache)).splitlines()
+    assert reason == "None" and loaded.startswith(str(cache))
 
 
 def cases():
