@@ -1,6 +1,10 @@
 // The operators over rows and elements, and the choice of the instruction set.
 #include "ops.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -70,11 +74,192 @@ void use_isa(std::string name) {
   STD_TORCH_CHECK(false, "the instruction set must be one of ", isas(), ", got ", name);
 }
 
+// As PyTorch's own, but free where there is nothing to do: a call into it costs a microsecond.
+Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+Tensor as_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
+std::vector<int64_t> sizes(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// How many rows x (..., C) has, elements or not.
+int64_t leading(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+// x (..., C) as contiguous memory, and how many rows it has; none where there are no elements.
+struct Rows {
+  explicit Rows(const Tensor& x)
+      : tensor(as_contiguous(x)),
+        C(x.dim() > 0 ? x.size(x.dim() - 1) : 1),
+        N(x.numel() > 0 ? x.numel() / C : 0) {}
+  const void* data() const { return tensor.const_data_ptr(); }
+  Tensor tensor;
+  int64_t C, N;
+};
+
+Tensor contiguous_like(const Tensor& x) {
+  return gpt2::new_empty(x, sizes(x));
+}
+
+// Asks for huge pages under a tensor that is large enough to have mappings of its own, and to go
+// back to the system with its last reference: half the time of a pass over fresh memory is page
+// faults. No more than a hint.
+void advise_huge_pages(Tensor& x) {
+#ifdef __linux__
+  constexpr uint64_t kHuge = 2 << 20, kOwnMapping = 32 << 20;  // glibc's largest mmap threshold
+  const uint64_t bytes = x.numel() * x.element_size();
+  if (bytes < kOwnMapping) return;
+  const uint64_t begin = reinterpret_cast<uint64_t>(x.mutable_data_ptr());
+  const uint64_t first = (begin + kHuge - 1) / kHuge * kHuge,
+                 last = (begin + bytes) / kHuge * kHuge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// A row of parameters, in the type that the kernels for x sum in.
+Tensor parameters(const Tensor& row, const Tensor& x) {
+  return as_contiguous(as_dtype(row, accumulator(x)));
+}
+
+Tensor contiguous_rows(const Tensor& logits) {
+  return logits.stride(1) == 1 ? logits : as_contiguous(logits);
+}
+
 Tensor gelu_fwd(Tensor x_) {
-  const Tensor x = torch::stable::contiguous(x_);
-  Tensor y = torch::stable::empty_like(x);
+  const Tensor x = as_contiguous(x_);
+  Tensor y = contiguous_like(x);
   ops_for(x).gelu_fwd(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), threads());
   return y;
+}
+
+Tensor gelu_bwd(Tensor dy_, Tensor x_) {
+  const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_);
+  Tensor dx = contiguous_like(x);
+  ops_for(x).gelu_bwd(dy.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), x.numel(),
+                      threads());
+  return dx;
+}
+
+Tensor bias_gelu_fwd(Tensor x_, Tensor bias_) {
+  const Rows x(x_);
+  const Tensor bias = parameters(bias_, x_);
+  Tensor y = contiguous_like(x_);
+  if (x.N > 0) {
+    ops_for(x_).bias_gelu_fwd(x.data(), bias.const_data_ptr(), y.mutable_data_ptr(), x.N, x.C,
+                              threads());
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy_, Tensor x_, Tensor bias_) {
+  const Rows dy(dy_), x(x_);
+  const Tensor bias = parameters(bias_, x_);
+  Tensor dx = contiguous_like(x_);
+  if (x.N == 0) return {dx, torch::stable::new_zeros(bias_, sizes(bias_))};
+  Tensor dbias = gpt2::new_empty(bias, {x.C}), partial = gpt2::new_empty(bias, {kMaxPartial, x.C});
+  ops_for(x_).bias_gelu_bwd(dy.data(), x.data(), bias.const_data_ptr(), dx.mutable_data_ptr(),
+                            dbias.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
+                            threads());
+  return {dx, as_dtype(dbias, bias_.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x_, const std::optional<Tensor>& residual_,
+                                        const Tensor& weight_, const Tensor& bias_, double eps) {
+  const Rows x(x_), residual(residual_.value_or(x_));
+  const Tensor weight = parameters(weight_, x_), bias = parameters(bias_, x_);
+  Tensor y = contiguous_like(x_), s = residual_ ? contiguous_like(x_) : y;
+  Tensor stats = gpt2::new_empty(weight, {2, leading(x_)});
+  if (x.N > 0) {
+    ops_for(x_).layer_norm_fwd(x.data(), residual_ ? residual.data() : nullptr,
+                               weight.const_data_ptr(), bias.const_data_ptr(), eps,
+                               y.mutable_data_ptr(), s.mutable_data_ptr(), stats.mutable_data_ptr(),
+                               x.N, x.C, threads());
+  }
+  return {y, s, stats};
+}
+
+std::tuple<Tensor, Tensor> layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, double eps) {
+  const auto [y, s, stats] = norm(x, std::nullopt, weight, bias, eps);
+  return {y, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight,
+                                                      Tensor bias, double eps) {
+  return norm(x, residual, weight, bias, eps);
+}
+
+std::tuple<Tensor, Tensor> layer_norm_bwd(Tensor dy_, std::optional<Tensor> ds_, Tensor x_,
+                                          Tensor weight_, Tensor stats_) {
+  const Rows dy(dy_), ds(ds_.value_or(dy_)), x(x_);
+  const Tensor weight = parameters(weight_, x_), stats = as_contiguous(stats_);
+  Tensor dx = contiguous_like(x_);
+  if (x.N == 0) return {dx, torch::stable::new_zeros(weight_, std::vector<int64_t>{2, x.C})};
+  Tensor dparams = gpt2::new_empty(weight, {2, x.C}),
+         partial = gpt2::new_empty(weight, {kMaxPartial, 2, x.C});
+  ops_for(x_).layer_norm_bwd(dy.data(), ds_ ? ds.data() : nullptr, x.data(),
+                             weight.const_data_ptr(), stats.const_data_ptr(), dx.mutable_data_ptr(),
+                             dparams.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
+                             threads());
+  return {dx, as_dtype(dparams, weight_.scalar_type())};
+}
+
+// A loss for each row of logits, whose last dimension is contiguous.
+LogitsRows logits_rows(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
+                       int64_t V) {
+  return {logits.size(0), V, logits.stride(0), ignore_index, targets.const_data_ptr<int64_t>()};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_,
+                                             int64_t ignore_index) {
+  const Tensor logits = contiguous_rows(logits_), targets = as_contiguous(targets_);
+  const LogitsRows rows = logits_rows(logits, targets, ignore_index, logits.size(1));
+  Tensor losses = gpt2::new_empty(logits, {rows.N}, accumulator(logits));
+  Tensor stats = gpt2::new_empty(logits, {2, rows.N}, accumulator(logits));
+  ops_for(logits).cross_entropy_fwd(rows, logits.const_data_ptr(), losses.mutable_data_ptr(),
+                                    stats.mutable_data_ptr(), threads());
+  return {losses, stats};
+}
+
+void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tensor& logits,
+                            const Tensor& targets_, const Tensor& stats_, int64_t ignore_index) {
+  const Tensor dlosses = as_contiguous(dlosses_);
+  const Tensor targets = as_contiguous(targets_);
+  const Tensor stats = as_contiguous(stats_);
+  ops_for(logits).cross_entropy_bwd(logits_rows(logits, targets, ignore_index, logits.size(1)),
+                                    dlosses.const_data_ptr(), logits.const_data_ptr(),
+                                    stats.const_data_ptr(), dlogits.mutable_data_ptr(),
+                                    dlogits.stride(0), threads());
+}
+
+Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
+                         int64_t ignore_index) {
+  Tensor dlogits = contiguous_like(logits);
+  advise_huge_pages(dlogits);
+  cross_entropy_bwd_into(dlogits, dlosses, contiguous_rows(logits), targets, stats, ignore_index);
+  return dlogits;
+}
+
+void cross_entropy_bwd_(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
+                        int64_t ignore_index) {
+  cross_entropy_bwd_into(logits, dlosses, logits, targets, stats, ignore_index);
+}
+
+Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_index, int64_t V) {
+  const Tensor targets = as_contiguous(targets_);
+  Tensor losses = gpt2::new_empty(logits, {logits.size(0)}, accumulator(logits));
+  ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, V),
+                                        logits.mutable_data_ptr(), logits.size(1),
+                                        losses.mutable_data_ptr(), threads());
+  return losses;
 }
 
 }  // namespace
@@ -109,6 +294,30 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
   m.def("isas() -> str");
   m.def("use_isa(str name) -> ()");
   m.def("gelu_fwd(Tensor x) -> Tensor");
+  m.def("gelu_bwd(Tensor dy, Tensor x) -> Tensor");
+  m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias) -> (Tensor dx, Tensor dbias)");
+  m.def(
+      "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor "
+      "stats)");
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+      " -> (Tensor y, Tensor s, Tensor stats)");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor stats)"
+      " -> (Tensor dx, Tensor dparams)");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index)"
+      " -> (Tensor losses, Tensor stats)");
+  m.def(
+      "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,"
+      " int ignore_index) -> Tensor");
+  m.def(
+      "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor stats,"
+      " int ignore_index) -> ()");
+  m.def(
+      "cross_entropy_fwd_bwd_(Tensor(a!) logits, Tensor targets, int ignore_index, int V)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CompositeExplicitAutograd, m) {
@@ -119,4 +328,14 @@ STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("gelu_fwd", TORCH_BOX(&gpt2::gelu_fwd));
+  m.impl("gelu_bwd", TORCH_BOX(&gpt2::gelu_bwd));
+  m.impl("bias_gelu_fwd", TORCH_BOX(&gpt2::bias_gelu_fwd));
+  m.impl("bias_gelu_bwd", TORCH_BOX(&gpt2::bias_gelu_bwd));
+  m.impl("layer_norm_fwd", TORCH_BOX(&gpt2::layer_norm_fwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&gpt2::add_layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&gpt2::layer_norm_bwd));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&gpt2::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&gpt2::cross_entropy_bwd));
+  m.impl("cross_entropy_bwd_", TORCH_BOX(&gpt2::cross_entropy_bwd_));
+  m.impl("cross_entropy_fwd_bwd_", TORCH_BOX(&gpt2::cross_entropy_fwd_bwd_));
 }

@@ -1,37 +1,105 @@
-// GPT-2's GELU, the tanh approximation, over contiguous elements.
+// GPT-2's GELU, the tanh approximation, alone or with the bias of the linear layer before it.
 //
 //   u = sqrt(2 / pi) (x + 0.044715 x^3)
 //   y = 0.5 x (1 + tanh(u)) = x sigmoid(2u) = x / (1 + e),  e = exp(-2u)
 //
 // The sigmoid needs no library tanh and does not cancel in the left tail as 1 + tanh(u) does. One
 // polynomial exp2 (vec_math.h) and one division; the error is below 4 units in the last place.
+//
+//   dx = dy gelu'(x)    dbias = sum over rows of dx
 #pragma once
 
-#include "kernels.h"
-#include "parallel.h"
+#include "rows.h"
 #include "vec_math.h"
 
 namespace gpt2::GPT2_ISA {
 
-constexpr double kTwoU =
-    -2 * 0.7978845608028654 * 1.4426950408889634;  // e = 2^(kTwoU x (1 + k x^2))
+constexpr double kExponent = -2 * 0.7978845608028654 * 1.4426950408889634;
+constexpr double kTwoDu = 2 * 0.7978845608028654;
 constexpr double kCubic = 0.044715;
+
+// Scalar: -2u log2(e), so that e = 2^this
+template <class V>
+GPT2_INLINE V gelu_exponent(V x) {
+  return x * fma(x * x, V::set(kExponent * kCubic), V::set(kExponent));
+}
 
 template <class V>
 GPT2_INLINE V gelu(V x) {
-  const V one = V::set(1);
-  const V e = exp2(x * fma(x * x, V::set(kTwoU * kCubic), V::set(kTwoU)));
-  return x / (one + e);
+  return x / (V::set(1) + exp2(gelu_exponent(x)));
+}
+
+// g + x g (1 - g) 2u' with g = sigmoid(2u) and 1 - g = e g, a product: the difference would cancel.
+// Beyond |x| = 10 the result is 0 or 1 to 35 digits; there e, u' or x itself would overflow.
+template <class V>
+GPT2_INLINE V gelu_grad(V x) {
+  const V one = V::set(1), left = V::set(-10), right = V::set(10);
+  const V near = min(right, max(left, x));
+  const V e = exp2_inside(gelu_exponent(near)), g = one / (one + e);
+  const V two_du = fma(near * near, V::set(kTwoDu * 3 * kCubic), V::set(kTwoDu));
+  return if_less(x, left, V::set(0), fma(near * two_du, (e * g) * g, g));
 }
 
 template <class V, class T>
 void gelu_fwd(const void* x_, void* y_, int64_t n, const Threads& threads) {
   const T* x = static_cast<const T*>(x_);
   T* y = static_cast<T*>(y_);
-  parallel_ranges(threads, n, 8192, [=](int64_t i, int64_t end) {
-    for (; i + V::W <= end; i += V::W) gelu(V::load(x + i)).store(y + i);
-    if (i < end) gelu(V::load(x + i, end - i)).store(y + i, end - i);
+  parallel_ranges(threads, n, 8192, [=](int64_t begin, int64_t end) {
+    for_columns<V>(end - begin, [=](int64_t i, auto lanes) {
+      store(gelu(load<V>(x + begin + i, lanes)), y + begin + i, lanes);
+    });
   });
+}
+
+template <class V, class T>
+void gelu_bwd(const void* dy_, const void* x_, void* dx_, int64_t n, const Threads& threads) {
+  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
+  T* dx = static_cast<T*>(dx_);
+  parallel_ranges(threads, n, 8192, [=](int64_t begin, int64_t end) {
+    for_columns<V>(end - begin, [=](int64_t i, auto lanes) {
+      const V grad = gelu_grad(load<V>(x + begin + i, lanes));
+      store(load<V>(dy + begin + i, lanes) * grad, dx + begin + i, lanes);
+    });
+  });
+}
+
+template <class V, class T>
+void bias_gelu_fwd(const void* x_, const void* bias_, void* y_, int64_t N, int64_t C,
+                   const Threads& threads) {
+  const T* x = static_cast<const T*>(x_);
+  const auto* bias = static_cast<const typename V::scalar*>(bias_);
+  T* y = static_cast<T*>(y_);
+  parallel_ranges(threads, N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
+    for (; row < end; ++row) {
+      for_columns<V>(C, [=](int64_t c, auto lanes) {
+        const int64_t i = row * C + c;
+        store(gelu(load<V>(x + i, lanes) + load<V>(bias + c, lanes)), y + i, lanes);
+      });
+    }
+  });
+}
+
+template <class V, class T>
+void bias_gelu_bwd(const void* dy_, const void* x_, const void* bias_, void* dx_, void* dbias,
+                   void* partial_, int64_t N, int64_t C, const Threads& threads) {
+  using S = typename V::scalar;
+  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
+  const S* bias = static_cast<const S*>(bias_);
+  T* dx = static_cast<T*>(dx_);
+  S* partial = static_cast<S*>(partial_);
+  const RowBlocks blocks{N};
+  for_row_blocks(blocks, C, partial, threads, [=](int64_t row, int64_t end, S* dbias_partial) {
+    for (; row < end; ++row) {
+      for_columns<V>(C, [=](int64_t c, auto lanes) {
+        const int64_t i = row * C + c;
+        const V grad = gelu_grad(load<V>(x + i, lanes) + load<V>(bias + c, lanes));
+        const V d = load<V>(dy + i, lanes) * grad;
+        store(d, dx + i, lanes);
+        store(load<V>(dbias_partial + c, lanes) + d, dbias_partial + c, lanes);
+      });
+    }
+  });
+  sum_partial<V>(blocks, C, partial, static_cast<S*>(dbias), threads);
 }
 
 }  // namespace gpt2::GPT2_ISA

@@ -10,6 +10,7 @@
 //   alone
 //   + - * /, fma(a, b, c) = a b + c  max(a, b), min(a, b): b where a is NaN or b is
 //   first(n, a, b)                   a in the first n lanes, b in the rest
+//   if_less(a, b, x, y)              x where a < b, y elsewhere and where a or b is NaN
 //   split(x, scale)                  x = n + f with |f| <= 1/2: returns f and scale = 2^n
 //   v.sum(), v.max()                 over the lanes, in a fixed order
 //
@@ -161,11 +162,23 @@ template <class S>
 GPT2_INLINE Vec<S> first(int64_t n, Vec<S> a, Vec<S> b) {
   return n > 0 ? a : b;
 }
+template <class S>
+GPT2_INLINE Vec<S> if_less(Vec<S> a, Vec<S> b, Vec<S> x, Vec<S> y) {
+  return a.v < b.v ? x : y;
+}
 GPT2_INLINE Vec<float> split(Vec<float> x, Vec<float>& scale) {
   const float n = __builtin_rintf(x.v);
   // n is in [-127, 128]: the ends are 0 and infinity. NaN is left to f.
   scale.v = float_of(n == n ? uint32_t(int32_t(n) + 127) << 23 : 0x3f800000);
   return {x.v - n};
+}
+
+// to[c * to_ld + r] = from[r * ld + c] for r, c < 8
+template <class S>
+void transpose8(const S* from, int64_t ld, S* to, int64_t to_ld) {
+  for (int64_t r = 0; r < 8; ++r) {
+    for (int64_t c = 0; c < 8; ++c) to[c * to_ld + r] = from[r * ld + c];
+  }
 }
 
 }  // namespace gpt2::GPT2_ISA

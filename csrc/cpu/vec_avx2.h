@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace gpt2::GPT2_ISA {
@@ -107,6 +108,10 @@ GPT2_INLINE Vec8 min(Vec8 a, Vec8 b) {
 
 GPT2_INLINE Vec8 first(int64_t n, Vec8 a, Vec8 b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(Vec8::lanes_below(n)))};
+}
+
+GPT2_INLINE Vec8 if_less(Vec8 a, Vec8 b, Vec8 x, Vec8 y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
 
 // Scalar: n = rint(x), scale = 2^n, x - n. The sum with 1.5 * 2^23 + 127 rounds x to an integer and

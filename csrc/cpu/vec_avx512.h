@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace gpt2::GPT2_ISA {
@@ -53,8 +54,19 @@ struct Vec16 {
     _mm256_mask_storeu_epi16(p, lanes_below(n), halved());
   }
 
-  GPT2_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
-  GPT2_INLINE float max() const { return _mm512_reduce_max_ps(v); }
+  // Scalar: lanes 8 apart, then 4, 2 and 1
+  GPT2_INLINE float sum() const {
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+  GPT2_INLINE float max() const {
+    const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+  }
 
  private:
   static GPT2_INLINE Vec16 widened(__m256i h) {
@@ -98,6 +110,10 @@ GPT2_INLINE Vec16 min(Vec16 a, Vec16 b) {
 
 GPT2_INLINE Vec16 first(int64_t n, Vec16 a, Vec16 b) {
   return {_mm512_mask_mov_ps(b.v, Vec16::lanes_below(n), a.v)};
+}
+
+GPT2_INLINE Vec16 if_less(Vec16 a, Vec16 b, Vec16 x, Vec16 y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
 
 // Scalar: n = rint(x), scale = 2^n, x - n; see Vec8's.

@@ -1,0 +1,113 @@
+// LayerNorm over the last dimension, one row at a time, alone or after the residual addition.
+//
+//   mean = sum(x) / C
+//   rstd = 1 / sqrt(sum((x - mean)^2) / C + eps)    xhat = (x - mean) rstd
+//   y    = xhat weight + bias
+//
+// Two passes for the moments: the row is in L1 after the first, and the centred sum does not cancel
+// the way E[x^2] - mean^2 does when |mean| >> std. Lanes past C add nothing to it.
+//
+// Backward, with wdy = dy weight:
+//
+//   dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds
+//   dweight = sum over rows of dy xhat    dbias = sum over rows of dy
+#pragma once
+
+#include "rows.h"
+
+namespace gpt2::GPT2_ISA {
+
+GPT2_INLINE float rsqrt(float x) {
+  return 1 / __builtin_sqrtf(x);
+}
+GPT2_INLINE double rsqrt(double x) {
+  return 1 / __builtin_sqrt(x);
+}
+
+// One row: y, mean, rstd.
+template <class V, class T, class S>
+GPT2_INLINE void layer_norm_row(const T* x, const S* weight, const S* bias, S eps, int64_t C, T* y,
+                                S* mean_out, S* rstd_out) {
+  const V zero = V::set(0);
+  const V sum =
+      sum_columns<V>(C, zero, [=](int64_t c, auto lanes) { return load<V>(x + c, lanes); });
+  const S mean = sum.sum() / C;
+  const V shift = V::set(mean);
+  const V squares = sum_columns<V>(C, zero, [=](int64_t c, auto lanes) {
+    const V centred = inside(load<V>(x + c, lanes) - shift, zero, lanes);
+    return centred * centred;
+  });
+  const S rstd = rsqrt(squares.sum() / C + eps);
+  const V scale = V::set(rstd);
+  for_columns<V>(C, [=](int64_t c, auto lanes) {
+    const V xhat = (load<V>(x + c, lanes) - shift) * scale;
+    store(fma(xhat, load<V>(weight + c, lanes), load<V>(bias + c, lanes)), y + c, lanes);
+  });
+  *mean_out = mean;
+  *rstd_out = rstd;
+}
+
+template <class V, class T>
+void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, const void* bias_,
+                    double eps, void* y_, void* s_, void* stats_, int64_t N, int64_t C,
+                    const Threads& threads) {
+  using S = typename V::scalar;
+  const T *x = static_cast<const T*>(x_), *residual = static_cast<const T*>(residual_);
+  const S *weight = static_cast<const S*>(weight_), *bias = static_cast<const S*>(bias_);
+  T *y = static_cast<T*>(y_), *s = static_cast<T*>(s_);
+  S* stats = static_cast<S*>(stats_);
+  parallel_ranges(threads, N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
+    for (; row < end; ++row) {
+      const T* normed = x + row * C;
+      if (residual != nullptr) {
+        // The norm sees s as it is stored, so that the backward recomputes the same xhat.
+        for_columns<V>(C, [=](int64_t c, auto lanes) {
+          const int64_t i = row * C + c;
+          store(load<V>(x + i, lanes) + load<V>(residual + i, lanes), s + i, lanes);
+        });
+        normed = s + row * C;
+      }
+      layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row, stats + N + row);
+    }
+  });
+}
+
+template <class V, class T>
+void layer_norm_bwd(const void* dy_, const void* ds_, const void* x_, const void* weight_,
+                    const void* stats_, void* dx_, void* dparams, void* partial_, int64_t N,
+                    int64_t C, const Threads& threads) {
+  using S = typename V::scalar;
+  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
+  const T* ds = static_cast<const T*>(ds_);
+  const S *weight = static_cast<const S*>(weight_), *stats = static_cast<const S*>(stats_);
+  T* dx = static_cast<T*>(dx_);
+  S* partial = static_cast<S*>(partial_);
+  const RowBlocks blocks{N};
+  for_row_blocks(blocks, 2 * C, partial, threads, [=](int64_t row, int64_t end, S* dw) {
+    S* db = dw + C;
+    for (; row < end; ++row) {
+      const V mean = V::set(stats[row]), rstd = V::set(stats[N + row]);
+      const int64_t start = row * C;
+      // mean_C(wdy), mean_C(wdy xhat); past the end dy is 0
+      const Pair<V> sums =
+          sum_columns<V>(C, Pair<V>{V::set(0), V::set(0)}, [=](int64_t c, auto lanes) {
+            const V xhat = (load<V>(x + start + c, lanes) - mean) * rstd;
+            const V wdy = load<V>(dy + start + c, lanes) * load<V>(weight + c, lanes);
+            return Pair<V>{wdy, wdy * xhat};
+          });
+      const V mean_wdy = V::set(sums.a.sum() / C), mean_wdy_xhat = V::set(sums.b.sum() / C);
+      for_columns<V>(C, [=](int64_t c, auto lanes) {
+        const V xhat = (load<V>(x + start + c, lanes) - mean) * rstd;
+        const V d = load<V>(dy + start + c, lanes);
+        V g = rstd * (d * load<V>(weight + c, lanes) - mean_wdy - xhat * mean_wdy_xhat);
+        if (ds != nullptr) g = g + load<V>(ds + start + c, lanes);
+        store(g, dx + start + c, lanes);
+        store(fma(d, xhat, load<V>(dw + c, lanes)), dw + c, lanes);
+        store(d + load<V>(db + c, lanes), db + c, lanes);
+      });
+    }
+  });
+  sum_partial<V>(blocks, 2 * C, partial, static_cast<S*>(dparams), threads);
+}
+
+}  // namespace gpt2::GPT2_ISA

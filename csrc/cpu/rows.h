@@ -1,0 +1,98 @@
+// Loops over a row, a vector at a time, and over blocks of rows.
+//
+// What is done to the columns [c, c + W) is written once, as f(c, lanes). lanes is All for a whole
+// vector; for the tail it is how many there are, and the rest load as 0 and are not stored.
+#pragma once
+
+#include "parallel.h"
+#include "wide.h"
+
+namespace gpt2::GPT2_ISA {
+
+struct All {};
+
+template <class V, class T>
+GPT2_INLINE V load(const T* p, All) {
+  return V::load(p);
+}
+template <class V, class T>
+GPT2_INLINE V load(const T* p, int64_t n) {
+  return V::load(p, n);
+}
+template <class V, class T>
+GPT2_INLINE void store(V v, T* p, All) {
+  v.store(p);
+}
+template <class V, class T>
+GPT2_INLINE void store(V v, T* p, int64_t n) {
+  v.store(p, n);
+}
+// v, and other in the lanes past the end.
+template <class V>
+GPT2_INLINE V inside(V v, V, All) {
+  return v;
+}
+template <class V>
+GPT2_INLINE V inside(V v, V other, int64_t n) {
+  return first(n, v, other);
+}
+
+template <class V, class F>
+GPT2_INLINE void for_columns(int64_t C, const F& f) {
+  int64_t c = 0;
+  for (; c + V::W <= C; c += V::W) f(c, All{});
+  if (c < C) f(c, C - c);
+}
+
+// The sum of f(c, lanes) over all columns; A is V, or what adds up like it. The order is fixed.
+template <class V, class A, class F>
+GPT2_INLINE A sum_columns(int64_t C, A sum, const F& f) {
+  for_columns<V>(C, [&](int64_t c, auto lanes) { sum = sum + f(c, lanes); });
+  return sum;
+}
+
+// Two sums at a time.
+template <class V>
+struct Pair {
+  V a, b;
+  friend GPT2_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+};
+
+// Gradients of what all N rows share: block i adds its rows, in order, into row i of `partial`, and
+// sum_partial adds those up. The blocks depend on N alone: any number of threads gives the same
+// bits.
+struct RowBlocks {
+  int64_t N;
+  int64_t rows = N < 32 * kMaxPartial ? 32 : (N + kMaxPartial - 1) / kMaxPartial;
+  int64_t count = (N + rows - 1) / rows;
+  int64_t end(int64_t block) const { return (block + 1) * rows < N ? (block + 1) * rows : N; }
+};
+
+// f(begin, end, partial row) for every block of rows; partial (blocks.count, C) is set to 0 before.
+template <class S, class F>
+void for_row_blocks(RowBlocks blocks, int64_t C, S* partial, const Threads& threads, const F& f) {
+  parallel_ranges(threads, blocks.count, 1, [&](int64_t block, int64_t last) {
+    for (; block < last; ++block) {
+      memset(partial + block * C, 0, C * sizeof(S));
+      f(block * blocks.rows, blocks.end(block), partial + block * C);
+    }
+  });
+}
+
+// Scalar: out[c] = sum_i partial[i][c]
+template <class V, class S>
+void sum_partial(RowBlocks blocks, int64_t C, const S* partial, S* out, const Threads& threads) {
+  constexpr int64_t kStrip = 256;
+  parallel_ranges(threads, (C + kStrip - 1) / kStrip, 4, [&](int64_t strip, int64_t last) {
+    const int64_t begin = strip * kStrip, end = last * kStrip < C ? last * kStrip : C;
+    for_columns<V>(end - begin, [&](int64_t c, auto lanes) {
+      V sum = V::set(0);
+      for (int64_t i = 0; i < blocks.count; ++i) {
+        sum = sum + load<V>(partial + i * C + begin + c, lanes);
+      }
+      store(sum, out + begin + c, lanes);
+    });
+  });
+}
+
+}  // namespace gpt2::GPT2_ISA
