@@ -128,12 +128,14 @@ def run(library: Library, compiler: list[str], work: Path, output: Path) -> str:
     ninja = _find_ninja()
     (work / "build.ninja").write_text(_ninja_file(library, compiler, work, output))
     before, start = recipe(library), time.monotonic()
+    # Compilers need neither a taste in progress lines nor a sanitizer's runtime.
+    inherited = {k: v for k, v in os.environ.items() if k not in ("NINJA_STATUS", "LD_PRELOAD")}
     # A builder that is killed leaves ninja alone with a pipe that nobody reads: it ends with the
     # first line it prints, and nothing that it or its compilers wrote is ever looked at.
     process = subprocess.Popen(
         [*ninja, "-f", str(work / "build.ninja")],
         cwd=CSRC, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={k: v for k, v in os.environ.items() if k not in ("NINJA_STATUS", "LD_PRELOAD")},
+        env=inherited,
     )  # fmt: skip
     try:
         log = _follow(process, library, start)

@@ -159,9 +159,11 @@ def _cache_folder(*, create: bool = False) -> Path:
     """The root of this user's cache. BuildError where somebody else could write to it."""
     if fcntl is None:
         raise BuildError("needs Linux or macOS")
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    chosen, xdg = os.environ.get("GPT2_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     base = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
-    root = Path(os.environ.get("GPT2_KERNELS_CACHE") or Path(base, "gpt2-kernels")).absolute()
+    if not chosen and not os.path.isabs(base):
+        raise BuildError("there is no home folder for a cache; set GPT2_KERNELS_CACHE")
+    root = Path(chosen or f"{base}/gpt2-kernels").absolute()
     if create:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
     elif not root.exists():

@@ -251,7 +251,7 @@ def test_sources_that_change_meanwhile_are_not_cached(toy):
 # ---- several processes, and dead ones
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -275,7 +275,7 @@ def test_processes_that_start_together_build_once(toy, capfd):
     wait_for(lambda: said.extend(lines(capfd)) or sum("waiting" in line for line in said) == 2)
     toy.hold.unlink()
     for child in children:
-        child.join(30)
+        child.join(60)
     assert [child.exitcode for child in children] == [0, 0, 0]
     said += lines(capfd)
     assert toy.compiled() == 1
@@ -290,7 +290,7 @@ def test_processes_that_fail_together_compile_once(toy, capfd):
     wait_for(lambda: any("waiting" in line for line in lines(capfd)))
     toy.hold.unlink()
     for child in children:
-        child.join(30)
+        child.join(60)
     assert [child.exitcode for child in children] == [1, 1] and toy.compiled() == 1
 
 
@@ -305,7 +305,7 @@ def test_a_builder_killed_leaves_the_next_one_working(toy):
     next_one = in_child(load_or_fail)
     wait_for(lambda: toy.compiled() == 2)
     toy.hold.unlink()
-    next_one.join(30)
+    next_one.join(60)
     assert next_one.exitcode == 0
     assert not list(toy.cache.glob("cpu/tmp-*")), "the dead builder's files are swept"
     assert toy.start_again() is None and toy.compiled() == 2
@@ -473,6 +473,16 @@ def test_where_the_cache_is(toy, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
     assert native._cache_folder() == tmp_path / "home/.cache/gpt2-kernels"
     assert native.build().is_relative_to(tmp_path / "home/.cache/gpt2-kernels")
+
+
+def test_a_user_without_a_home(toy, monkeypatch, tmp_path):
+    """As in a container that runs under a number: nothing may land in a folder named ~."""
+    for name in ("GPT2_KERNELS_CACHE", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert native.load() == "there is no home folder for a cache; set GPT2_KERNELS_CACHE"
+    assert not (tmp_path / "~").exists()
 
 
 def test_windows(toy, monkeypatch):
