@@ -295,7 +295,7 @@ def test_processes_that_fail_together_compile_once(toy, capfd):
 
 
 def test_a_builder_killed_leaves_the_next_one_working(toy):
-    """SIGKILL while the compiler runs: ninja and the compiler outlive it, and do no harm."""
+    """SIGKILL while the compiler runs, which outlives it, and does no harm."""
     toy.hold.touch()
     builder = in_child(load_or_fail)
     wait_for(lambda: toy.compiled() == 1)
@@ -309,8 +309,20 @@ def test_a_builder_killed_leaves_the_next_one_working(toy):
     assert next_one.exitcode == 0
     assert not list(toy.cache.glob("cpu/tmp-*")), "the dead builder's files are swept"
     assert toy.start_again() is None and toy.compiled() == 2
-    linked = [line for line in toy.calls.read_text().splitlines() if " -shared " in line]
-    assert len(linked) == 1, "the orphaned ninja ended with its compiler"
+
+
+def test_ninja_ends_with_its_builder(toy):
+    """With the first line that nobody reads: it starts no other compiler."""
+    toy.hold.touch()
+    builder = in_child(load_or_fail)
+    wait_for(lambda: toy.compiled() == 1)
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    toy.hold.unlink()
+    wait_for(lambda: list(toy.cache.glob("cpu/tmp-*/*.o")))
+    time.sleep(0.5)
+    assert " -shared " not in toy.calls.read_text(), "it went on, and linked"
+    assert native.load() is None
 
 
 def test_an_interrupted_build_is_not_a_failed_one(toy, monkeypatch):
@@ -347,6 +359,12 @@ def test_no_compiler(toy, monkeypatch):
     assert toy.start_again() == reason
     with pytest.raises(native.BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is on PATH"):
         native.build()
+
+
+def test_a_compiler_may_come_with_arguments(toy, monkeypatch):
+    monkeypatch.setenv("CXX", f"{toy.compiler} -DMINE='a b'")
+    assert native.load() is None
+    assert toy.calls.read_text().startswith("-DMINE=a b -std=c++20 ")
 
 
 def test_no_ninja(toy, monkeypatch):
