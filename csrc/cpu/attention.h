@@ -16,7 +16,7 @@
 
 namespace gpt2::GPT2_ISA {
 
-constexpr int64_t kKeys = 128;    // keys per block of the forward: whole panels, pairs and counters
+constexpr int64_t kKeys = 256;    // keys per block of the forward: whole panels, pairs and counters
 constexpr int64_t kQueries = 96;  // queries per block: whole tiles
 
 template <class P, class T>
@@ -37,7 +37,7 @@ struct AttentionForward {
   struct Block {
     E* q;                 // (kQueries, ld)
     S *acc, *m, *l;       // (kQueries, ld), (kQueries), (kQueries)
-    S *s, *keep, *alpha;  // (kRows, kKeys), (kKeys), (kRows)
+    S *s, *keep, *alpha;  // (kRows, kKeys), (kKeys), (kRows rounded up to a vector)
     E* p;                 // (kRows, kKeys)
     E* rows;              // (kPackRows, ld): k or v on the way
     Block(const AttentionForward& f, Arena& arena)
@@ -47,7 +47,7 @@ struct AttentionForward {
           l(arena.template take<S>(kQueries)),
           s(arena.template take<S>(kRows * kKeys)),
           keep(arena.template take<S>(kKeys)),
-          alpha(arena.template take<S>(kRows)),
+          alpha(arena.template take<S>(round_up(kRows, V::W))),
           p(arena.template take<E>(kRows * kKeys)),
           rows(arena.template take<E>(f.packed.rows(kPackRows))) {}
   };
@@ -85,7 +85,6 @@ struct AttentionForward {
       block.m[r] = -S(INFINITY);
       block.l[r] = 0;
     }
-    for (int64_t i = 0; i < rows * ld; i += V::W) V::set(0).store(block.acc + i);
 
     for (int64_t j0 = 0; j0 < sees + rows - 1; j0 += kKeys) {
       for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
@@ -103,13 +102,9 @@ struct AttentionForward {
                                 .steps = packed.steps,
                                 .c = block.s,
                                 .c_row = kKeys});
-        for (int64_t r = 0; r < n; ++r) {
-          const int64_t visible = at_most(kKeys, sees + r0 + r - j0);
-          softmax(bh, i0 + r0 + r, j0, visible, keys, r, r0 + r, block);
-        }
+        softmax(bh, i0 + r0, n, j0, sees + r0 - j0, keys, r0, block);
         // acc = alpha acc + p v
-        product<P, Into::kRescale>(n, ld,
-                                   {.a = block.p,
+        const Operands<P> values = {.a = block.p,
                                     .a_row = kKeys,
                                     .a_step = P::K,
                                     .b = head.v_pairs + j0 * ld,
@@ -118,7 +113,12 @@ struct AttentionForward {
                                     .steps = (keys + P::K - 1) / P::K,
                                     .c = block.acc + r0 * ld,
                                     .c_row = ld,
-                                    .alpha = block.alpha});
+                                    .alpha = block.alpha};
+        if (j0 == 0) {
+          product<P, Into::kSet>(n, ld, values);
+        } else {
+          product<P, Into::kRescale>(n, ld, values);
+        }
       }
     }
 
@@ -130,35 +130,53 @@ struct AttentionForward {
     }
   }
 
-  // One row of scores to powers: p = 2^(s - m), l and alpha along with it. Keys that the row does
-  // not see, up to the tile's, become zero.
-  GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t j0, int64_t visible, int64_t keys,
-                           int64_t r, int64_t row, const Block& block) const {
-    const S* s = block.s + r * kKeys;
-    E* p = block.p + r * kKeys;
+  // A tile of scores to powers: p = 2^(s - m), m, l and alpha along with it. Query i + r sees the
+  // first visible + r keys of the block; what it does not see, up to the tile's keys, becomes zero.
+  GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t n, int64_t j0, int64_t visible,
+                           int64_t keys, int64_t row, const Block& block) const {
+    S *m = block.m + row, *l = block.l + row;
+    S base[kRows];
     const V lowest = V::set(-S(INFINITY)), scale = V::set(scale_log2);
-    V top = lowest;
-    int64_t j = 0;
-    for (; j + V::W <= visible; j += V::W) top = max(top, V::load(s + j));
-    if (j < visible) top = max(top, first(visible - j, V::load(s + j), lowest));
-    const S m_old = block.m[row], top_scaled = top.max() * scale_log2;
-    const S m = top_scaled > m_old ? top_scaled : m_old;
-    const S base = m == -S(INFINITY) ? S(0) : m;  // all scores so far are -inf: p = 0, not NaN
-    block.m[row] = m;
-    block.alpha[r] = exp2(Vec<S>{m_old - base}).v;
-
-    V sum = V::set(0);
-    const V minus_base = V::set(-base);
-    if (dropout.active()) dropout.keep(bh, i, j0, round_up(visible, V::W), block.keep);
-    for (j = 0; j < visible; j += V::W) {
-      V power = exp2(fma(V::load(s + j), scale, minus_base));
-      if (j + V::W > visible) power = first(visible - j, power, V::set(0));
-      sum = sum + power;
-      if (dropout.active()) power = power * V::load(block.keep + j);
-      power.store(p + j);
+    for (int64_t r = 0; r < n; ++r) {
+      const S* s = block.s + r * kKeys;
+      const int64_t sees = at_most(kKeys, visible + r);
+      V top = lowest;
+      int64_t j = 0;
+      for (; j + V::W <= sees; j += V::W) top = max(top, V::load(s + j));
+      if (j < sees) top = max(top, first(sees - j, V::load(s + j), lowest));
+      const S m_old = m[r], scaled = top.max() * scale_log2;
+      m[r] = scaled > m_old ? scaled : m_old;
+      base[r] = m[r] == -S(INFINITY) ? S(0) : m[r];  // every score is -inf: p = 0, not NaN
+      block.alpha[r] = m_old - base[r];
     }
-    for (; j < round_up(keys, V::W); j += V::W) V::set(0).store(p + j);
-    block.l[row] = block.l[row] * block.alpha[r] + sum.sum();
+    for (int64_t r = 0; r < n; r += V::W) {
+      exp2(V::load(block.alpha + r)).store(block.alpha + r);
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const S* s = block.s + r * kKeys;
+      E* p = block.p + r * kKeys;
+      const int64_t sees = at_most(kKeys, visible + r);
+      if (dropout.active() && sees > 0) {
+        dropout.keep(bh, i + r, j0, round_up(sees, V::W), block.keep);
+      }
+      V sum = V::set(0);
+      const V minus_base = V::set(-base[r]);
+      int64_t j = 0;
+      const auto power_of = [&](V power) {
+        sum = sum + power;
+        if (dropout.active()) power = power * V::load(block.keep + j);
+        power.store(p + j);
+      };
+      for (; j + V::W <= sees; j += V::W) {
+        power_of(exp2(fma(V::load(s + j), scale, minus_base)));
+      }
+      if (j < sees) {
+        power_of(first(sees - j, exp2(fma(V::load(s + j), scale, minus_base)), V::set(0)));
+        j += V::W;
+      }
+      for (; j < round_up(keys, V::W); j += V::W) V::set(0).store(p + j);
+      l[r] = l[r] * block.alpha[r] + sum.sum();
+    }
   }
 };
 

@@ -59,12 +59,12 @@ enum class Into { kSet, kAdd, kRescale };  // C = AB, C += AB, C = alpha[m] C + 
 template <class P>
 struct Operands {
   using S = typename P::V::scalar;
-  const typename P::Element* a;
+  const typename P::Element* a = nullptr;
   int64_t a_row, a_step;  // to the next m, to the next K of k
-  const typename P::Element* b;
+  const typename P::Element* b = nullptr;
   int64_t b_step, b_strip;  // to the next K of k, to the next kPanel columns
   int64_t steps;            // k / K
-  S* c;
+  S* c = nullptr;
   int64_t c_row;
   const S* alpha = nullptr;  // per row, for kRescale
 };
