@@ -26,7 +26,10 @@ COMPILERS = ("c++", "g++", "clang++")  # asked in this order, where $CXX is not 
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # GCC 12 warns of its own intrinsics
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Library:
 
 
 _SOURCES = {
+    "cpu/kernels_scalar.cpp": (),
     "cpu/kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "cpu/kernels_avx512.cpp": _AVX512,
     "cpu/kernels_avx2.cpp": _AVX2,
-    "cpu/kernels_scalar.cpp": (),
     "*.cpp": (),
 }
 _PORTABLE = {"cpu/kernels_scalar.cpp": (), "*.cpp": ()}
