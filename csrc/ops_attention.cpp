@@ -128,6 +128,25 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t 
   return dqkv;
 }
 
+Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double softmax_scale) {
+  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
+  const Tensor lengths = torch::stable::contiguous(lengths_);
+  const Decode x = {.B = q.size(0),
+                    .H = q.size(2),
+                    .T = k.size(1),
+                    .D = q.size(3),
+                    .q = view_of(q),
+                    .k = view_of(k),
+                    .v = view_of(v),
+                    .lengths = lengths.const_data_ptr<int64_t>(),
+                    .softmax_scale = softmax_scale};
+  Tensor o = gpt2::new_empty(q, {x.B, 1, x.H, x.D});
+  with_workspace(q, [&](void* workspace) {
+    return ops_for(q).attention_decode(x, o.mutable_data_ptr(), workspace, threads());
+  });
+  return o;
+}
+
 }  // namespace
 }  // namespace gpt2
 
@@ -144,11 +163,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2_kernels_cpu, m) {
   m.def(
       "attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, int n_head, "
       "float softmax_scale, float dropout_p, Tensor? seed) -> Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+      "float softmax_scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&gpt2::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&gpt2::attention_bwd));
   m.impl("attention_qkv_fwd", TORCH_BOX(&gpt2::attention_qkv_fwd));
+  m.impl("decode_attention", TORCH_BOX(&gpt2::decode_attention));
   m.impl("attention_qkv_bwd", TORCH_BOX(&gpt2::attention_qkv_bwd));
 }

@@ -44,12 +44,25 @@ struct LogitsRows {
 // Gradients of parameters are summed through a workspace `partial`, of so many rows at most.
 constexpr int64_t kMaxPartial = 128;
 
+// One query per sequence: q has a single row of time, k and v have T, of which the first
+// lengths[b] count.
+struct Decode {
+  int64_t B, H, T, D;
+  View q, k, v;
+  const int64_t* lengths;
+  double softmax_scale;
+};
+
+constexpr int64_t kMaxHead = 256;  // D
+
 struct Ops {
   // o (B, Tq, H, D) and lse (B, H, Tq) S. Both return the bytes of workspace that they need, and
   // do nothing else where workspace is null.
   int64_t (*attention_fwd)(const Attention&, void* o, void* lse, void* workspace, const Threads&);
   int64_t (*attention_bwd)(const Attention&, View dout, const void* o, const void* lse, OutView dq,
                            OutView dk, OutView dv, void* workspace, const Threads&);
+  // o (B, H, D); workspace as above.
+  int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Threads&);
 
   void (*gelu_fwd)(const void* x, void* y, int64_t n, const Threads&);
   void (*gelu_bwd)(const void* dy, const void* x, void* dx, int64_t n, const Threads&);

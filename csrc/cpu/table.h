@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_bwd.h"
+#include "attention_decode.h"
 #include "cross_entropy.h"
 #include "gelu.h"
 #include "layer_norm.h"
@@ -17,6 +18,7 @@ template <class V, class T>
 inline constexpr Ops ops = {
     .attention_fwd = attention_fwd<typename ProductsOf<V, T>::type, T>,
     .attention_bwd = attention_bwd<typename ProductsOf<V, T>::type, T>,
+    .attention_decode = attention_decode<V, T>,
     .gelu_fwd = gelu_fwd<Rows<V>, T>,
     .gelu_bwd = gelu_bwd<Rows<V>, T>,
     .bias_gelu_fwd = bias_gelu_fwd<Rows<V>, T>,
