@@ -61,7 +61,8 @@ class Toy:
         """Notes each call, lasts for as long as the file `hold` is there, fails if `fail` is."""
         calls, hold, fail = (shlex.quote(str(x)) for x in (self.calls, self.hold, self.fail))
         path.write_text(
-            f'#!/bin/sh\necho "$@" >> {calls}\nwhile [ -e {hold} ]; do sleep 0.05; done\n'
+            f'#!/bin/sh\necho "$@" >> {calls}\n'
+            f"for i in $(seq 1200); do [ -e {hold} ] || break; sleep 0.05; done\n"
             f'[ -e {fail} ] && exit 1\nexec {COMPILER} "$@"\n'
         )
         path.chmod(0o755)
