@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -285,13 +286,28 @@ const Ops& ops_for(const Tensor& x) {
   return *ops;
 }
 
+// A fork copies no threads, and OpenMP's in the child would wait for them for ever: a process that
+// was forked after it had used them here goes on with its own thread alone.
+std::atomic<bool> used_threads{false}, lost_threads{false};
+#ifdef __linux__
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { lost_threads = used_threads.load(); });
+#endif
+
 Threads threads() {
-  return {
-      int64_t(torch::stable::get_num_threads()),
-      [](int64_t n, int64_t grain, void (*f)(const void*, int64_t, int64_t), const void* context) {
-        torch::stable::parallel_for(0, n, grain,
-                                    [=](int64_t begin, int64_t end) { f(context, begin, end); });
-      }};
+  if (lost_threads) {
+    return {1,
+            [](int64_t n, int64_t, void (*f)(const void*, int64_t, int64_t), const void* context) {
+              if (n > 0) f(context, 0, n);
+            }};
+  }
+  const int64_t count = torch::stable::get_num_threads();
+  if (count > 1) used_threads = true;
+  return {count, [](int64_t n, int64_t grain, void (*f)(const void*, int64_t, int64_t),
+                    const void* context) {
+            torch::stable::parallel_for(
+                0, n, grain, [=](int64_t begin, int64_t end) { f(context, begin, end); });
+          }};
 }
 
 }  // namespace gpt2

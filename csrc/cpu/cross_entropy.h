@@ -49,9 +49,9 @@ GPT2_INLINE void softmax_row(const T* x, int64_t V_, S* m_out, S* l_out) {
       m = top.max();
     }
     const V shift = V::set(m == -INFINITY ? 0 : m);
-    l = sum_columns<V>(n, l, [=](int64_t c, auto lanes) {
-      return inside(exp_minus(load<V>(block + c, lanes), shift), V::set(0), lanes);
-    });
+    l = l + sum_columns<V>(n, V::set(0), [=](int64_t c, auto lanes) {
+          return inside(exp_minus(load<V>(block + c, lanes), shift), V::set(0), lanes);
+        });
   }
   *m_out = m;
   *l_out = l.sum();

@@ -44,10 +44,18 @@ GPT2_INLINE void for_columns(int64_t C, const F& f) {
   if (c < C) f(c, C - c);
 }
 
-// The sum of f(c, lanes) over all columns; A is V, or what adds up like it. The order is fixed.
+// The sum of f(c, lanes) over all columns; A is V, or what adds up like it. Blocks are summed
+// before they are added up: rounding errors grow with the length of a chain of additions.
 template <class V, class A, class F>
-GPT2_INLINE A sum_columns(int64_t C, A sum, const F& f) {
-  for_columns<V>(C, [&](int64_t c, auto lanes) { sum = sum + f(c, lanes); });
+GPT2_INLINE A sum_columns(int64_t C, A zero, const F& f) {
+  constexpr int64_t kBlock = 32 * V::W;
+  A sum = zero;
+  for (int64_t start = 0; start < C; start += kBlock) {
+    A block = zero;
+    for_columns<V>(C - start < kBlock ? C - start : kBlock,
+                   [&](int64_t c, auto lanes) { block = block + f(start + c, lanes); });
+    sum = sum + block;
+  }
   return sum;
 }
 
