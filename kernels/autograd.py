@@ -55,6 +55,11 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device)
 
 
+def _accumulator(x: Tensor) -> torch.dtype:
+    """Of statistics and sums: float32, and float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 # ---- attention
 
 
@@ -65,7 +70,7 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 )
 def _(q, k, v, softmax_scale, dropout_p, seed, backend):
     B, Tq, H, _ = q.shape
-    return _like(q), _like(q, B, H, Tq, dtype=torch.float32)
+    return _like(q), _like(q, B, H, Tq, dtype=_accumulator(q))
 
 
 @_launcher(
@@ -84,7 +89,7 @@ def _(do, q, k, v, o, lse, softmax_scale, dropout_p, seed, backend):
 )
 def _(qkv, n_head, softmax_scale, dropout_p, seed, backend):
     B, T, C3 = qkv.shape
-    return _like(qkv, B, T, C3 // 3), _like(qkv, B, n_head, T, dtype=torch.float32)
+    return _like(qkv, B, T, C3 // 3), _like(qkv, B, n_head, T, dtype=_accumulator(qkv))
 
 
 @_launcher(
@@ -137,7 +142,7 @@ class AttentionQKV(torch.autograd.Function):
 
 
 def _stats(x: Tensor) -> Tensor:
-    return _like(x, 2, x.shape[:-1].numel(), dtype=torch.float32)  # mean, rstd
+    return _like(x, 2, x.shape[:-1].numel(), dtype=_accumulator(x))  # mean, rstd
 
 
 @_launcher(
@@ -259,8 +264,8 @@ class BiasGelu(torch.autograd.Function):
     " -> (Tensor losses, Tensor stats)",
 )
 def _(logits, targets, ignore_index, backend):
-    N = logits.shape[0]
-    return _like(logits, N, dtype=torch.float32), _like(logits, 2, N, dtype=torch.float32)
+    N, dtype = logits.shape[0], _accumulator(logits)
+    return _like(logits, N, dtype=dtype), _like(logits, 2, N, dtype=dtype)
 
 
 @_launcher(
@@ -282,7 +287,7 @@ def _(dlosses, logits, targets, stats, ignore_index, backend):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Losses by row, (N,) float32."""
+    """Losses by row, (N,) float32 (float64 for float64 logits)."""
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, inplace_backward, backend):
@@ -311,8 +316,8 @@ def _linear_cross_entropy(*args):
 
 def _linear_cross_entropy_fake(x, weight, targets, ignore_index, need_dx, need_dweight, backend):
     (N, C), V = x.shape, weight.shape[0]
-    total = torch.empty((), dtype=torch.float32, device=x.device)
-    dweight = _like(x, V if need_dweight else 0, C, dtype=torch.float32)
+    total = torch.empty((), dtype=_accumulator(x), device=x.device)
+    dweight = _like(x, V if need_dweight else 0, C, dtype=_accumulator(x))
     return total, _like(x, N if need_dx else 0, C), dweight
 
 

@@ -62,5 +62,7 @@ def _cached_library_reason() -> str | None:
             return f"GPT2_KERNELS_ISA={wanted}: this machine runs {', '.join(here)}"
         library.use_isa(wanted)
     elif here == ["scalar"]:
-        return "this CPU has neither AVX2 nor AVX-512: GPT2_KERNELS_ISA=scalar takes the slow kernels"
+        return (
+            "this CPU has neither AVX2 nor AVX-512: GPT2_KERNELS_ISA=scalar takes the slow kernels"
+        )
     return None

@@ -15,22 +15,23 @@ import warnings
 
 import torch
 
-from . import triton
+from . import cpu, triton
 
-BACKENDS = ("triton", "reference")  # fastest first
+BACKENDS = ("triton", "cpu", "reference")
 
-# Who is asked, in order. Triton is the only kernel backend so far, so there is nothing to measure
-# one against the other yet. Elementwise GELU is left to Inductor inside torch.compile: it fuses
-# into its neighbours there, which a kernel of its own never can.
+# Who is asked, in order. No tensor has two kernel backends to choose from, as triton wants it on a
+# GPU and cpu on a CPU (only Triton's interpreter takes either); against plain PyTorch, cpu's
+# kernels are measured in docs/log.md. Elementwise GELU is left to Inductor inside torch.compile: it
+# fuses into its neighbours there, which a kernel of its own never can.
 PRIORITY = {
-    "attention": ("triton",),
-    "layer_norm": ("triton",),
-    "gelu": ("triton",),
-    "cross_entropy": ("triton",),
+    "attention": ("triton", "cpu"),
+    "layer_norm": ("triton", "cpu"),
+    "gelu": ("triton", "cpu"),
+    "cross_entropy": ("triton", "cpu"),
 }
 OPS = tuple(PRIORITY)
 
-_MODULES = {"triton": triton}
+_MODULES = {"triton": triton, "cpu": cpu}
 _forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
 
@@ -41,7 +42,7 @@ class BackendUnavailable(RuntimeError):
 
 @contextlib.contextmanager
 def use(backend: str):
-    """Force `backend` ("triton" or "reference") for every op called inside the with block.
+    """Force `backend` ("triton", "cpu" or "reference") for every op called inside the with block.
 
     Process-wide, not per thread. Raises ValueError for an unknown name; an op that the backend
     cannot serve raises BackendUnavailable with the reason instead of falling back.

@@ -27,7 +27,7 @@ def linear_cross_entropy_fwd(
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, () float32, and without their scale dx (N, C) in x's dtype and
-    dweight (V, C) float32; each has no rows where it is not needed.
+    dweight (V, C) float32; each has no rows where it is not needed. float64 stays float64.
 
     row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
@@ -39,11 +39,10 @@ def linear_cross_entropy_fwd(
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_zeros((V_padded, C))
         padded[:V] = weight
-    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    losses = torch.empty(N, dtype=accumulator, device=x.device)
     dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros(
-        (V_padded if need_dweight else 0, C), dtype=torch.float32, device=x.device
-    )
+    dweight = torch.zeros((V_padded if need_dweight else 0, C), dtype=accumulator, device=x.device)
     rows = chunk_rows(N)
     logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
@@ -54,7 +53,7 @@ def linear_cross_entropy_fwd(
             if need_dx:
                 torch.mm(chunk, padded, out=dx[part])
             if need_dweight:
-                dweight += _mm_float32(chunk.t(), x[part])
+                dweight += _mm_accumulated(chunk.t(), x[part])
         else:
             losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
                 0
@@ -69,9 +68,9 @@ def chunk_rows(N: int) -> int:
     return min(MAX_CHUNK, -(-eighth // 64) * 64 if eighth > 64 else max(eighth, 1))
 
 
-def _mm_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with the sum kept in float32: chunks add up without rounding in between."""
-    if a.dtype == torch.float32:
+def _mm_accumulated(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, half precision's summed in float32: chunks add up without rounding in between."""
+    if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
