@@ -6,6 +6,8 @@ random inputs; memory that nobody has written yet full of NaN.
 """
 
 import collections
+import contextlib
+import functools
 import os
 import random
 import sys
@@ -33,6 +35,8 @@ if not ON_GPU:
 else:
     NO_TRITON = None
 
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
+BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated")
 SAMPLE = 12  # without --full, one in so many cases of a grid runs
 
 
@@ -45,6 +49,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: runs only with --full")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
+    config.addinivalue_line("markers", "cpu_kernels: needs the native library, built at first use")
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
     config.pluginmanager.register(Counts(config))
 
@@ -55,14 +60,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; none is present"))
         if "triton" in item.keywords and NO_TRITON:
             item.add_marker(pytest.mark.skip(reason=NO_TRITON))
+        if "cpu_kernels" in item.keywords and (reason := why_no_cpu_kernels(isa_of(item))):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "full" in item.keywords and not config.option.full:
             item.add_marker(pytest.mark.skip(reason="runs with --full"))
     if config.option.full or any("::" in arg for arg in config.args):
         return
-    grids = collections.defaultdict(list)  # a grid: a test function and a dtype
+    grids = collections.defaultdict(list)  # a grid: a test function, a dtype and a backend
     for item in items:
         if "grid" in item.keywords:
-            grids[item.function, item.callspec.params.get("dtype")].append(item)
+            params = item.callspec.params
+            backend = next((params[name] for name in BACKEND_FIXTURES if name in params), None)
+            grids[item.function, params.get("dtype"), backend].append(item)
     dropped = set()
     for grid in grids.values():
         random.Random(0).shuffle(grid)
@@ -104,9 +113,75 @@ def ran(request):
     return lambda backend: request.node.user_properties.append(("compared", backend))
 
 
-@pytest.fixture(params=["reference", pytest.param("triton", marks=pytest.mark.triton)])
+TRITON = pytest.param("triton", marks=pytest.mark.triton)
+CPU = pytest.param("cpu", marks=pytest.mark.cpu_kernels)
+CPU_SETS = [pytest.param(f"cpu-{isa}", marks=pytest.mark.cpu_kernels) for isa in ISAS]
+
+
+@pytest.fixture(params=["reference", TRITON, CPU])
 def backend(request):
+    """Every backend: what none may do differently."""
     return request.param
+
+
+@pytest.fixture(params=[TRITON, CPU])
+def accelerated(request):
+    """Every backend but the reference, where its instruction set does not matter."""
+    return request.param
+
+
+@pytest.fixture(params=[TRITON, *CPU_SETS])
+def kernel_backend(request):
+    """The name of every backend but the reference; of cpu, with each instruction set in turn."""
+    with cpu_set(request.param):
+        yield request.param.partition("-")[0]
+
+
+@pytest.fixture(params=CPU_SETS)
+def cpu_backend(request):
+    with cpu_set(request.param):
+        yield "cpu"
+
+
+@contextlib.contextmanager
+def cpu_set(param):
+    """ "cpu-avx2" forces that instruction set. What the library allocates is NaN, too, until it is
+    written: torch.empty within C++ is out of poisoned_memory's reach."""
+    isa = param.partition("-")[2]
+    if not isa:
+        yield
+        return
+    library = torch.ops.gpt2_kernels_cpu
+    before, deterministic = library.isa(), torch.are_deterministic_algorithms_enabled()
+    library.use_isa(isa)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty fills what it returns
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        library.use_isa(before)
+
+
+def isa_of(item):
+    """The instruction set that a test forces, or an empty string."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return next((params[name] for name in BACKEND_FIXTURES if name in params), "").partition("-")[2]
+
+
+@functools.cache
+def why_no_cpu_kernels(isa):
+    """None where the cpu backend runs here, with this instruction set if one is given; else why it
+    does not. Builds the library where that has not been done."""
+    if ON_GPU:
+        return "the tests' tensors are on the GPU"
+    from gpt2.kernels import cpu
+
+    reason = cpu._library_reason()
+    if reason is not None:
+        return reason
+    here = torch.ops.gpt2_kernels_cpu.isas().split()
+    return None if not isa or isa in here else f"this machine runs {', '.join(here)}"
 
 
 class Counts:

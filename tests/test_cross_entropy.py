@@ -24,22 +24,20 @@ def targets_in(N, V, ignored="some"):
     return targets
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("ignored", ["some", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N", (1, 3, 33), ids=lambda N: f"N{N}")
 @pytest.mark.parametrize("V", (1, 2, 17, 257, 4095, 4096, 4097, 9001), ids=lambda V: f"V{V}")
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_cross_entropy(scale, V, N, dtype, ignored, ran):
+def test_cross_entropy(scale, V, N, dtype, ignored, ran, kernel_backend):
     logits = guarded(scale * tensor(N, V)).to(DTYPES[dtype])
     check_op(
-        "cross_entropy", {"logits": logits}, backend="triton", ran=ran,
+        "cross_entropy", {"logits": logits}, backend=kernel_backend, ran=ran,
         terms=1.0 / N, targets=targets_in(N, V, ignored),
     )  # fmt: skip
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("ignored", ["some", "none"])
 @pytest.mark.parametrize("weights", ["same", "fp32"])
@@ -47,32 +45,30 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran):
 @pytest.mark.parametrize("C", (1, 16, 77), ids=lambda C: f"C{C}")
 @pytest.mark.parametrize("N", (1, 7, 33, 200), ids=lambda N: f"N{N}")
 @pytest.mark.parametrize("V", (1, 65, 257, 1024), ids=lambda V: f"V{V}")
-def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran):
+def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran, accelerated):
     # dx is a difference, softmax @ weight - weight[target], of rows of weight.
     x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
     weight = guarded(tensor(V, C, dtype=torch.float32 if weights == "fp32" else DTYPES[dtype]))
     check_op(
-        "linear_cross_entropy", {"x": x, "weight": weight}, backend="triton", ran=ran,
+        "linear_cross_entropy", {"x": x, "weight": weight}, backend=accelerated, ran=ran,
         terms=16.0 / N, targets=targets_in(N, V, ignored),
     )  # fmt: skip
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("N", [1, 8, 9, 64, 65, 520, 1000])
-def test_chunks_cover_every_row_once(N):
+def test_chunks_cover_every_row_once(N, kernel_backend):
     rows = chunk_rows(N)
     assert rows <= max(-(-N // 8), 64) or N >= 64
     assert 1 <= rows <= 8192 and -(-N // rows) <= 9
     if N >= 8:
         assert rows <= -(-N // 8) + 63, "an eighth of the logits at a time"
     x, weight, targets = tensor(N, 4), tensor(9, 4), targets_in(N, 9)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.linear_cross_entropy(x, weight, targets)
     assert torch.allclose(loss, reference.linear_cross_entropy(x, weight, targets))
 
 
-@pytest.mark.triton
-def test_no_tensor_as_large_as_the_logits(monkeypatch):
+def test_no_tensor_as_large_as_the_logits(monkeypatch, kernel_backend):
     """B T V numbers are never stored: no allocation reaches an eighth of them plus a tile."""
     N, C, V = 1024, 8, 512
     largest = [0]
@@ -88,7 +84,7 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch):
     x, weight = tensor(N, C).requires_grad_(), tensor(V, C).requires_grad_()
     saved = []
     with (
-        kernels.use("triton"),
+        kernels.use(kernel_backend),
         torch.autograd.graph.saved_tensors_hooks(
             lambda t: (saved.append(t.numel()), t)[1], lambda t: t
         ),
@@ -98,14 +94,13 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch):
     assert max(saved) <= max(x.numel(), weight.numel())
 
 
-@pytest.mark.triton
-def test_forward_keeps_one_number_per_row():
+def test_forward_keeps_one_number_per_row(kernel_backend):
     """F.cross_entropy keeps a second tensor of the logits' size; this keeps the logits and a few
     numbers a row."""
     logits = tensor(9, 300).requires_grad_()
     saved = []
     with (
-        kernels.use("triton"),
+        kernels.use(kernel_backend),
         torch.autograd.graph.saved_tensors_hooks(
             lambda t: (saved.append((t.data_ptr(), t.numel())), t)[1], lambda t: t
         ),
@@ -114,13 +109,12 @@ def test_forward_keeps_one_number_per_row():
     assert all(n <= 2 * 9 or ptr == logits.data_ptr() for ptr, n in saved)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_in_place_of_the_logits(dtype):
+def test_gradient_in_place_of_the_logits(dtype, kernel_backend):
     """inplace_backward: no second tensor of the logits' size at all, and the same bits."""
     targets = targets_in(9, 300)
     leaf = tensor(9, 300, dtype=DTYPES[dtype]).requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         (want,) = torch.autograd.grad(kernels.cross_entropy(leaf, targets), leaf)
         logits = leaf * 1
         loss = kernels.cross_entropy(logits, targets, inplace_backward=True)
@@ -130,48 +124,44 @@ def test_gradient_in_place_of_the_logits(dtype):
             loss.backward()
 
 
-@pytest.mark.triton
-def test_logits_are_left_alone_by_default():
+def test_logits_are_left_alone_by_default(kernel_backend):
     logits = tensor(5, 40).requires_grad_()
     before = fingerprint(logits)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.cross_entropy(logits, targets_in(5, 40))
         first = torch.autograd.grad(loss, logits, retain_graph=True)
         second = torch.autograd.grad(loss, logits)
     assert fingerprint(logits) == before and bits_equal(*first, *second)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3)], ids=str)
-def test_leading_shapes(shape, ran):
+def test_leading_shapes(shape, ran, kernel_backend):
     targets = targets_in(6, 17).view(shape)
     logits, x = tensor(*shape, 17), tensor(*shape, 5)
-    check_op("cross_entropy", {"logits": logits}, backend="triton", ran=ran, targets=targets)
+    check_op("cross_entropy", {"logits": logits}, backend=kernel_backend, ran=ran, targets=targets)
     check_op(
-        "linear_cross_entropy", {"x": x, "weight": tensor(17, 5)}, backend="triton", ran=ran,
+        "linear_cross_entropy", {"x": x, "weight": tensor(17, 5)}, backend=kernel_backend, ran=ran,
         terms=1.0, targets=targets,
     )  # fmt: skip
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("view", ["rows", "columns", "transposed", "expanded", "unaligned"])
-def test_views(view, ran):
+def test_views(view, ran, kernel_backend):
     x = tensor(34, 34)
     logits = {
         "rows": x[::2], "columns": x[:, ::2], "transposed": x.t(),
         "expanded": x[:1].expand(34, -1), "unaligned": x.flatten()[1:].view(-1, 33),
     }[view]  # fmt: skip
     targets = targets_in(len(logits), logits.shape[1])
-    check_op("cross_entropy", {"logits": logits}, backend="triton", ran=ran, targets=targets)
+    check_op("cross_entropy", {"logits": logits}, backend=kernel_backend, ran=ran, targets=targets)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("ignore_index", [-1, -100, 3])
-def test_ignore_index(ignore_index, ran):
+def test_ignore_index(ignore_index, ran, kernel_backend):
     targets = torch.tensor([3, 0, 1, 3, 2, 4], device=DEVICE)
     targets[2] = ignore_index
     check_op(
-        "cross_entropy", {"logits": tensor(6, 5)}, backend="triton", ran=ran,
+        "cross_entropy", {"logits": tensor(6, 5)}, backend=kernel_backend, ran=ran,
         targets=targets, ignore_index=ignore_index,
     )  # fmt: skip
 
@@ -185,62 +175,57 @@ def test_every_target_ignored_is_nan_as_in_pytorch(backend):
     assert F.cross_entropy(logits, targets, ignore_index=-1).isnan()
 
 
-@pytest.mark.triton
-def test_ignored_rows_add_nothing():
+def test_ignored_rows_add_nothing(kernel_backend):
     """Not even where their logits are NaN."""
     logits, targets = tensor(4, 9), torch.tensor([1, -1, 3, -1], device=DEVICE)
     logits[1] = math.nan
     logits.requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.cross_entropy(logits, targets)
     (dlogits,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(loss, F.cross_entropy(logits[::2], targets[::2]))
     assert not dlogits[1::2].any() and dlogits[::2].any(dim=1).all()
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("size", [1e4, 1e30])
-def test_large_logits(size):
+def test_large_logits(size, kernel_backend):
     logits = torch.tensor([[size, 0.0, -size], [-size, -size, -size]], device=DEVICE)
     targets = torch.tensor([0, 1], device=DEVICE)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.cross_entropy(logits, targets)
     assert loss.item() == pytest.approx(math.log(3) / 2, rel=1e-6)
 
 
-@pytest.mark.triton
-def test_minus_infinity_is_a_probability_of_zero():
+def test_minus_infinity_is_a_probability_of_zero(kernel_backend):
     """A masked vocabulary: a whole block of -inf before the first finite logit."""
     V = 10000
     logits = torch.full((2, V), -math.inf, device=DEVICE)
     logits[:, 5000:5003] = tensor(2, 3)
     targets = torch.tensor([5000, 5002], device=DEVICE)
     logits.requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.cross_entropy(logits, targets)
     (dlogits,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(loss, F.cross_entropy(logits, targets))
     assert not dlogits[:, :5000].any() and not dlogits[:, 5003:].any()
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("column", [0, 8, 5000])
-def test_nan_is_seen(column):
+def test_nan_is_seen(column, kernel_backend):
     logits = tensor(2, 6000)
     logits[1, column] = math.nan
     targets = torch.tensor([1, 2], device=DEVICE)
-    losses, _ = torch.ops.gpt2_kernels.cross_entropy_fwd(logits, targets, -1, "triton")
+    losses, _ = torch.ops.gpt2_kernels.cross_entropy_fwd(logits, targets, -1, kernel_backend)
     assert losses[0].isfinite() and losses[1].isnan()
 
 
-@pytest.mark.triton
-def test_uneven_batches_accumulate_to_the_whole():
+def test_uneven_batches_accumulate_to_the_whole(kernel_backend):
     """The sum of losses over halves, weighted by their counts, is the whole: and its gradients."""
     x, weight = tensor(20, 8).requires_grad_(), tensor(30, 8).requires_grad_()
     targets = targets_in(20, 30)
     targets[:7] = -1
     counts = [(part != -1).sum() for part in targets.split(10)]
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         whole = kernels.linear_cross_entropy(x, weight, targets)
         parts = [
             kernels.linear_cross_entropy(a, weight, t) * n / sum(counts)
@@ -254,27 +239,25 @@ def test_uneven_batches_accumulate_to_the_whole():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.triton
-def test_deterministic_and_the_same_without_gradients():
+def test_deterministic_and_the_same_without_gradients(kernel_backend):
     x, weight = tensor(40, 16, dtype=torch.bfloat16), tensor(99, 16)
     targets = targets_in(40, 99)
     x.requires_grad_(), weight.requires_grad_()
 
     def run():
-        with kernels.use("triton"):
+        with kernels.use(kernel_backend):
             loss = kernels.linear_cross_entropy(x, weight, targets)
         return loss, *torch.autograd.grad(loss, (x, weight), retain_graph=True)
 
     assert all(map(bits_equal, run(), run()))
     loss, *_ = run()
-    with kernels.use("triton"), torch.no_grad():
+    with kernels.use(kernel_backend), torch.no_grad():
         assert bits_equal(kernels.linear_cross_entropy(x, weight, targets), loss)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, None])
 @pytest.mark.parametrize("leaf", ["x", "weight"])
-def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch):
+def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch, kernel_backend):
     """Two of the three products are for gradients. Evaluation computed them all: inside an autograd
     function, leaves that require gradients look needed under no_grad too."""
     inputs = {"x": tensor(6, 5), "weight": tensor(9, 5)}
@@ -287,30 +270,28 @@ def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch):
             return raw.linear_cross_entropy_fwd(*args)
 
     monkeypatch.setattr(autograd, "_raw", Spy())
-    with kernels.use("triton"), mode() if mode else contextlib.nullcontext():
+    with kernels.use(kernel_backend), mode() if mode else contextlib.nullcontext():
         kernels.linear_cross_entropy(**inputs, targets=targets_in(6, 9))
     assert asked == [(leaf == "x", leaf == "weight") if mode is None else (False, False)]
 
 
-@pytest.mark.triton
-def test_gradient_in_place_of_expanded_logits():
+def test_gradient_in_place_of_expanded_logits(kernel_backend):
     """Rows that are one row in memory cannot take different gradients: they are copied."""
     leaf, targets = tensor(1, 9).requires_grad_(), targets_in(4, 9, ignored="none")
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.cross_entropy((leaf * 1).expand(4, -1), targets, inplace_backward=True)
     (got,) = torch.autograd.grad(loss, leaf)
     (want,) = torch.autograd.grad(F.cross_entropy(leaf.expand(4, -1), targets), leaf)
     assert torch.allclose(got, want)
 
 
-@pytest.mark.triton
-def test_every_subset_of_gradients_twice():
+def test_every_subset_of_gradients_twice(kernel_backend):
     x, weight, targets = tensor(9, 5), tensor(11, 5), targets_in(9, 11)
     want = reference_gradients(x, weight, targets)
     for needs_x, needs_weight in ((True, True), (True, False), (False, True)):
         a = x.detach().requires_grad_(needs_x)
         b = weight.detach().requires_grad_(needs_weight)
-        with kernels.use("triton"):
+        with kernels.use(kernel_backend):
             loss = kernels.linear_cross_entropy(a, b, targets)
         loss.backward(retain_graph=True)
         (2 * loss).backward()  # scaled by 3 in all: what the forward kept was not scaled in place
@@ -323,15 +304,14 @@ def reference_gradients(x, weight, targets):
     return torch.autograd.grad(reference.linear_cross_entropy(x, weight, targets), (x, weight))
 
 
-@pytest.mark.triton
-def test_half_precision_gradients_do_not_underflow():
+def test_half_precision_gradients_do_not_underflow(kernel_backend):
     """softmax / N = 2e-6 is subnormal in float16, and off by 3 % in every row alike: the mean must
     not be taken before the rounding."""
     N, V = 512, 1000
     x, weight = tensor(N, 4, dtype=torch.float16), 0.01 * tensor(V, 4, dtype=torch.float16)
     targets = torch.zeros(N, dtype=torch.int64, device=DEVICE)
     weight.requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         loss = kernels.linear_cross_entropy(x, weight, targets)
     (dweight,) = torch.autograd.grad(loss, weight)
     _, exact = reference_gradients(x.double(), weight.double(), targets)
@@ -371,8 +351,7 @@ def test_errors_of_linear_cross_entropy():
         kernels.linear_cross_entropy(torch.randn(3, 5), torch.randn(5, 4), torch.zeros(3).long())
 
 
-@pytest.mark.triton
-def test_rows_that_overflow_int32(tmp_path):
+def test_rows_that_overflow_int32(tmp_path, kernel_backend):
     """Rows of logits 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
     if DEVICE == "cuda":
         pytest.skip(
@@ -386,6 +365,6 @@ def test_rows_that_overflow_int32(tmp_path):
     logits = big.as_strided((N, V), (stride, 1))
     logits.copy_(tensor(N, V))
     targets = targets_in(N, V)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         far = kernels.cross_entropy(logits, targets)
         assert bits_equal(far, kernels.cross_entropy(logits.clone(), targets))

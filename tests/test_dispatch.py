@@ -58,32 +58,31 @@ def test_every_public_op_is_tested_here():
     assert public == set(OPS)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
-def test_forced_backend_serves_or_raises(op, monkeypatch):
+def test_forced_backend_serves_or_raises(op, accelerated, monkeypatch):
     call, inputs = every_op()[op]
-    with kernels.use("triton"), launches() as launched:
+    with kernels.use(accelerated), launches() as launched:
         call(*inputs)
-    assert set(launched) == {"triton"}
+    assert set(launched) == {accelerated}
     with kernels.use("reference"), launches() as launched:
         call(*inputs)
     assert not launched
-    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
-    with (
-        kernels.use("triton"),
-        pytest.raises(kernels.BackendUnavailable, match=r"triton cannot serve \w+: not today"),
-    ):
+    monkeypatch.setattr(getattr(kernels, accelerated), "why_not", lambda *args: "not today")
+    reason = rf"{accelerated} cannot serve \w+: not today"
+    with kernels.use(accelerated), pytest.raises(kernels.BackendUnavailable, match=reason):
         call(*inputs)
 
 
 def test_fallback_says_so_once(monkeypatch):
     monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
+    monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "nor today")
     dispatch._said.clear()
     with pytest.warns(UserWarning) as warnings:
         for _ in range(3):
             kernels.gelu(tensor(3))
     assert len(warnings) == 1
-    assert "gelu falls back to plain PyTorch (triton: not today)" in str(warnings[0].message)
+    message = "gelu falls back to plain PyTorch (triton: not today; cpu: nor today)"
+    assert message in str(warnings[0].message)
     assert warnings[0].filename == __file__, "the warning points at the caller"
 
 
@@ -98,21 +97,22 @@ def test_use_nests_and_ends_with_its_block():
 
 def test_unknown_backends_are_named():
     with (
-        pytest.raises(ValueError, match="backend must be one of triton, reference, got 'tritn'"),
+        pytest.raises(
+            ValueError, match="backend must be one of triton, cpu, reference, got 'tritn'"
+        ),
         kernels.use("tritn"),
     ):
         pass
 
 
-@pytest.mark.triton
-def test_backward_runs_where_the_forward_did():
+def test_backward_runs_where_the_forward_did(accelerated):
     """Outside of the use() block too, and on autograd's own thread."""
     x = tensor(5).requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         y = kernels.gelu(x)
     with kernels.use("reference"), launches() as launched:
         y.sum().backward()
-    assert launched == ["triton"]
+    assert launched == [accelerated]
 
 
 def test_reasons_without_a_gpu():
@@ -155,9 +155,10 @@ def test_report_is_a_table():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}")
-    assert lines[2].split() == ["op", "served", "by", "triton", "reference"]
+    assert lines[2].split() == ["op", "served", "by", "triton", "cpu", "reference"]
     assert [line.split()[0] for line in lines[3:]] == list(dispatch.OPS)
-    want = "triton" if DEVICE == "cuda" else "reference"
+    native = kernels.why_not("cpu", "gelu", torch.device("cpu"), torch.float32) is None
+    want = "triton" if DEVICE == "cuda" else "cpu" if native else "reference"
     assert all(line.split()[1] == want for line in lines[3:])
     if DEVICE == "cpu":
         assert all("needs a CUDA tensor, this one is on cpu" in line for line in lines[3:])
@@ -168,6 +169,7 @@ def test_a_machine_without_triton():
     done = run_python(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, warnings; from gpt2 import kernels\n"
+        "kernels.cpu.why_not = lambda *args: 'not today'\n"
         "reason = kernels.triton._cached_device_reason('cpu', None)\n"
         "assert 'triton cannot be imported' in reason, reason\n"
         "with warnings.catch_warnings(record=True) as said:\n"
@@ -183,14 +185,13 @@ def test_a_machine_without_triton():
 # ---- PyTorch's machinery
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.no_poison
-def test_compile_has_no_graph_break(op):
+def test_compile_has_no_graph_break(op, accelerated):
     torch._dynamo.reset()
     call, inputs = every_op()[op]
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         want = as_tensor(call(*leaves))
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         got = as_tensor(compiled(*leaves))
@@ -252,14 +253,13 @@ def raw_calls():
             yield RAW.linear_cross_entropy_fwd, (x, tensor(V, C), targets, -1, *needed)
 
 
-@pytest.mark.triton
 @pytest.mark.no_poison
 @pytest.mark.filterwarnings("ignore")
-def test_raw_ops_pass_opcheck():
+def test_raw_ops_pass_opcheck(accelerated):
     """Schema, fake implementation (shapes, strides, dtypes) and tracing of every raw op."""
     seen = set()
     for op, args in raw_calls():
-        torch.library.opcheck(op.default, (*args, "triton"))
+        torch.library.opcheck(op.default, (*args, accelerated))
         seen.add(op.default.name())
     ids = torch.tensor([[0, 3], [2, 1]], device=DEVICE)
     torch.library.opcheck(RAW.check_ids.default, (ids, "ids", 4, None))
@@ -273,15 +273,14 @@ def test_raw_ops_pass_opcheck():
     assert seen == registered
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_autocast(op, dtype):
+def test_autocast(op, dtype, accelerated):
     """The result has the autocast dtype (a loss is float32), gradients that of their inputs."""
     call, inputs = every_op()[op]
     leaves = [x.detach().requires_grad_() for x in inputs]
     leaves[0] = leaves[0].to(torch.float32).detach().requires_grad_()
-    with kernels.use("triton"), torch.autocast(DEVICE, dtype):
+    with kernels.use(accelerated), torch.autocast(DEVICE, dtype):
         result = call(*leaves)
     for y in result if type(result) is tuple else (result,):
         want = torch.float32 if "cross_entropy" in op or op == "gelu" else dtype
@@ -293,14 +292,13 @@ def test_autocast(op, dtype):
     assert torch.allclose(as_tensor(result).float(), exact.float(), atol=0.1, rtol=0.05)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
-def test_mixed_dtypes_without_autocast(op):
+def test_mixed_dtypes_without_autocast(op, accelerated):
     """bf16 activations with fp32 weights are served; activations of two dtypes are not."""
     call, inputs = every_op()[op]
     mixed = [x.bfloat16() if i == 0 else x for i, x in enumerate(inputs)]
     second_is_activation = op in ("causal_attention", "add_layer_norm")
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         if second_is_activation:
             with pytest.raises(TypeError, match=r"dtype torch.bfloat16, got torch.float32"):
                 call(*mixed)
@@ -309,29 +307,27 @@ def test_mixed_dtypes_without_autocast(op):
             assert y.dtype == (torch.float32 if "cross_entropy" in op else torch.bfloat16)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
-def test_selective_checkpointing(op):
+def test_selective_checkpointing(op, accelerated):
     from torch.utils.checkpoint import checkpoint
 
     call, inputs = every_op()[op]
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         want = torch.autograd.grad(as_tensor(call(*leaves)).square().sum(), leaves)
         result = checkpoint(lambda *a: as_tensor(call(*a)), *leaves, use_reentrant=False)
         got = torch.autograd.grad(result.square().sum(), leaves)
     assert all(map(bits_equal, want, got))
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("op", OPS)
-def test_functional_reference_agrees(op):
+def test_functional_reference_agrees(op, accelerated):
     """The public op on the reference backend is the function of that name in reference.py."""
     call, inputs = every_op()[op]
     assert getattr(reference, op).__name__ == getattr(kernels, op).__name__
     with kernels.use("reference"):
         a = as_tensor(call(*inputs))
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         b = as_tensor(call(*inputs))
     assert torch.allclose(a, b, atol=1e-4)
 
@@ -361,10 +357,9 @@ def test_tensors_on_different_devices_are_named():
         kernels.layer_norm(x, torch.ones(3, device="meta"), torch.ones(3))
 
 
-@pytest.mark.triton
-def test_no_flush_to_zero_leaks_out():
+def test_no_flush_to_zero_leaks_out(accelerated):
     assert float.fromhex("0x0.0000000000001p-1022") != 0
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         for call, inputs in every_op().values():
             call(*inputs)
             assert torch.tensor(5e-324, dtype=torch.float64).item() != 0

@@ -15,26 +15,24 @@ def tensor(*shape, dtype=torch.float32):
     return 3 * torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_gelu(n, scale, dtype, ran):
+def test_gelu(n, scale, dtype, ran, kernel_backend):
     x = guarded(tensor(n, dtype=DTYPES[dtype]) * scale)
-    check_op("gelu", {"x": x}, backend="triton", ran=ran)
+    check_op("gelu", {"x": x}, backend=kernel_backend, ran=ran)
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("weights", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", (1, 3, 17, 257, 768, 1024, 1025, 3072), ids=lambda C: f"C{C}")
 @pytest.mark.parametrize("N", (1, 2, 5, 33), ids=lambda N: f"N{N}")
-def test_bias_gelu(N, C, dtype, weights, ran):
+def test_bias_gelu(N, C, dtype, weights, ran, kernel_backend):
     bias = guarded(tensor(C, dtype=torch.float32 if weights == "fp32" else DTYPES[dtype]))
     x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
-    check_op("bias_gelu", {"x": x, "bias": bias}, backend="triton", ran=ran)
+    check_op("bias_gelu", {"x": x, "bias": bias}, backend=kernel_backend, ran=ran)
 
 
 VIEWS = {
@@ -49,16 +47,15 @@ VIEWS = {
 }
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS)
-def test_views(view, dtype, ran):
+def test_views(view, dtype, ran, kernel_backend):
     x = VIEWS[view](tensor(32, 32, dtype=DTYPES[dtype]))
-    check_op("gelu", {"x": x}, backend="triton", ran=ran)
+    check_op("gelu", {"x": x}, backend=kernel_backend, ran=ran)
     if x.dim():
         bias = tensor(x.shape[-1], dtype=DTYPES[dtype])
-        check_op("bias_gelu", {"x": x, "bias": bias}, backend="triton", ran=ran)
+        check_op("bias_gelu", {"x": x, "bias": bias}, backend=kernel_backend, ran=ran)
 
 
 def test_the_tanh_form(backend):
@@ -73,14 +70,13 @@ def test_the_tanh_form(backend):
     assert (y - erf).abs().max() > 1e-4
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_extremes(dtype):
+def test_extremes(dtype, kernel_backend):
     """Far out the derivative is exactly 0 or 1, where (1 - tanh^2) u' would be 0 * inf."""
     info = torch.finfo(DTYPES[dtype])
     x = [-math.inf, -info.max, -1e4, -50.0, -info.tiny, -0.0, 0.0, info.tiny, 50.0, 1e4, info.max]
     x = torch.tensor([*x, math.inf, math.nan], device=DEVICE, dtype=DTYPES[dtype]).requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.gelu(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert y[1:5].tolist() == [0, 0, 0, y[4].item()] and y[4] <= 0
@@ -90,34 +86,31 @@ def test_extremes(dtype):
     assert y[-1].isnan() and dx[-1].isnan()
 
 
-@pytest.mark.triton
-def test_left_tail_keeps_its_relative_accuracy():
+def test_left_tail_keeps_its_relative_accuracy(kernel_backend):
     """0.5 x (1 + tanh(u)) cancels for x < -4; x sigmoid(2u) does not."""
     x = torch.linspace(-8, -4, 100, device=DEVICE)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.gelu(x).double()
     u = math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
     exact = x.double() * torch.sigmoid(2 * u)
     assert ((y - exact) / exact).abs().max() < 1e-5
 
 
-@pytest.mark.triton
-def test_gradient_on_the_right_keeps_its_accuracy():
+def test_gradient_on_the_right_keeps_its_accuracy(kernel_backend):
     """g (1 - g) cancels where g is near 1, ten roundings' worth; e g^2 does not."""
     x = torch.linspace(2, 9, 500, device=DEVICE).requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         (dx,) = torch.autograd.grad(kernels.gelu(x).sum(), x)
     d = x.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(kernels.reference.gelu(d).sum(), d)
     assert_close_to(exact, dx, exact.float(), "dx", factor=3)
 
 
-@pytest.mark.triton
-def test_nan_stays_in_its_place():
+def test_nan_stays_in_its_place(kernel_backend):
     x, bias = tensor(5, 33), tensor(33)
     x[2, 3] = math.nan
     x.requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.bias_gelu(x, bias)
     (dx,) = torch.autograd.grad(y.sum(), x)
     for result in (y, dx):
@@ -133,13 +126,12 @@ def test_empty(shape, backend):
     assert y.shape == x.grad.shape == shape and not bias.grad.any()
 
 
-@pytest.mark.triton
-def test_deterministic_independent_of_the_batch_and_of_gradients():
+def test_deterministic_independent_of_the_batch_and_of_gradients(kernel_backend):
     x, bias = tensor(133, 1025, dtype=torch.bfloat16), tensor(1025)
     dy = torch.randn_like(x)
 
     def run(x, bias):
-        with kernels.use("triton"):
+        with kernels.use(kernel_backend):
             y = kernels.bias_gelu(x, bias)
         return y, *torch.autograd.grad(y, (x, bias), dy[: len(x)])
 
@@ -148,14 +140,13 @@ def test_deterministic_independent_of_the_batch_and_of_gradients():
     assert all(map(bits_equal, first, second))
     y, dx, _ = run(x[:1].detach().requires_grad_(), bias)
     assert bits_equal(y, first[0][:1]) and bits_equal(dx, first[1][:1])
-    with kernels.use("triton"), torch.no_grad():
+    with kernels.use(kernel_backend), torch.no_grad():
         assert bits_equal(first[0], kernels.bias_gelu(x, bias))
 
 
-@pytest.mark.triton
-def test_backward_twice_subsets_and_second_derivatives():
+def test_backward_twice_subsets_and_second_derivatives(kernel_backend):
     x, bias = tensor(3, 17).requires_grad_(), tensor(17).requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.bias_gelu(x, bias)
         both = torch.autograd.grad(y.sum(), (x, bias), retain_graph=True)
         again = torch.autograd.grad(y, (x, bias), torch.ones_like(y))
@@ -169,11 +160,10 @@ def test_backward_twice_subsets_and_second_derivatives():
         dx.sum().backward()
 
 
-@pytest.mark.triton
-def test_saved_input_is_guarded_against_changes():
+def test_saved_input_is_guarded_against_changes(kernel_backend):
     x = tensor(17).requires_grad_()
     z = x * 1
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.gelu(z)
     z.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

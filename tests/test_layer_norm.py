@@ -34,48 +34,44 @@ def terms(x):
     return 4 * (x.var(-1, correction=0) + 1e-5).rsqrt().max().item()
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("weights", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 4, 33], ids=lambda n: f"N{n}")
 @pytest.mark.parametrize("C", WIDTHS, ids=lambda C: f"C{C}")
-def test_layer_norm(C, rows, dtype, weights, ran):
+def test_layer_norm(C, rows, dtype, weights, ran, kernel_backend):
     inputs = norm_inputs((rows, C), DTYPES[dtype], torch.float32 if weights == "fp32" else None)
-    check_op("layer_norm", inputs, backend="triton", ran=ran, terms=terms(inputs["x"]))
+    check_op("layer_norm", inputs, backend=kernel_backend, ran=ran, terms=terms(inputs["x"]))
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("weights", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5, 33], ids=lambda n: f"N{n}")
 @pytest.mark.parametrize("C", WIDTHS, ids=lambda C: f"C{C}")
-def test_add_layer_norm(C, rows, dtype, weights, ran):
+def test_add_layer_norm(C, rows, dtype, weights, ran, kernel_backend):
     inputs = norm_inputs((rows, C), DTYPES[dtype], torch.float32 if weights == "fp32" else None)
     inputs = {"x": inputs.pop("x"), "residual": tensor(rows, C, dtype=DTYPES[dtype]), **inputs}
     s = inputs["x"] + inputs["residual"]
-    check_op("add_layer_norm", inputs, backend="triton", ran=ran, terms=terms(s))
+    check_op("add_layer_norm", inputs, backend=kernel_backend, ran=ran, terms=terms(s))
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", (3, 17, 127, 257, 768, 769), ids=lambda C: f"C{C}")
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
-def test_mean_far_from_zero(C, offset, dtype, ran):
+def test_mean_far_from_zero(C, offset, dtype, ran, kernel_backend):
     """x = 1000 + small: E[x^2] - mean^2 cancels to nothing in float32; lanes beyond C would swamp
     the variance with (0 - mean)^2."""
     inputs = norm_inputs((5, C), DTYPES[dtype], offset=offset)
-    check_op("layer_norm", inputs, backend="triton", ran=ran)
+    check_op("layer_norm", inputs, backend=kernel_backend, ran=ran)
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(17,), (2, 17), (2, 3, 17), (2, 1, 3, 17), (1, 2, 1, 3, 17)])
-def test_ranks(shape, dtype, ran):
-    check_op("layer_norm", norm_inputs(shape, DTYPES[dtype]), backend="triton", ran=ran)
+def test_ranks(shape, dtype, ran, kernel_backend):
+    check_op("layer_norm", norm_inputs(shape, DTYPES[dtype]), backend=kernel_backend, ran=ran)
 
 
 VIEWS = {
@@ -88,26 +84,24 @@ VIEWS = {
 }
 
 
-@pytest.mark.triton
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
-def test_views(op, view, dtype, ran):
+def test_views(op, view, dtype, ran, kernel_backend):
     x = VIEWS[view](tensor(32, 32, dtype=DTYPES[dtype]))
     inputs = {"x": x}
     if op == "add_layer_norm":
         inputs["residual"] = VIEWS[view](tensor(32, 32, dtype=DTYPES[dtype]))
     for name in ("weight", "bias"):
         inputs[name] = tensor(x.shape[-1], dtype=DTYPES[dtype])
-    check_op(op, inputs, backend="triton", ran=ran)
+    check_op(op, inputs, backend=kernel_backend, ran=ran)
 
 
-@pytest.mark.triton
-def test_many_rows_per_program():
+def test_many_rows_per_program(kernel_backend):
     """The backward's programs walk several tiles each, a ragged last one among them."""
     inputs = norm_inputs((133, 40), torch.float32)
-    check_op("layer_norm", inputs, backend="triton", ran=lambda _: None)
+    check_op("layer_norm", inputs, backend=kernel_backend, ran=lambda _: None)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8)], ids=str)
@@ -120,9 +114,8 @@ def test_empty(shape, backend):
     assert not weight.grad.any()
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("used", ["norm", "sum", "both"])
-def test_either_output_alone(used):
+def test_either_output_alone(used, kernel_backend):
     """The final norm's sum is never used, and a skip connection may use the sum alone."""
     inputs = [tensor(5, 17).requires_grad_() for _ in range(2)]
     inputs += [tensor(17).requires_grad_() for _ in range(2)]
@@ -132,47 +125,43 @@ def test_either_output_alone(used):
             s.square().sum() if used != "norm" else 0
         )
 
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         got = torch.autograd.grad(loss(*kernels.add_layer_norm(*inputs)), inputs, allow_unused=True)
     want = torch.autograd.grad(loss(*reference.add_layer_norm(*inputs)), inputs, allow_unused=True)
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g, torch.zeros_like(g) if w is None else w, atol=1e-4)
 
 
-@pytest.mark.triton
-def test_the_norm_sees_the_sum_as_it_is_stored():
+def test_the_norm_sees_the_sum_as_it_is_stored(kernel_backend):
     """In half precision s is rounded once; y is the norm of what was stored, not of more digits."""
     x, residual = tensor(4, 64, dtype=torch.bfloat16), tensor(4, 64, dtype=torch.bfloat16)
     weight, bias = tensor(64), tensor(64)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y, s = kernels.add_layer_norm(x, residual, weight, bias)
         assert bits_equal(s, x + residual)
         assert bits_equal(y, kernels.layer_norm(s, weight, bias))
 
 
-@pytest.mark.triton
-def test_eps(ran):
+def test_eps(ran, kernel_backend):
     inputs = norm_inputs((3, 40), torch.float32)
     inputs["x"] = inputs["x"] * 1e-3
-    check_op("layer_norm", inputs, backend="triton", ran=ran, eps=0.1)
+    check_op("layer_norm", inputs, backend=kernel_backend, ran=ran, eps=0.1)
 
 
-@pytest.mark.triton
-def test_constant_rows():
+def test_constant_rows(kernel_backend):
     """Variance 0: rstd = 1 / sqrt(eps), y = bias."""
     x, weight, bias = torch.full((3, 19), 7.0, device=DEVICE), tensor(19), tensor(19)
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, bias)
     assert_close_to(bias.double().expand(3, -1), y, bias.expand(3, -1), "y", factor=2)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("row", [0, 4])
-def test_nan_stays_in_its_row(row):
+def test_nan_stays_in_its_row(row, kernel_backend):
     x, weight, bias = tensor(5, 33), tensor(33), tensor(33)
     x[row, 7] = float("nan")
     x.requires_grad_()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, bias)
     (dx,) = torch.autograd.grad(y.sum(), x)
     for result in (y, dx):
@@ -180,15 +169,14 @@ def test_nan_stays_in_its_row(row):
         assert nan[row].all() and nan.sum() == 33
 
 
-@pytest.mark.triton
-def test_deterministic_and_independent_of_the_batch():
+def test_deterministic_and_independent_of_the_batch(kernel_backend):
     x, weight, bias = (
         t.requires_grad_() for t in norm_inputs((33, 769), torch.bfloat16, torch.float32).values()
     )
     dy = torch.randn_like(x)
 
     def run(x):
-        with kernels.use("triton"):
+        with kernels.use(kernel_backend):
             y = kernels.layer_norm(x, weight, bias)
         return y, *torch.autograd.grad(y, (x, weight, bias), dy[: len(x)])
 
@@ -198,23 +186,21 @@ def test_deterministic_and_independent_of_the_batch():
     assert bits_equal(y, first[0][:1]) and bits_equal(dx, first[1][:1])
 
 
-@pytest.mark.triton
-def test_backward_twice_and_stride_0_gradients():
+def test_backward_twice_and_stride_0_gradients(kernel_backend):
     x, weight, bias = (t.requires_grad_() for t in norm_inputs((5, 17), torch.float32).values())
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, bias)
     first = torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
     second = torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
     assert all(map(bits_equal, first, second))
 
 
-@pytest.mark.triton
-def test_every_subset_of_gradients():
+def test_every_subset_of_gradients(kernel_backend):
     tensors = norm_inputs((3, 17), torch.float32).values()
     want = None
     for needed in reversed(list(itertools.product([False, True], repeat=3))):
         leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors, needed, strict=True)]
-        with kernels.use("triton"):
+        with kernels.use(kernel_backend):
             y = kernels.layer_norm(*leaves)
         if any(needed):
             y.square().sum().backward()
@@ -223,20 +209,18 @@ def test_every_subset_of_gradients():
             assert bits_equal(x.grad, w) if n else x.grad is None
 
 
-@pytest.mark.triton
-def test_second_derivatives_are_refused():
+def test_second_derivatives_are_refused(kernel_backend):
     x, weight, bias = (t.requires_grad_() for t in norm_inputs((2, 5), torch.float32).values())
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, bias)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
-@pytest.mark.triton
-def test_same_output_with_and_without_gradients():
+def test_same_output_with_and_without_gradients(kernel_backend):
     x, weight, bias = norm_inputs((5, 17), torch.bfloat16).values()
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         plain = kernels.layer_norm(x, weight, bias)
         with torch.no_grad():
             assert bits_equal(plain, kernels.layer_norm(x, weight, bias))
@@ -245,8 +229,7 @@ def test_same_output_with_and_without_gradients():
         assert bits_equal(plain, kernels.layer_norm(x.requires_grad_(), weight, bias))
 
 
-@pytest.mark.triton
-def test_row_strides_that_overflow_int32(tmp_path):
+def test_row_strides_that_overflow_int32(tmp_path, kernel_backend):
     """Rows 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
     if DEVICE == "cuda":
         pytest.skip(
@@ -259,7 +242,7 @@ def test_row_strides_that_overflow_int32(tmp_path):
     big = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n, dtype=torch.bfloat16)
     x, weight = big.as_strided((N, C), (stride, 1)), tensor(C)
     x.copy_(tensor(N, C))
-    with kernels.use("triton"):
+    with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, weight)
         assert bits_equal(y, kernels.layer_norm(x.clone(), weight, weight))
 
@@ -292,7 +275,8 @@ def test_errors_of_add_layer_norm():
 
 
 @pytest.mark.triton
-def test_longer_rows_fall_back_with_a_reason():
+def test_longer_rows_fall_back_with_a_reason(monkeypatch):
+    monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "not today")
     x, weight = tensor(1, MAX_ROW + 1), tensor(MAX_ROW + 1)
     reason = f"rows of {MAX_ROW + 1} are longer than {MAX_ROW}"
     with kernels.use("triton"), pytest.raises(kernels.BackendUnavailable, match=reason):

@@ -130,11 +130,10 @@ def test_initialisation():
 # ---- fast against plain
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 33, 48])
-def test_fast_equals_plain(T, dtype, dropout, ran):
+def test_fast_equals_plain(T, dtype, dropout, ran, accelerated):
     """Loss and every parameter's gradient, under the 2x rule, kernels against plain PyTorch. With
     dropout too: both modes draw the same masks."""
     config = Config(**{**vars(SMALL), "dropout": dropout})
@@ -143,7 +142,7 @@ def test_fast_equals_plain(T, dtype, dropout, ran):
     targets[0, T // 2] = -1
     plain, plain_logits = loss_and_gradients(model, idx, targets), seeded_logits(model, idx)
     model.fast = True
-    with kernels.use("triton"), launches() as launched:
+    with kernels.use(accelerated), launches() as launched:
         fast = loss_and_gradients(model, idx, targets)
         # forward and backward of 2 x (attention, gelu) and 5 norms, and the loss
         assert len(launched) == 2 * (2 * 2 + 5) + 1
@@ -162,21 +161,21 @@ def test_fast_equals_plain(T, dtype, dropout, ran):
         assert_close_to(
             exact[1][name], fast[1][name], plain[1][name], name, factor=3, terms=scale / 8
         )
-        ran("triton")
+        ran(accelerated)
 
 
-@pytest.mark.triton
-def test_dropout_is_drawn_anew_and_only_in_training():
+def test_dropout_is_drawn_anew_and_only_in_training(accelerated):
     model = model_in(Config(**{**vars(SMALL), "dropout": 0.5}), fast=True)
     idx = ids(1, 20)
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         assert not bits_equal(model(idx)[0], model(idx)[0])
         model.eval()
         assert bits_equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.triton
-def test_switching_is_one_attribute():
+def test_switching_is_one_attribute(accelerated, monkeypatch):
+    for op in kernels.dispatch.OPS:
+        monkeypatch.setitem(kernels.dispatch.PRIORITY, op, (accelerated,))
     model = model_in()
     idx = ids(2, 20)
     with launches() as launched:
@@ -184,7 +183,7 @@ def test_switching_is_one_attribute():
         assert not launched
         model.fast = True
         model(idx)
-        assert set(launched) == {"triton"}
+        assert set(launched) == {accelerated}
         launched.clear()
         model.fast = False
         model(idx)
@@ -192,7 +191,8 @@ def test_switching_is_one_attribute():
 
 
 def test_fast_on_a_machine_that_cannot_says_so_and_works(monkeypatch):
-    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "this test says so")
+    for backend in (kernels.triton, kernels.cpu):
+        monkeypatch.setattr(backend, "why_not", lambda *args: "this test says so")
     kernels.dispatch._said.clear()
     model, idx = model_in(fast=True), ids(2, 20)
     with pytest.warns(UserWarning, match=r"falls back to plain PyTorch.*this test says so") as said:
@@ -202,13 +202,12 @@ def test_fast_on_a_machine_that_cannot_says_so_and_works(monkeypatch):
     assert bits_equal(fast, model(idx, idx)[1])
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fast", [False, True])
-def test_what_is_returned(fast, training):
+def test_what_is_returned(fast, training, accelerated):
     model = model_in(fast=fast).train(training)
     idx = ids(2, 20)
-    with kernels.use("triton" if fast else "reference"):
+    with kernels.use(accelerated if fast else "reference"):
         logits, loss = model(idx)
         assert logits.shape == (2, 20, 65) and loss is None
         logits, loss = model(idx, idx)
@@ -219,21 +218,19 @@ def test_what_is_returned(fast, training):
     assert torch.allclose(same, loss) and torch.allclose(again, loss)
 
 
-@pytest.mark.triton
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
-def test_without_gradients(mode):
+def test_without_gradients(mode, accelerated):
     model, idx = model_in(fast=True), ids(2, 20)
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         want = model(idx)[0]
         with getattr(torch, mode)():
             assert bits_equal(want, model(idx)[0])
 
 
-@pytest.mark.triton
-def test_autocast():
+def test_autocast(accelerated):
     """Parameters stay float32, kernels see bfloat16, gradients come back in float32."""
     model, idx = model_in(fast=True), ids(2, 20)
-    with kernels.use("triton"), torch.autocast(DEVICE, torch.bfloat16):
+    with kernels.use(accelerated), torch.autocast(DEVICE, torch.bfloat16):
         logits, _ = model(idx)
         _, loss = model(idx, idx)
     loss.backward()
@@ -243,13 +240,12 @@ def test_autocast():
     assert loss.item() == pytest.approx(model(idx, idx)[1].item(), rel=0.02)
 
 
-@pytest.mark.triton
-def test_activation_checkpointing():
+def test_activation_checkpointing(accelerated):
     from torch.utils.checkpoint import checkpoint
 
     model = model_in(Config(**{**vars(SMALL), "dropout": 0.1}), fast=True)
     idx = ids(2, 20)
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         want = loss_and_gradients(model, idx, idx)
         for block in model.transformer.h:
             forward = block.forward
@@ -262,10 +258,9 @@ def test_activation_checkpointing():
 # ---- torch.compile
 
 
-@pytest.mark.triton
 @pytest.mark.no_poison
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compile_has_no_graph_break(dropout):
+def test_compile_has_no_graph_break(dropout, accelerated):
     """fullgraph=True raises at a break. Forward, loss and gradients equal the eager model's."""
     torch._dynamo.reset()
     model = model_in(Config(**{**vars(SMALL), "dropout": dropout}), fast=True)
@@ -273,7 +268,7 @@ def test_compile_has_no_graph_break(dropout):
         model, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager"
     )
     idx = ids(2, 20)
-    with kernels.use("triton"), launches() as launched:
+    with kernels.use(accelerated), launches() as launched:
         want = loss_and_gradients(model, idx, idx)
         eager = len(launched)
         _, loss = compiled(idx, idx)
@@ -297,14 +292,13 @@ def test_compile_of_the_fallback():
         assert torch.allclose(compiled(idx, idx)[1], want)
 
 
-@pytest.mark.triton
 @pytest.mark.no_poison
-def test_compiled_model_still_names_bad_ids():
+def test_compiled_model_still_names_bad_ids(accelerated):
     torch._dynamo.reset()
     model = model_in(fast=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     idx = ids(1, 5)
-    with kernels.use("triton"):
+    with kernels.use(accelerated):
         compiled(idx)
         idx[0, 2] = 65
         with pytest.raises(ValueError, match=r"idx must lie in \[0, 65\), got 65"):
@@ -314,10 +308,9 @@ def test_compiled_model_still_names_bad_ids():
 # ---- generation
 
 
-@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.triton)])
-def test_generate(fast):
-    model, idx = model_in(fast=fast), ids(2, 5)
-    with kernels.use("triton" if fast else "reference"):
+def test_generate(backend):
+    model, idx = model_in(fast=backend != "reference"), ids(2, 5)
+    with kernels.use(backend):
         out = model.generate(idx, 7, seed=1)
         assert out.shape == (2, 12) and torch.equal(out[:, :5], idx)
         assert torch.equal(out, model.generate(idx, 7, seed=1))
@@ -373,14 +366,13 @@ def test_sampling_cuts():
 # ---- errors
 
 
-@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=pytest.mark.triton)])
 @pytest.mark.parametrize("bad", [-1, 65, 2**63 - 1])
-def test_ids_out_of_range_are_named(fast, bad):
-    model = model_in(fast=fast)
+def test_ids_out_of_range_are_named(bad, backend):
+    model = model_in(fast=backend != "reference")
     idx = ids(2, 5)
     wrong = idx.clone()
     wrong[1, 3] = bad
-    with kernels.use("triton" if fast else "reference"):
+    with kernels.use(backend):
         with pytest.raises(ValueError, match=rf"idx must lie in \[0, 65\), got {bad}"):
             model(wrong)
         if bad != -1:
