@@ -8,12 +8,11 @@ Two limits are measured in the same run, and each result is given as a share of 
 bandwidth of a plain copy, and the rate of a large matrix product in the same dtype.
 """
 
-import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from types import SimpleNamespace as Shape
 import torch
 import torch._functorch.config
 from clock import Clock, environment, limits, peak_memory
+from options import DTYPES, parse
 from report import Result, label, plot, show, significant
 
 if importlib.util.find_spec("gpt2") is None:  # not installed: run from the tree
@@ -32,11 +32,6 @@ if importlib.util.find_spec("gpt2") is None:  # not installed: run from the tree
 from gpt2 import kernels
 
 SCHEMA = 1
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
 
@@ -209,7 +204,7 @@ def measure(op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict,
             try:
                 errors[contender] = check(op, contender, inputs, grads, truth, bounds)
             except Exception as error:  # one contender's trouble must not end the run
-                report(contender, op.passes, **_trouble(contender, error, said))
+                report(contender, op.passes, **trouble(contender, error, said))
     del truth
 
     for step in op.passes:
@@ -221,7 +216,7 @@ def measure(op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict,
                 times |= timed(step, group, inputs, grads, clock)
             except Exception as error:
                 for contender in group:
-                    report(contender, [step], **_trouble(contender, error))
+                    report(contender, [step], **trouble(contender, error))
         for contender, (median, p20, p80, peak) in sorted(times.items(), key=lambda t: t[1][0]):
             rate = work.rate(median, device)
             report(
@@ -255,8 +250,8 @@ def timed(step: str, contenders, inputs, grads, clock: Clock) -> dict[Contender,
     return {contender: (*ms, peaks[contender]) for contender, ms in clock(runs).items()}
 
 
-def _trouble(contender: Contender, error: Exception, warned=()) -> dict:
-    """Status and reason in one line: what was raised, then what had been warned of."""
+def trouble(contender: Contender, error: Exception, warned=()) -> dict:
+    """Status, and reason in one line: what was raised, then what had been warned of."""
     known = isinstance(error, (Wrong, kernels.BackendUnavailable))
     said = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
     raised = str(error) if known else f"{type(error).__name__}: {error}"
@@ -270,85 +265,23 @@ def _trouble(contender: Contender, error: Exception, warned=()) -> dict:
     return {"status": status, "reason": reason if len(reason) <= 160 else reason[:157] + "..."}
 
 
-def parse_shape(text: str, dims: str) -> Shape:
-    """ "2x64" in "NxC" is Shape(N=2, C=64); ValueError where it is not."""
-    letters, sizes = dims.split("x"), text.split("x")
-    if len(sizes) != len(letters) or not all(s.isdecimal() and int(s) > 0 for s in sizes):
-        raise ValueError(f"{text!r} is not {dims} in positive integers")
-    return Shape(**dict(zip(letters, map(int, sizes), strict=True)))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse(argv, doc: str, dims: str, default_shapes: dict, peers: list[str]):
-    """The command line that all scripts share, checked before anything runs."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def names(known):
-        def convert(text):
-            chosen = text.split(",")
-            for name in chosen:
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return chosen
-
-        return convert
-
-    def shapes(text):
-        try:
-            return [parse_shape(one, dims) for one in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    def writable(text):
-        path = Path(text)
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
-        return path
-
-    example = default_shapes["cpu"].split(",")[0]
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where present")
-    parser.add_argument(
-        "--shapes", type=shapes, metavar=f"{dims},...", help=f"sizes joined by x, e.g. {example}"
-    )
-    parser.add_argument(
-        "--dtype", type=names(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU"
-    )
-    parser.add_argument("--backends", type=names(kernels.BACKENDS), help="default: all")
-    parser.add_argument("--peers", type=names([*peers, "none"]), help="default: all")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the results here")
-    parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the results here")
-    parser.add_argument("--quick", action="store_true", help="first shape only, few repetitions")
-    options = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel has no speed to measure")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here")
-    if (
-        options.device != "cpu"
-        and torch.cuda.is_available()
-        and not importlib.util.find_spec("triton")
-    ):
-        parser.error("triton is not installed: triton.testing is the clock of a GPU")
-    options.device = torch.device(
-        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    kind = options.device.type
-    if options.shapes is None:
-        options.shapes = shapes(default_shapes[kind])
-        options.shapes = options.shapes[: 1 if options.quick else None]
-    options.dtype = options.dtype or ["float32" if kind == "cpu" else "bfloat16"]
-    return options
-
-
 def main(ops: list[Op], *, doc: str, dims: str, shapes: dict, argv=None) -> int:
-    """Runs a script; the exit code is 1 where a backend of ours is wrong or fails."""
-    cpu = torch.device("cpu")
-    peers = list(dict.fromkeys(peer.name for op in ops for peer in op.peers(cpu)))
-    options = parse(argv, doc, dims, shapes, peers)
+    """Runs the script of some operations; see run."""
+    peers = dict.fromkeys(peer.name for op in ops for peer in op.peers(torch.device("cpu")))
+    cases = [functools.partial(measure, op) for op in ops]
+    names = list(kernels.BACKENDS), list(peers)
+    return run(ops[0].kernel, cases, *names, doc=doc, dims=dims, shapes=shapes, argv=argv)
+
+
+def run(
+    script: str, cases: list[Callable], backends: list[str], peers: list[str],
+    *, doc: str, dims: str, shapes: dict, argv=None,
+) -> int:  # fmt: skip
+    """Prints, writes and draws what each case(shape, dtype, clock, limit, only) measures.
+
+    The exit code is 1 where a backend of ours is wrong or fails.
+    """
+    options = parse(argv, doc, dims, shapes, backends, peers)
     torch._functorch.config.donated_buffer = False  # a compiled backward is run more than once
     clock = Clock(options.device, options.quick)
     about = environment(options.device)
@@ -363,14 +296,14 @@ def main(ops: list[Op], *, doc: str, dims: str, shapes: dict, argv=None) -> int:
         measured[dtype] = limits(clock, DTYPES[dtype], options.quick)
         copy, product = (f"{significant(x)} {unit}" for unit, x in measured[dtype].items())
         print(f"limits, {dtype}: copy {copy}, matrix product {product}")
-        for op, shape in itertools.product(ops, options.shapes):
-            case = measure(op, shape, DTYPES[dtype], clock, measured[dtype], only)
-            print(f"\n{show(case)}", flush=True)
-            results += case
+        for case, shape in itertools.product(cases, options.shapes):
+            found = case(shape, DTYPES[dtype], clock, measured[dtype], only)
+            print(f"\n{show(found)}", flush=True)
+            results += found
     if options.json:
         document = {
             "schema": SCHEMA,
-            "script": ops[0].kernel,
+            "script": script,
             "environment": about,
             "limits": measured,
             "results": [asdict(r) for r in results],

@@ -11,6 +11,7 @@ import cross_entropy
 import gelu
 import harness
 import layer_norm
+import options
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ CASES = [
 def test_speed(benchmark, script, op, step, backend):
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: an interpreted kernel has no speed to measure")
-    shape = harness.parse_shape(SHAPES[script][DEVICE.type], script.DIMS)
+    shape = options.parse_shape(SHAPES[script][DEVICE.type], script.DIMS)
     reason = kernels.why_not(backend, op.kernel, DEVICE, DTYPE, op.size(shape))
     if reason:
         pytest.skip(reason)

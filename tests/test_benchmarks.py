@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import clock  # noqa: E402
 import harness  # noqa: E402
+import options  # noqa: E402
 import table  # noqa: E402
 
 from gpt2 import kernels  # noqa: E402
@@ -125,7 +126,7 @@ def test_interpreted_kernels_are_not_timed():
 def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as exit:
-        harness.parse(arguments, "", "NxC", {"cpu": "4x8", "cuda": "4x8"}, ["eager"])
+        options.parse(arguments, "", "NxC", {"cpu": "4x8", "cuda": "4x8"}, ["triton"], ["eager"])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
 

@@ -1,0 +1,88 @@
+"""The command line that all scripts share, checked before anything runs."""
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace as Shape
+
+import torch
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def parse_shape(text: str, dims: str) -> Shape:
+    """ "2x64" in "NxC" is Shape(N=2, C=64); ValueError where it is not."""
+    letters, sizes = dims.split("x"), text.split("x")
+    if len(sizes) != len(letters) or not all(s.isdecimal() and int(s) > 0 for s in sizes):
+        raise ValueError(f"{text!r} is not {dims} in positive integers")
+    return Shape(**dict(zip(letters, map(int, sizes), strict=True)))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse(argv, doc: str, dims: str, default_shapes: dict, backends: list[str], peers: list[str]):
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def names(known):
+        def convert(text):
+            chosen = text.split(",")
+            for name in chosen:
+                if name not in known:
+                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+            return chosen
+
+        return convert
+
+    def shapes(text):
+        try:
+            return [parse_shape(one, dims) for one in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    def writable(text):
+        path = Path(text)
+        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+        return path
+
+    example = default_shapes["cpu"].split(",")[0]
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where present")
+    parser.add_argument(
+        "--shapes", type=shapes, metavar=f"{dims},...", help=f"sizes joined by x, e.g. {example}"
+    )
+    parser.add_argument(
+        "--dtype", type=names(DTYPES), help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
+    parser.add_argument("--backends", type=names(backends), help="default: all")
+    parser.add_argument("--peers", type=names([*peers, "none"]), help="default: all")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the results here")
+    parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the results here")
+    parser.add_argument("--quick", action="store_true", help="first shape only, few repetitions")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel has no speed to measure")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here")
+    if (
+        options.device != "cpu"
+        and torch.cuda.is_available()
+        and not importlib.util.find_spec("triton")
+    ):
+        parser.error("triton is not installed: triton.testing is the clock of a GPU")
+    options.device = torch.device(
+        options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    kind = options.device.type
+    if options.shapes is None:
+        options.shapes = shapes(default_shapes[kind])
+        options.shapes = options.shapes[: 1 if options.quick else None]
+    options.dtype = options.dtype or ["float32" if kind == "cpu" else "bfloat16"]
+    return options
