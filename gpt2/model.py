@@ -28,11 +28,15 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, h: Tensor, ops) -> Tensor:
-        qkv = self.c_attn(h)  # (B, T, 3C)
+        qkv = project(self.c_attn, h, ops)  # (B, T, 3C)
         dropout_p = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout_p else None
         o = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout_p, seed=seed)  # (B, T, C)
-        return F.dropout(self.c_proj(o), self.dropout, self.training)
+        return F.dropout(project(self.c_proj, o, ops), self.dropout, self.training)
+
+
+def project(layer: nn.Linear, h: Tensor, ops) -> Tensor:
+    return ops.linear(h, layer.weight, layer.bias)
 
 
 class MLP(nn.Module):
@@ -43,8 +47,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, h: Tensor, ops) -> Tensor:
-        h = ops.bias_gelu(F.linear(h, self.c_fc.weight), self.c_fc.bias)  # (B, T, 4C)
-        return F.dropout(self.c_proj(h), self.dropout, self.training)  # (B, T, C)
+        h = ops.bias_gelu(ops.linear(h, self.c_fc.weight), self.c_fc.bias)  # (B, T, 4C)
+        return F.dropout(project(self.c_proj, h, ops), self.dropout, self.training)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -127,14 +131,14 @@ class Model(nn.Module):
         ops = kernels if self.fast else reference
         h = self._hidden(idx, ops)  # (B, T, C)
         if targets is None:
-            return self.lm_head(h), None  # (B, T, V)
+            return project(self.lm_head, h, ops), None  # (B, T, V)
         if not self.fast:  # the kernels' wrappers look at targets themselves
             targets = check_ids("targets", targets, self.config.vocab_size, ignore_index=-1)
         if return_logits is None:
             return_logits = not self.training
         if not return_logits:
             return None, ops.linear_cross_entropy(h, self.lm_head.weight, targets)
-        logits = self.lm_head(h)  # (B, T, V)
+        logits = project(self.lm_head, h, ops)  # (B, T, V)
         return logits, ops.cross_entropy(logits, targets)
 
     def _hidden(self, idx: Tensor, ops) -> Tensor:
@@ -212,8 +216,9 @@ class Model(nn.Module):
             for _ in range(max_new_tokens):
                 idx = idx[:, -self.config.block_size :]
                 self._check_shape("idx", idx)
-                h = self._hidden(idx, kernels if self.fast else reference)
-                logits = self.lm_head(h[:, -1])  # (B, V)
+                ops = kernels if self.fast else reference
+                h = self._hidden(idx, ops)
+                logits = project(self.lm_head, h[:, -1], ops)  # (B, V)
                 token = sample(logits, temperature, top_k, top_p, generator)
                 idx = torch.cat([idx, token], dim=1)
                 yield token

@@ -16,12 +16,14 @@ if __name__ == "kernels":  # found on sys.path as ./kernels, from the root of th
     stand_aside()
 else:
     from .dispatch import BACKENDS, BackendUnavailable, report, use, why_not
+    from .linear import linear
     from .ops import (
         add_layer_norm,
         bias_gelu,
         causal_attention,
         causal_attention_qkv,
         cross_entropy,
+        decode_attention,
         gelu,
         layer_norm,
         linear_cross_entropy,
@@ -35,8 +37,10 @@ else:
         "causal_attention",
         "causal_attention_qkv",
         "cross_entropy",
+        "decode_attention",
         "gelu",
         "layer_norm",
+        "linear",
         "linear_cross_entropy",
         "report",
         "use",

@@ -101,6 +101,15 @@ def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
     return _like(qkv)
 
 
+@_launcher(
+    "decode_attention",
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+    "float softmax_scale, str backend) -> Tensor",
+)
+def _(q, k_cache, v_cache, lengths, softmax_scale, backend):
+    return _like(q)
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, softmax_scale, dropout_p, seed, backend):

@@ -27,7 +27,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
         return "float64 has kernels in the scalar set alone: GPT2_KERNELS_ISA=scalar"
     if dtype not in (*DTYPES, torch.float64):
         return f"dtype {dtype} is not one of float32, bfloat16, float16"
-    if op == "attention" and size > MAX_HEAD_SIZE:
+    if op in ("attention", "decode_attention") and size > MAX_HEAD_SIZE:
         return f"head size {size} is larger than {MAX_HEAD_SIZE}"
     return None
 

@@ -25,6 +25,7 @@ BACKENDS = ("triton", "cpu", "reference")
 # fuses into its neighbours there, which a kernel of its own never can.
 PRIORITY = {
     "attention": ("triton", "cpu"),
+    "decode_attention": ("triton", "cpu"),
     "layer_norm": ("triton", "cpu"),
     "gelu": ("triton", "cpu"),
     "cross_entropy": ("triton", "cpu"),
@@ -111,7 +112,7 @@ def report() -> str:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = [("op", "served by", *BACKENDS)]
     for op in OPS:
-        size = {"attention": 64, "layer_norm": 768}.get(op, 0)
+        size = {"attention": 64, "decode_attention": 64, "layer_norm": 768}.get(op, 0)
         reasons = {b: why_not(b, op, device, dtype, size) for b in BACKENDS}
         served_by = next(b for b in (*PRIORITY[op], "reference") if reasons[b] is None)
         rows.append((op, served_by, *(reasons[b] or "yes" for b in BACKENDS)))

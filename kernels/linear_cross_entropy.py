@@ -14,6 +14,8 @@ to be computed again, or kept. Unscaled they also stay clear of float16's underf
 import torch
 from torch import Tensor
 
+from .linear import multiplies
+
 MAX_CHUNK = 8192  # rows; larger products gain nothing
 
 
@@ -31,10 +33,16 @@ def linear_cross_entropy_fwd(
 
     row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
+    if not multiplies(x.dtype, x.device.type):
+        wide = (x.float(), weight.to(x.dtype).float(), targets)  # see linear.py
+        total, dx, dweight = linear_cross_entropy_fwd(
+            row_kernel, *wide, ignore_index, need_dx, need_dweight
+        )
+        return total, dx.to(x.dtype), dweight
     (N, C), V = x.shape, weight.shape[0]
-    # An odd vocabulary (50257) misaligns every row of the product: pad it with zero rows. The copy
-    # is the cast to x's dtype that autocast needs anyway.
-    V_padded = -(-V // 64) * 64
+    # On a GPU an odd vocabulary (50257) misaligns every row of the product: pad it with zero rows.
+    # The copy is the cast to x's dtype that autocast needs anyway.
+    V_padded = -(-V // 64) * 64 if x.is_cuda else V
     padded = weight
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_zeros((V_padded, C))
@@ -53,7 +61,7 @@ def linear_cross_entropy_fwd(
             if need_dx:
                 torch.mm(chunk, padded, out=dx[part])
             if need_dweight:
-                dweight += _mm_accumulated(chunk.t(), x[part])
+                _add_mm(dweight, chunk.t(), x[part])
         else:
             losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
                 0
@@ -68,10 +76,12 @@ def chunk_rows(N: int) -> int:
     return min(MAX_CHUNK, -(-eighth // 64) * 64 if eighth > 64 else max(eighth, 1))
 
 
-def _mm_accumulated(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, half precision's summed in float32: chunks add up without rounding in between."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, half precision's product summed in float32: chunks add up without rounding
+    in between."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

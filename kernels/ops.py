@@ -86,6 +86,55 @@ def causal_attention_qkv(
     return autograd.AttentionQKV.apply(qkv, n_head, scale, dropout_p, seed, backend)
 
 
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Attention of one new token per sequence over a cache; no gradient.
+
+    q (B, 1, H, D), k_cache and v_cache (B, T, H, D), lengths (B,) int64: sequence b sees the first
+    lengths[b] rows of its cache, the new token's own among them; zeros come out where it sees none.
+    Views are read in place if they are contiguous in D. softmax_scale is 1 / sqrt(D) by default.
+    Raises TypeError or ValueError, naming the argument.
+    """
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _check_tensor(name, x, like=q)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have shape (B, T, H, D), got {tuple(x.shape)}")
+    B, Tq, H, D = q.shape
+    if Tq != 1:
+        raise ValueError(f"q must have shape (B, 1, H, D), got {tuple(q.shape)}")
+    if k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"v_cache must have k_cache's shape {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}"
+        )
+    if (k_cache.shape[0], *k_cache.shape[2:]) != (B, H, D):
+        raise ValueError(
+            f"k_cache must have q's B, H and D: got {tuple(k_cache.shape)} and q {tuple(q.shape)}"
+        )
+    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be an int64 tensor, got {got}")
+    if lengths.shape != (B,) or lengths.device != q.device:
+        raise ValueError(
+            f"lengths must have shape ({B},) on {q.device}, "
+            f"got {tuple(lengths.shape)} on {lengths.device}"
+        )
+    lengths = check_ids("lengths", lengths, k_cache.shape[1] + 1)
+    scale, _ = _attention_scalars(q, D, softmax_scale, 0.0, None)
+    backend = dispatch.choose("decode_attention", q.device, q.dtype, D)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference.decode_attention(q, k_cache, v_cache, lengths, softmax_scale=scale)
+        return torch.ops.gpt2_kernels.decode_attention(
+            q, k_cache, v_cache, lengths, scale, backend
+        )
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; statistics in float32.
 

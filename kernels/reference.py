@@ -52,6 +52,23 @@ def causal_attention_qkv(
     return o.flatten(2)
 
 
+def decode_attention(
+    q: Tensor,  # (B, 1, H, D)
+    k_cache: Tensor,  # (B, T, H, D)
+    v_cache: Tensor,  # (B, T, H, D)
+    lengths: Tensor,  # (B,) int64: the rows of the cache that count
+    *,
+    softmax_scale: float | None = None,
+) -> Tensor:  # (B, 1, H, D)
+    """softmax(scale * q k^T, the first lengths[b] keys) v; zeros where there are none."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))  # (B, H, T, D)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    s = (q @ k.transpose(-2, -1)) * scale  # (B, H, 1, T)
+    empty = torch.arange(k.shape[2], device=k.device) >= lengths[:, None, None, None]
+    p = s.masked_fill(empty, float("-inf")).softmax(dim=-1).masked_fill(empty, 0.0)
+    return (p @ v.masked_fill(empty.mT, 0.0)).transpose(1, 2)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
@@ -72,6 +89,10 @@ def gelu(x: Tensor) -> Tensor:
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return gelu(x + bias.to(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:

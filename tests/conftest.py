@@ -169,6 +169,20 @@ def isa_of(item):
     return next((params[name] for name in BACKEND_FIXTURES if name in params), "").partition("-")[2]
 
 
+@contextlib.contextmanager
+def avx512_emulated():
+    """With GPT2_TEST_AVX512=1, on a machine without AVX-512: the library is compiled over an
+    emulation of its instructions (tests/avx512), and so runs every set that a test asks for."""
+    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if has_avx512 or os.environ.get("GPT2_TEST_AVX512") != "1":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("CXX", str(Path(__file__).parent / "avx512" / "c++"))
+        environment.setenv("GPT2_KERNELS_ISA", "avx2")
+        yield
+
+
 @functools.cache
 def why_no_cpu_kernels(isa):
     """None where the cpu backend runs here, with this instruction set if one is given; else why it
@@ -177,7 +191,8 @@ def why_no_cpu_kernels(isa):
         return "the tests' tensors are on the GPU"
     from gpt2.kernels import cpu
 
-    reason = cpu._library_reason()
+    with avx512_emulated():
+        reason = cpu._library_reason()
     if reason is not None:
         return reason
     here = torch.ops.gpt2_kernels_cpu.isas().split()

@@ -21,6 +21,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     reason = _device_reason(device.type, device.index)
     if reason is not None:
         return reason
+    if op == "decode_attention":
+        return "has no kernel for one query per sequence yet"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of float32, bfloat16, float16"
     if op == "attention" and size not in HEAD_SIZES:

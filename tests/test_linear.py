@@ -1,0 +1,63 @@
+"""linear: PyTorch's product, in float32 where this machine has no fast 16-bit one."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from util import DEVICE, assert_close_to
+
+from gpt2 import kernels
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(params=[True, False], ids=["multiplied", "widened"])
+def machine(request, monkeypatch):
+    """A machine that multiplies 16-bit numbers itself, and one that does not."""
+    linear = sys.modules["gpt2.kernels.linear"]  # kernels.linear is the function
+    monkeypatch.setattr(linear, "_on_cpu", lambda dtype: request.param)
+    return linear
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear(dtype, machine):
+    x, weight, bias = torch.randn(5, 33), torch.randn(17, 33), torch.randn(17)
+    inputs = [t.to(DEVICE, HALVES[dtype]).requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    plain = [t.detach().clone().requires_grad_() for t in inputs]
+    results = []
+    for call, tensors in ((kernels.linear, inputs), (F.linear, exact), (F.linear, plain)):
+        y = call(*tensors)
+        torch.manual_seed(0)
+        dy = torch.randn(5, 17, device=DEVICE).to(HALVES[dtype]).to(y.dtype)
+        results.append((y, *torch.autograd.grad(y, tensors, dy)))
+    assert all(r.dtype == HALVES[dtype] for r in results[0])
+    for name, value, truth, yardstick in zip(
+        ("y", "dx", "dweight", "dbias"), *results, strict=True
+    ):
+        assert_close_to(truth, value, yardstick, name, factor=2)
+
+
+def test_autocast_decides_the_dtype(machine):
+    x, weight = torch.randn(2, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, expected = kernels.linear(x, weight), F.linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    assert_close_to(F.linear(x.bfloat16().double(), weight.bfloat16().double()), y, expected, "y",
+                    factor=2)  # fmt: skip
+    assert kernels.linear(x, weight).dtype == torch.float32
+
+
+def test_float32_is_pytorch_s_own(machine):
+    x, weight, bias = torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)
+    assert torch.equal(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies 16-bit numbers")
+def test_wide_products_are_float32(monkeypatch, machine):
+    """What the CPU multiplies is float32 where 16 bits are slow, and the operands where not."""
+    seen = []
+    monkeypatch.setattr(machine.F, "linear", lambda x, *rest: (seen.append(x.dtype), x)[1])
+    kernels.linear(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
+    assert seen == [torch.bfloat16 if machine._on_cpu(None) else torch.float32]
