@@ -196,6 +196,16 @@ def test_large_logits(size, kernel_backend):
     assert loss.item() == pytest.approx(math.log(3) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_logit_may_be_anywhere(dtype, kernel_backend):
+    """In any lane of any vector: exp(x - m) overflows where the maximum misses one."""
+    V = 67
+    logits = torch.full((V, V), -1e4, device=DEVICE, dtype=DTYPES[dtype])
+    logits.fill_diagonal_(1e4)
+    with kernels.use(kernel_backend):
+        assert kernels.cross_entropy(logits, torch.arange(V, device=DEVICE)) == 0
+
+
 def test_minus_infinity_is_a_probability_of_zero(kernel_backend):
     """A masked vocabulary: a whole block of -inf before the first finite logit."""
     V = 10000

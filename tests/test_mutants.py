@@ -18,8 +18,6 @@ import pytest
 import torch
 from mutants import CPU_MUTANTS, MUTANTS
 
-from gpt2.kernels import _build
-
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETER = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -116,6 +114,8 @@ def assert_killed(mutant, status, log):
 def compile_rows(copy, isas, ops_object=None):
     """A library of the copy's row kernels for these instruction sets. Attention, most of the time
     that compiling takes, is left out of the tables, and other sets are tables of nothing."""
+    from gpt2.kernels import _build  # not above: a child imports the copy's
+
     csrc = copy / "csrc"
     table = csrc / "cpu/table.h"
     text = re.sub(r'#include "attention.*\n', "", table.read_text())

@@ -5,7 +5,8 @@
 //   y    = xhat weight + bias
 //
 // Two passes for the moments: the row is in L1 after the first, and the centred sum does not cancel
-// the way E[x^2] - mean^2 does when |mean| >> std. Lanes past C add nothing to it.
+// the way E[x^2] - mean^2 does when |mean| >> std. Lanes past C add nothing to it. What the centred
+// row still sums to is the rounding of the first mean, which is put right by it.
 //
 // Backward, with wdy = dy weight:
 //
@@ -31,13 +32,16 @@ GPT2_INLINE void layer_norm_row(const T* x, const S* weight, const S* bias, S ep
   const V zero = V::set(0);
   const V sum =
       sum_columns<V>(C, zero, [=](int64_t c, auto lanes) { return load<V>(x + c, lanes); });
-  const S mean = sum.sum() / C;
-  const V shift = V::set(mean);
-  const V squares = sum_columns<V>(C, zero, [=](int64_t c, auto lanes) {
-    const V centred = inside(load<V>(x + c, lanes) - shift, zero, lanes);
-    return centred * centred;
+  const S first_mean = sum.sum() / C;
+  const V first_shift = V::set(first_mean);
+  const Pair<V> sums = sum_columns<V>(C, Pair<V>{zero, zero}, [=](int64_t c, auto lanes) {
+    const V centred = inside(load<V>(x + c, lanes) - first_shift, zero, lanes);
+    return Pair<V>{centred, centred * centred};
   });
-  const S rstd = rsqrt(squares.sum() / C + eps);
+  const S rest = sums.a.sum() / C, mean = first_mean + rest;
+  const S variance = sums.b.sum() / C - rest * rest;
+  const S rstd = rsqrt((variance < 0 ? 0 : variance) + eps);
+  const V shift = V::set(mean);
   const V scale = V::set(rstd);
   for_columns<V>(C, [=](int64_t c, auto lanes) {
     const V xhat = (load<V>(x + c, lanes) - shift) * scale;
