@@ -38,6 +38,7 @@ else:
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
 BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated")
 SAMPLE = 12  # without --full, one in so many cases of a grid runs
+CPU_SAMPLE = 36  # of the cpu backend, for each instruction set
 
 
 def pytest_addoption(parser):
@@ -73,9 +74,10 @@ def pytest_collection_modifyitems(config, items):
             backend = next((params[name] for name in BACKEND_FIXTURES if name in params), None)
             grids[item.function, params.get("dtype"), backend].append(item)
     dropped = set()
-    for grid in grids.values():
+    for (_, _, backend), grid in grids.items():
         random.Random(0).shuffle(grid)
-        dropped.update(grid[-(-len(grid) // SAMPLE) :])
+        share = CPU_SAMPLE if backend and backend.startswith("cpu") else SAMPLE
+        dropped.update(grid[-(-len(grid) // share) :])
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]

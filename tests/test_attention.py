@@ -115,7 +115,7 @@ def test_packed(B, T, H, D, dtype, strided, ran, kernel_backend):
 @pytest.mark.grid
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", (1, 3, 33, 130), ids=lambda T: f"T{T}")
+@pytest.mark.parametrize("T", (1, 20, 33, 130), ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("D", (1, 3, 8, 17, 24, 40, 100, 200, 255, 256), ids=lambda D: f"D{D}")
 def test_any_head_size_on_a_cpu(D, T, dtype, dropout_p, ran, cpu_backend):
     check_square(1, T, 2, D, "packed", dtype, dropout_p, ran, cpu_backend)

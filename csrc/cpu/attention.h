@@ -5,8 +5,8 @@
 //
 // The softmax is online: a block of keys raises a row's maximum, and scales what the row has
 // gathered so far, l = sum p and acc = p v, by exp(m_old - m_new). Scores exist kRows x kKeys at a
-// time. Powers are of two, log2(e) folded into the scale; m is the rounded product scale * max(s),
-// so that what its rounding loses cancels between p and l.
+// time. Powers are of two, log2(e) folded into the scale. m is subtracted before scaling: a fused
+// s * scale - m would miss the maximum by more than an exponent can hold where scores are huge.
 //
 // A tile of kRows queries is clipped at the diagonal: it multiplies up to its last query's last
 // key, rounded up to whole vectors. Blocks do not depend on the number of threads: nor do the bits.
@@ -126,12 +126,14 @@ struct AttentionForward {
       const int64_t i = i0 + r;
       const V factor = V::set(S(dropout.scale) / block.l[r]);
       store_row(block.acc + r * ld, factor, o + ((b * x.Tq + i) * x.H + h) * x.D, x.D);
-      lse[bh * x.Tq + i] = block.m[r] * S(kLn2) + S(__builtin_log(block.l[r]));
+      // The same rounded scale as in p: the backward recomputes p from lse.
+      lse[bh * x.Tq + i] = block.m[r] * scale_log2 * S(kLn2) + S(__builtin_log(block.l[r]));
     }
   }
 
-  // A tile of scores to powers: p = 2^(s - m), m, l and alpha along with it. Query i + r sees the
-  // first visible + r keys of the block; what it does not see, up to the tile's keys, becomes zero.
+  // A tile of scores to powers: p = exp(scale (s - m)), m, l and alpha along with it. Query i + r
+  // sees the first visible + r keys of the block; what it does not see, up to the tile's keys,
+  // becomes zero.
   GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t n, int64_t j0, int64_t visible,
                            int64_t keys, int64_t row, const Block& block) const {
     S *m = block.m + row, *l = block.l + row;
@@ -144,13 +146,13 @@ struct AttentionForward {
       int64_t j = 0;
       for (; j + V::W <= sees; j += V::W) top = max(top, V::load(s + j));
       if (j < sees) top = max(top, first(sees - j, V::load(s + j), lowest));
-      const S m_old = m[r], scaled = top.max() * scale_log2;
-      m[r] = scaled > m_old ? scaled : m_old;
+      const S m_old = m[r], highest = top.max();
+      m[r] = highest > m_old ? highest : m_old;
       base[r] = m[r] == -S(INFINITY) ? S(0) : m[r];  // every score is -inf: p = 0, not NaN
-      block.alpha[r] = m_old - base[r];
+      block.alpha[r] = (m_old - base[r]) * scale_log2;
     }
     for (int64_t r = 0; r < n; r += V::W) {
-      exp2(V::load(block.alpha + r)).store(block.alpha + r);
+      exp2_below(V::load(block.alpha + r)).store(block.alpha + r);
     }
     for (int64_t r = 0; r < n; ++r) {
       const S* s = block.s + r * kKeys;
@@ -160,7 +162,7 @@ struct AttentionForward {
         dropout.keep(bh, i + r, j0, round_up(sees, V::W), block.keep);
       }
       V sum = V::set(0);
-      const V minus_base = V::set(-base[r]);
+      const V m_r = V::set(base[r]);
       int64_t j = 0;
       const auto power_of = [&](V power) {
         sum = sum + power;
@@ -168,10 +170,10 @@ struct AttentionForward {
         power.store(p + j);
       };
       for (; j + V::W <= sees; j += V::W) {
-        power_of(exp2(fma(V::load(s + j), scale, minus_base)));
+        power_of(exp2_below((V::load(s + j) - m_r) * scale));
       }
       if (j < sees) {
-        power_of(first(sees - j, exp2(fma(V::load(s + j), scale, minus_base)), V::set(0)));
+        power_of(first(sees - j, exp2_below((V::load(s + j) - m_r) * scale), V::set(0)));
         j += V::W;
       }
       for (; j < round_up(keys, V::W); j += V::W) V::set(0).store(p + j);

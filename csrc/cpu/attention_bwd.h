@@ -21,7 +21,7 @@ struct AttentionBackward {
   using S = typename V::scalar;
   using E = typename P::Element;
   static constexpr int64_t kQueries = 48;          // whole tiles and pairs
-  static constexpr int64_t kKeys = 6 * kPanel<V>;  // whole panels, pairs and counters
+  static constexpr int64_t kKeys = 6 * kPanel<V>;  // whole panels, tiles, pairs and counters
   static constexpr int64_t kPackRows = 4 * kPanel<V>;
 
   // A head's operands, packed. Pairs and rows are one where K = 1.

@@ -10,8 +10,7 @@
 
 namespace gpt2::GPT2_ISA {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-// Row t of head (b, h) in a view.
+// Head (b, h) of a view: its first row.
 template <class T>
 const T* head_of(const View& view, int64_t b, int64_t h) {
   return static_cast<const T*>(view.data) + b * view.batch + h * view.head;

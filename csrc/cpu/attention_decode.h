@@ -1,11 +1,12 @@
-// Attention of one new token per sequence: q (B, H, D) over the first lengths[b] rows of a cache.
+// Attention of one new token per sequence: q (B, 1, H, D) over the first lengths[b] rows of a
+// cache.
 //
 //   s[j] = q . k[j]      p = softmax(softmax_scale s)      o = p v
 //
 // The cache is read once, in pieces of kPiece keys that the threads share; a piece leaves its
 // maximum m, l = sum p and acc = p v, and the pieces of a head are then added in their order:
 //
-//   o = sum_i 2^(m_i - m) acc_i / sum_i 2^(m_i - m) l_i,    m = max m_i
+//   o = sum_i a_i acc_i / sum_i a_i l_i,    a_i = exp(softmax_scale (m_i - m)),    m = max m_i
 #pragma once
 
 #include "attention_common.h"
@@ -60,10 +61,10 @@ struct AttentionDecode {
     for (int64_t j = n; j < round_up(n, V::W); ++j) s[j] = -S(INFINITY);
     V top = V::set(-S(INFINITY)), sum = V::set(0);
     for (int64_t j = 0; j < n; j += V::W) top = max(top, V::load(s + j));
-    const S scale = S(x.softmax_scale * kLog2E), m = top.max() * scale;
+    const S scale = S(x.softmax_scale * kLog2E), m = top.max();
     const S base = m == -S(INFINITY) ? S(0) : m;
     for (int64_t j = 0; j < n; j += V::W) {
-      const V p = exp2(fma(V::load(s + j), V::set(scale), V::set(-base)));
+      const V p = exp2_below((V::load(s + j) - V::set(base)) * V::set(scale));
       sum = sum + p;
       p.store(s + j);
     }
@@ -85,7 +86,7 @@ struct AttentionDecode {
     const S base = m == -S(INFINITY) ? S(0) : m;
     for (int64_t i = 0; i < used; ++i) {
       S* acc = first + i * part;
-      const S factor = exp2(Vec<S>{acc[ld] - base}).v;
+      const S factor = exp2_below(Vec<S>{(acc[ld] - base) * S(x.softmax_scale * kLog2E)}).v;
       l += factor * acc[ld + 1];
       for (int64_t d = 0; d < ld; d += V::W) {
         const V gathered = i == 0 ? V::set(0) : V::load(first + d);

@@ -14,8 +14,6 @@
 
 namespace gpt2::GPT2_ISA {
 
-constexpr double kLog2e = 1.4426950408889634;
-
 GPT2_INLINE float log_of(float x) {
   return logf(x);
 }
@@ -26,7 +24,7 @@ GPT2_INLINE double log_of(double x) {
 // Scalar: exp(x - m), x <= m
 template <class V>
 GPT2_INLINE V exp_minus(V x, V m) {
-  return exp2_below((x - m) * V::set(kLog2e));
+  return exp2_below((x - m) * V::set(kLog2E));
 }
 
 // m and l of one row. l carries its lanes from block to block.

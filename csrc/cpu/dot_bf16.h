@@ -18,7 +18,7 @@ struct DotBf16 {
     memcpy(&pair, a, 4);
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
-  // Scalar: c + a[0] b[0] + a[1] b[1]
+  // Scalar: (c + a[1] b[1]) + a[0] b[0]; denormals count as zero
   static GPT2_INLINE Vec16 mac(__m512bh a, __m512bh b, Vec16 c) {
     return {_mm512_dpbf16_ps(c.v, a, b)};
   }

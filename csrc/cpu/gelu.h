@@ -4,7 +4,8 @@
 //   y = 0.5 x (1 + tanh(u)) = x sigmoid(2u) = x / (1 + e),  e = exp(-2u)
 //
 // The sigmoid needs no library tanh and does not cancel in the left tail as 1 + tanh(u) does. One
-// polynomial exp2 (vec_math.h) and one division; the error is below 4 units in the last place.
+// polynomial exp2 (vec_math.h) and one division; docs/gelu.md
+// has the error bounds.
 //
 //   dx = dy gelu'(x)    dbias = sum over rows of dx
 #pragma once
@@ -14,7 +15,7 @@
 
 namespace gpt2::GPT2_ISA {
 
-constexpr double kExponent = -2 * 0.7978845608028654 * 1.4426950408889634;
+constexpr double kExponent = -2 * 0.7978845608028654 * kLog2E;
 constexpr double kTwoDu = 2 * 0.7978845608028654;
 constexpr double kCubic = 0.044715;
 

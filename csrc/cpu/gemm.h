@@ -1,17 +1,18 @@
 // The products inside attention: tiles of C = A B, small enough to stay in registers.
 //
-//   C[m][n] (+)= sum_k A[m][k] B[k][n]      m < MR rows, n < N vectors, k in steps of Products::K
+//   C[m][n] (+)= sum_k A[m][k] B[k][n]      m < kRows, n < kVectors vectors, k in steps of K
 //
-// One step loads N vectors of B's row, and for each row of A broadcasts one element and does N
-// multiply-adds: the accumulators of a tile never leave the registers. A's strides are free, so
-// that a transpose costs nothing; B's rows are contiguous vectors, so operands are packed once:
+// One step loads the vectors of B's row, and for each row of A broadcasts one element and does a
+// multiply-add per vector: the accumulators of a tile never leave the registers. A's strides are
+// free, so that a transpose costs nothing; B's rows are contiguous vectors, so operands are packed
+// once:
 //
 //   rows      [row][ld]                 an operand A whose k runs along the row
-//   panels    [row / NR][k][NR]         an operand B = rows^T: `width` rows side by side
+//   panels    [row / NR][k][NR]         an operand B = rows^T: NR = kPanel rows side by side
 //   pairs     [row / K][ld][K]          an operand B (or A^T) whose k runs over the rows
 //
-// Products says what is multiplied: Plain<V> takes V's scalars one by one (K = 1, and pairs are
-// rows), DotBf16 (dot_bf16.h) pairs of bfloat16 (K = 2).
+// The products P are Plain<V>, of V's scalars one by one (K = 1: pairs are rows), or DotBf16
+// (dot_bf16.h), of pairs of bfloat16 (K = 2: a panel holds whole pairs).
 #pragma once
 
 #include "vec.h"
@@ -36,8 +37,8 @@ struct ProductsOf {
 
 constexpr int64_t kRows = 6;  // rows of a tile
 
-// Vectors across a tile. 6 x 2 accumulators, 2 of B and 1 of A fill AVX2's 16 registers;
-// 6 x 4, 4 and 1 nearly AVX-512's 32.
+// Vectors across a tile. 6 x 2 accumulators, 2 of B and 1 of A: 15 of AVX2's 16 registers. 6 x 4,
+// 4 and 1: 29 of AVX-512's 32. One lane takes 6 x 4, too, for loops that a compiler can unroll.
 template <class V>
 constexpr int64_t kVectors = V::W == 8 ? 2 : 4;
 

@@ -5,6 +5,8 @@
 
 namespace gpt2::GPT2_ISA {
 
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
 GPT2_INLINE Vec<double> exp2_of_double(Vec<double> x) {
   return {::exp2(x.v)};
 }
@@ -30,14 +32,14 @@ GPT2_INLINE V exp2_inside(V x) {
   }
 }
 
-// 2^x for x <= 0, and NaN for NaN: 0 below -127.
+// 2^x for x <= 0, and NaN for NaN: 0 below -126.5.
 template <class V>
 GPT2_INLINE V exp2_below(V x) {
   constexpr bool is_double = sizeof(typename V::scalar) == sizeof(double);
   return exp2_inside(is_double ? x : max(V::set(-127), x));
 }
 
-// 2^x for any x: 0 below -127, infinity above 127.5.
+// 2^x for any x: 0 below -126.5, infinity above 127.5.
 template <class V>
 GPT2_INLINE V exp2(V x) {
   constexpr bool is_double = sizeof(typename V::scalar) == sizeof(double);
