@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .linear import multiplies
 from .linear_cross_entropy import linear_cross_entropy_fwd
 
 _library = torch.library.Library("gpt2_kernels", "DEF")
@@ -318,9 +319,14 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _linear_cross_entropy(*args):
-    *args, backend = args
-    with _device_guard(args[0]):
-        return linear_cross_entropy_fwd(dispatch.module(backend, "cross_entropy"), *args)
+    x, weight, *args, backend = args
+    row_kernel = dispatch.module(backend, "cross_entropy")
+    if backend == "cpu" and not multiplies(x.dtype, "cpu"):
+        wide = x.float(), weight.to(x.dtype).float()  # see linear.py
+        total, dx, dweight = linear_cross_entropy_fwd(row_kernel, *wide, *args)
+        return total, dx.to(x.dtype), dweight
+    with _device_guard(x):
+        return linear_cross_entropy_fwd(row_kernel, x, weight, *args)
 
 
 def _linear_cross_entropy_fake(x, weight, targets, ignore_index, need_dx, need_dweight, backend):

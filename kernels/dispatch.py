@@ -5,7 +5,7 @@ A backend is a module with two functions,
     why_not(op, device, dtype, size) -> str | None     # None: it can serve; else a human reason
     module(op) -> module                               # holds attention_fwd, attention_bwd, ...
 
-where size is the one extent that a kernel may not support: the head size D of attention and of decode_attention, the row
+where size is the one extent that a kernel may not support: the head size D of attention, the row
 length C of a norm. `reference` is no such module: ops.py calls it directly, and autograd does the
 rest. The choice is made once, in the forward; the backward uses the same backend.
 """

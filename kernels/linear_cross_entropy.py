@@ -8,13 +8,12 @@ gradient in place. The products are PyTorch's; a backend brings the row kernel. 
 in the forward, for a loss gradient of 1, and scaled in the backward: dlogits would otherwise have
 to be computed again, or kept. Unscaled they also stay clear of float16's underflow.
 
-    N rows   C features   V vocabulary   V_padded: V rounded up to whole 128-byte lines of logits
+    N rows   C features   V vocabulary   V_padded: V, on a GPU rounded up to whole 128-byte
+    lines of logits
 """
 
 import torch
 from torch import Tensor
-
-from .linear import multiplies
 
 MAX_CHUNK = 8192  # rows; larger products gain nothing
 
@@ -33,12 +32,6 @@ def linear_cross_entropy_fwd(
 
     row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
-    if not multiplies(x.dtype, x.device.type):
-        wide = (x.float(), weight.to(x.dtype).float(), targets)  # see linear.py
-        total, dx, dweight = linear_cross_entropy_fwd(
-            row_kernel, *wide, ignore_index, need_dx, need_dweight
-        )
-        return total, dx.to(x.dtype), dweight
     (N, C), V = x.shape, weight.shape[0]
     # On a GPU an odd vocabulary (50257) misaligns every row of the product: pad it with zero rows.
     # The copy is the cast to x's dtype that autocast needs anyway.
@@ -70,10 +63,10 @@ def linear_cross_entropy_fwd(
 
 
 def chunk_rows(N: int) -> int:
-    """Rows per chunk: at most an eighth of the logits exists at a time, in whole tiles of 64 rows
-    where there are enough."""
+    """Rows per chunk: at most an eighth of the logits exists at a time, rounded up to whole tiles
+    of 64 rows."""
     eighth = -(-N // 8)
-    return min(MAX_CHUNK, -(-eighth // 64) * 64 if eighth > 64 else max(eighth, 1))
+    return max(1, min(N, MAX_CHUNK, -(-eighth // 64) * 64))
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -130,9 +130,7 @@ def decode_attention(
     with torch.no_grad():
         if backend == "reference":
             return reference.decode_attention(q, k_cache, v_cache, lengths, softmax_scale=scale)
-        return torch.ops.gpt2_kernels.decode_attention(
-            q, k_cache, v_cache, lengths, scale, backend
-        )
+        return torch.ops.gpt2_kernels.decode_attention(q, k_cache, v_cache, lengths, scale, backend)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
