@@ -43,8 +43,9 @@ def linear_cross_entropy_fwd(
     accumulator = torch.promote_types(x.dtype, torch.float32)
     losses = torch.empty(N, dtype=accumulator, device=x.device)
     dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros((V_padded if need_dweight else 0, C), dtype=accumulator, device=x.device)
-    rows = chunk_rows(N)
+    dweight_shape = (V_padded if need_dweight else 0, C)
+    dweight = (torch.empty if N else torch.zeros)(dweight_shape, dtype=accumulator, device=x.device)
+    rows = chunk_rows(N, tile=64 if x.is_cuda else 128)
     logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
@@ -54,7 +55,7 @@ def linear_cross_entropy_fwd(
             if need_dx:
                 torch.mm(chunk, padded, out=dx[part])
             if need_dweight:
-                _add_mm(dweight, chunk.t(), x[part])
+                _add_mm(dweight, chunk.t(), x[part], first=start == 0)
         else:
             losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
                 0
@@ -62,19 +63,18 @@ def linear_cross_entropy_fwd(
     return losses.sum(), dx, dweight[:V]
 
 
-def chunk_rows(N: int) -> int:
+def chunk_rows(N: int, tile: int = 64) -> int:
     """Rows per chunk: at most an eighth of the logits exists at a time, rounded up to whole tiles
-    of 64 rows."""
+    of rows, which a matrix product needs to be fast."""
     eighth = -(-N // 8)
-    return max(1, min(N, MAX_CHUNK, -(-eighth // 64) * 64))
+    return max(1, min(N, MAX_CHUNK, -(-eighth // tile) * tile))
 
 
-def _add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, half precision's product summed in float32: chunks add up without rounding
-    in between."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
+def _add_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, or total = a @ b for the first chunk; half precision's product is summed in
+    float32: chunks add up without rounding in between."""
+    if a.is_cuda and a.dtype != total.dtype:
+        product = torch.mm(a, b, out_dtype=total.dtype)
+        total.copy_(product) if first else total.add_(product)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1)
