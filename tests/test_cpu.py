@@ -383,3 +383,28 @@ def test_no_instruction_outside_of_its_set():
         if isa == "scalar":
             assert not VEX.search(body), f"AVX in {head}"
     assert seen >= {"scalar"}
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_of_attention_does_not_grow_with_the_square_of_T():
+    """T = 8192: one head's scores would be 268 MB; what there is grows with T."""
+    code = """
+import resource, torch
+from gpt2 import kernels
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def run(T):
+    q, k, v = torch.randn(3, 1, T, 1, 16).requires_grad_()
+    with kernels.use("cpu"):
+        kernels.causal_attention(q, k, v).sum().backward()
+run(64)
+before = peak()
+run(8192)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 64 * 1024, done.stdout
