@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -337,8 +338,8 @@ def test_bfloat16_learns_as_float32_does(text):
 
 def test_a_second_signal_takes_its_usual_course(text, tmp_path, monkeypatch):
     def train_step(trainer):
-        os.kill(os.getpid(), 2)
-        os.kill(os.getpid(), 2)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(1)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
