@@ -321,9 +321,12 @@ class CrossEntropy(torch.autograd.Function):
 def _linear_cross_entropy(*args):
     x, weight, *args, backend = args
     row_kernel = dispatch.module(backend, "cross_entropy")
-    if backend == "cpu" and not multiplies(x.dtype, "cpu"):
-        wide = x.float(), weight.to(x.dtype).float()  # see linear.py
-        total, dx, dweight = linear_cross_entropy_fwd(row_kernel, *wide, *args)
+    if backend == "cpu":  # odd rows cost nothing there, and small products are slow
+        wide = not multiplies(x.dtype, "cpu")  # see linear.py
+        operands = (x.float(), weight.to(x.dtype).float()) if wide else (x, weight)
+        total, dx, dweight = linear_cross_entropy_fwd(
+            row_kernel, *operands, *args, align=1, tile=128
+        )
         return total, dx.to(x.dtype), dweight
     with _device_guard(x):
         return linear_cross_entropy_fwd(row_kernel, x, weight, *args)

@@ -26,6 +26,9 @@ def linear_cross_entropy_fwd(
     ignore_index: int,
     need_dx: bool,
     need_dweight: bool,
+    *,
+    align: int = 64,
+    tile: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the losses, () float32, and without their scale dx (N, C) in x's dtype and
     dweight (V, C) float32; each has no rows where it is not needed. float64 stays float64.
@@ -35,7 +38,7 @@ def linear_cross_entropy_fwd(
     (N, C), V = x.shape, weight.shape[0]
     # On a GPU an odd vocabulary (50257) misaligns every row of the product: pad it with zero rows.
     # The copy is the cast to x's dtype that autocast needs anyway.
-    V_padded = -(-V // 64) * 64 if x.is_cuda else V
+    V_padded = -(-V // align) * align
     padded = weight
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_zeros((V_padded, C))
@@ -45,7 +48,7 @@ def linear_cross_entropy_fwd(
     dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
     dweight_shape = (V_padded if need_dweight else 0, C)
     dweight = (torch.empty if N else torch.zeros)(dweight_shape, dtype=accumulator, device=x.device)
-    rows = chunk_rows(N, tile=64 if x.is_cuda else 128)
+    rows = chunk_rows(N, tile)
     logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))

@@ -73,11 +73,18 @@ def test_several_tiles(T, D, dtype, dropout_p, ran, kernel_backend):
     check_square(1, T, heads, D, "packed", dtype, dropout_p, ran, kernel_backend)
 
 
+def score_rounding(D):
+    """What rounding a sum of D products may do to a row: with few scores, plain PyTorch's own error
+    is small by chance."""
+    return torch.finfo(torch.float32).eps * D**0.5 / 4
+
+
 def check_square(B, T, H, D, layout, dtype, dropout_p, ran, backend):
     q, k, v = qkv_in(layout, B, T, T, H, D, DTYPES[dtype])
     check_op(
         "causal_attention", {"q": q, "k": k, "v": v}, backend=backend, ran=ran,
-        terms=gradient_terms(q, k, v), dropout_p=dropout_p, seed=seed_tensor(T + D),
+        terms=gradient_terms(q, k, v), rounding=score_rounding(D), dropout_p=dropout_p,
+        seed=seed_tensor(T + D),
     )  # fmt: skip
 
 
@@ -93,7 +100,8 @@ def test_last_query_meets_last_key(Tq, Tk, D, dtype, dropout_p, ran, kernel_back
     q, k, v = qkv_in("contiguous", 1, Tq, Tk, 1, D, DTYPES[dtype])
     check_op(
         "causal_attention", {"q": q, "k": k, "v": v}, backend=kernel_backend, ran=ran,
-        terms=gradient_terms(q, k, v), dropout_p=dropout_p, seed=seed_tensor(Tk),
+        terms=gradient_terms(q, k, v), rounding=score_rounding(D), dropout_p=dropout_p,
+        seed=seed_tensor(Tk),
     )  # fmt: skip
 
 

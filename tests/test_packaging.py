@@ -177,7 +177,7 @@ def test_make_wheel_is_for_machines_without_a_compiler(source, index, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("how", ["wheel", "editable"])
+@pytest.mark.parametrize("how", [pytest.param("wheel", marks=pytest.mark.full), "editable"])
 def test_installing_compiles_nothing_and_the_first_use_does(how, source, index, tmp_path):
     project, cache = small_csrc(source, tmp_path), tmp_path / "cache"
     environment = Environment(tmp_path / "venv")

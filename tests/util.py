@@ -16,6 +16,7 @@ from gpt2 import kernels
 from gpt2.kernels import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FEW = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +87,8 @@ def assert_close_to(
     the root of the mean square.
 
     To either comes the rounding floor: ulp, by default one unit in the last place of x's dtype, at
-    the size of the result, and of `terms`, rounded numbers that cancel on the way to it.
+    the size of the result, and of `terms`, rounded numbers that cancel on the way to it. Of few
+    numbers it is four units: plain PyTorch's error is small by chance there.
     """
     assert x.shape == exact.shape, f"{what}: shape {tuple(x.shape)}, not {tuple(exact.shape)}"
     if not exact.numel():
@@ -96,7 +98,7 @@ def assert_close_to(
     assert bool((x.isnan() == exact.isnan()).all()), f"{what}: NaN in the wrong places"
     for measure, name in ((_largest, "largest error"), (_root_mean_square, "rms error")):
         error, allowed = measure(x - exact), factor * measure(plain - exact)
-        floor = ulp * (measure(exact) + terms)
+        floor = ulp * (measure(exact) + terms) * (4 if exact.numel() < FEW else 1)
         assert error <= allowed + floor, (
             f"{what}: {name} {error:.3g}, but plain PyTorch's is {allowed / factor:.3g} "
             f"and the rounding floor {floor:.3g}"
