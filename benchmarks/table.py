@@ -1,10 +1,12 @@
-"""README's tables, from the results that the scripts wrote: never typed by hand.
+"""The tables of README.md and docs/benchmarks.md, from the results that the scripts wrote: never
+typed by hand.
 
-    python benchmarks/table.py                      # print them
-    python benchmarks/table.py --readme README.md   # rewrite what stands between the two markers
-    python benchmarks/table.py --readme README.md --check    # exit code 1 if that is out of date
+    python benchmarks/table.py            # print docs/benchmarks.md's
+    python benchmarks/table.py --write    # rewrite what stands between the markers of both files
+    python benchmarks/table.py --check    # write nothing; exit code 1 if either is out of date
 
 For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers.
+README has the ratio of the two alone.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 from report import label, significant
 
 SCHEMA = 1
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = (
     "<!-- benchmarks: begin, written by benchmarks/table.py -->",
     "<!-- benchmarks: end -->",
@@ -57,21 +59,71 @@ def render(documents: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
+def summary(documents: list[dict]) -> str:
+    """Markdown: a table per machine and version, a line per operation and dtype, and for each pass
+    the ratios over all shapes."""
+    if not documents:
+        return "No measurement is recorded in benchmarks/results yet."
+    machines, blocks = {}, []
+    for document in documents:
+        machines.setdefault(machine(document["environment"]), []).append(document)
+    for name, group in machines.items():
+        commits = dict.fromkeys(commit(document["environment"]) for document in group)
+        blocks.append(f"*{name}, {', '.join(commits)}*")
+        rows = [row for document in group for row in document["results"]]
+        ratios = {}  # (op, dtype) -> pass -> the ratios of all shapes
+        for (op, dtype, _, step), (ours, peer) in cases_of(rows).items():
+            if ours and peer:
+                by_pass = ratios.setdefault((op, dtype), {})
+                by_pass.setdefault(step, []).append(peer["median_ms"] / ours["median_ms"])
+        passes = dict.fromkeys(step for by_pass in ratios.values() for step in by_pass)
+        lines = [("operation", "dtype", *passes), ("---",) * (2 + len(passes))]
+        for (op, dtype), by_pass in ratios.items():
+            lines.append((op, dtype, *(span(by_pass.get(step, [])) for step in passes)))
+        blocks.append(markdown(lines))
+    return "\n\n".join(blocks)
+
+
+def span(ratios: list[float]) -> str:
+    """ "1.3 to 1.9×" """
+    if not ratios:
+        return ""
+    least, most = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+    return f"{least}×" if least == most else f"{least} to {most}×"
+
+
 def where(about: dict) -> str:
+    return f"*{machine(about)}, {commit(about)}, {about['date'][:10]}*"
+
+
+def machine(about: dict) -> str:
     versions = [f"{name} {about[name]}" for name in ("torch", "triton", "cuda", "cudnn")]
     parts = [about["device_name"], *(v for v in versions if not v.endswith(" None"))]
     if about["threads"]:
         parts.append(f"{about['threads']} threads")
-    parts.append(f"commit {about['commit']}{', changed' if about['dirty'] else ''}")
-    return f"*{', '.join(parts)}, {about['date'][:10]}*"
+    return ", ".join(parts)
+
+
+def commit(about: dict) -> str:
+    return f"commit {about['commit']}{', changed' if about['dirty'] else ''}"
+
+
+def cases_of(rows: list[dict]) -> dict:
+    """(op, dtype, shape, pass) -> (the fastest of ours, the fastest peer), None where none ran."""
+    cases = {}
+    for row in rows:
+        if row["status"] == "ok":
+            key = row["op"], row["dtype"], label(row["shape"]), row["step"]
+            cases.setdefault(key, {"backend": [], "peer": []})[row["kind"]].append(row)
+    return {
+        key: tuple(min(case[kind], key=median, default=None) for kind in ("backend", "peer"))
+        for key, case in cases.items()
+    }
 
 
 def table(rows: list[dict]) -> str:
     lines = [HEADER, ("---",) * len(HEADER)]
-    for shape, step in dict.fromkeys((label(r["shape"]), r["step"]) for r in rows):
-        case = [r for r in rows if (label(r["shape"]), r["step"]) == (shape, step)]
-        ours = min((r for r in case if r["kind"] == "backend"), key=median, default=None)
-        peer = min((r for r in case if r["kind"] == "peer"), key=median, default=None)
+    for (_, _, shape, step), (ours, peer) in cases_of(rows).items():
         if ours is None:
             continue
         lines.append((
@@ -85,6 +137,10 @@ def table(rows: list[dict]) -> str:
             f"{peer['median_ms'] / ours['median_ms']:.2f}×" if peer else "",
             f"{ours['max_error']:.1e}",
         ))  # fmt: skip
+    return markdown(lines)
+
+
+def markdown(lines: list[tuple]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -103,28 +159,28 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON files")
-    parser.add_argument("--readme", type=Path, help="rewrite the tables in this file")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the project")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="rewrite the tables in both files")
+    action.add_argument("--check", action="store_true", help="fail if they are out of date")
     options = parser.parse_args(argv)
-    if options.check and not options.readme:
-        parser.error("--check needs --readme")
+    root = options.root
     try:
-        tables = render([load(path) for path in sorted(options.results.glob("*.json"))])
-        if not options.readme:
-            print(tables)
-            return 0
-        old = options.readme.read_text()
-        new = replaced(old, tables, options.readme)
+        documents = [load(path) for path in sorted((root / "benchmarks/results").glob("*.json"))]
+        tables = {"README.md": summary(documents), "docs/benchmarks.md": render(documents)}
+        old = {name: (root / name).read_text() for name in tables}
+        new = {name: replaced(old[name], tables[name], root / name) for name in tables}
     except (BadInput, OSError) as error:
         print(f"table.py: error: {error}", file=sys.stderr)
         return 2
-    if new == old:
-        return 0
-    if options.check:
-        print(f"{options.readme} is out of date: run benchmarks/table.py --readme", file=sys.stderr)
+    stale = [name for name in tables if new[name] != old[name]]
+    if options.check and stale:
+        print(f"{', '.join(stale)}: out of date, see benchmarks/table.py --write", file=sys.stderr)
         return 1
-    options.readme.write_text(new)
+    for name in stale if options.write else ():
+        (root / name).write_text(new[name])
+    if not options.write and not options.check:
+        print(tables["docs/benchmarks.md"])
     return 0
 
 

@@ -27,6 +27,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(*operands).to(dtype)
 
 
+def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x weight^T, x (N, C) and weight (V, C): written to out (N, V), or, where oneDNN multiplies,
+    in memory of its own. For few rows and many columns PyTorch's choice on a CPU, MKL, is slow: 128
+    rows of logits at 65 GFLOP/s on two EPYC cores, oneDNN's at 106 (docs/log.md)."""
+    if onednn_multiplies(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.mm(x, weight.t(), out=out)
+
+
+def onednn_multiplies(x: Tensor) -> bool:
+    """Whether times_transposed() leaves `out` alone."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
 def multiplies(dtype: torch.dtype, device: str) -> bool:
     """Whether PyTorch's products of this dtype are made for this machine."""
     return device != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _on_cpu(dtype)

@@ -15,6 +15,8 @@ to be computed again, or kept. Unscaled they also stay clear of float16's underf
 import torch
 from torch import Tensor
 
+from .linear import onednn_multiplies, times_transposed
+
 MAX_CHUNK = 8192  # rows; larger products gain nothing
 
 
@@ -49,10 +51,11 @@ def linear_cross_entropy_fwd(
     dweight_shape = (V_padded if need_dweight else 0, C)
     dweight = (torch.empty if N else torch.zeros)(dweight_shape, dtype=accumulator, device=x.device)
     rows = chunk_rows(N, tile)
-    logits = torch.empty((rows, V_padded), dtype=x.dtype, device=x.device)
+    logits = x.new_empty((0 if onednn_multiplies(x) else rows, V_padded))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        chunk = torch.mm(x[part], padded.t(), out=logits[: part.stop - start])
+        chunk = None  # the last one's memory, if it was its own, goes first
+        chunk = times_transposed(x[part], padded, out=logits[: part.stop - start])
         if need_dx or need_dweight:
             losses[part] = row_kernel.cross_entropy_fwd_bwd_(chunk, targets[part], ignore_index, V)
             if need_dx:

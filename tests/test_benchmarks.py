@@ -300,25 +300,49 @@ def test_table_names_the_fastest_of_ours_and_of_all_peers():
     assert "No measurement" in table.render([])
 
 
-def test_readme_is_rewritten_and_checked(tmp_path, capsys):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    results.mkdir()
-    (results / "gelu.json").write_text(json.dumps(document(result())))
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    options = ["--results", str(results), "--readme", str(readme)]
-    assert table.main([*options, "--check"]) == 1 and "old" in readme.read_text()
-    assert table.main(options) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| N=4 C=8 | forward |" in text
-    assert table.main([*options, "--check"]) == 0 and readme.read_text() == text
-    (results / "gelu.json").write_text(json.dumps(document(result(median_ms=3.0))))
-    assert table.main([*options, "--check"]) == 1 and readme.read_text() == text
+def test_summary_spans_the_shapes():
+    peer = {"contender": "eager", "kind": "peer"}
+    text = table.summary([
+        document(result(), result(**peer, median_ms=3.0)),
+        document(result(shape={"N": 8, "C": 8}), result(**peer, shape={"N": 8, "C": 8})),
+        document(result(op="alone"), result(step="backward"), result(**peer, step="backward")),
+    ])  # fmt: skip
+    assert text.count("*Abacus, torch 2, 2 threads, commit abc*") == 1, "one machine, one table"
+    assert text.splitlines()[2:] == [
+        "| operation | dtype | forward | backward |",
+        "| --- | --- | --- | --- |",
+        "| gelu | float32 | 1.00 to 1.50× | 1.00× |",
+    ]
+    assert "No measurement" in table.summary([])
 
-    readme.write_text("no markers")
-    assert table.main(options) == 2 and readme.read_text() == "no markers"
-    (results / "gelu.json").write_text('{"schema": 0}')
-    assert table.main(options) == 2
+
+def test_tables_are_rewritten_and_checked(tmp_path, capsys):
+    results = tmp_path / "benchmarks/results/gelu.json"
+    files = [tmp_path / "README.md", tmp_path / "docs/benchmarks.md"]
+    for folder in (results.parent, tmp_path / "docs"):
+        folder.mkdir(parents=True)
+    peer = result(contender="eager", kind="peer", median_ms=3.0)
+    results.write_text(json.dumps(document(result(), peer)))
+    for file in files:
+        file.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+
+    def main(*options):
+        return table.main(["--root", str(tmp_path), *options])
+
+    assert main("--check") == 1 and all("old" in file.read_text() for file in files)
+    assert main("--write") == 0
+    texts = [file.read_text() for file in files]
+    for text in texts:
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| gelu | float32 | 1.50× |" in texts[0] and "| N=4 C=8 | forward |" in texts[1]
+    assert main("--check") == 0 and [file.read_text() for file in files] == texts
+    results.write_text(json.dumps(document(result(median_ms=3.0), peer)))
+    assert main("--check") == 1 and [file.read_text() for file in files] == texts
+
+    files[1].write_text("no markers")
+    assert main("--write") == 2 and files[0].read_text() == texts[0], "both or none"
+    results.write_text('{"schema": 0}')
+    assert main("--write") == 2
     errors = capsys.readouterr().err
     assert "needs one line" in errors and "not a result of schema 1" in errors
 

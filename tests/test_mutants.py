@@ -1,9 +1,9 @@
-"""The suite still notices each of the bugs in mutants.py, planted one at a time in a copy of the
-package.
+"""The suite still notices each of the bugs in mutants.py and mutants_csrc.py, planted one at a time
+in a copy of the package.
 
 Always in the interpreter: a GPU would not notice most stray accesses. Every copy gets a process of
 its own, forked from one that has imported torch already, which is most of what a small test costs.
-Of csrc a copy compiles what its test runs: the row kernels of one instruction set, less optimised.
+Of csrc a copy compiles what its test runs, less optimised.
 """
 
 import multiprocessing
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutants import CPU_MUTANTS, MUTANTS
+from conftest import ISAS
+from mutants import MUTANTS
+from mutants_csrc import ATTENTION_MUTANTS, ROW_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETER = {
@@ -110,60 +112,73 @@ def assert_killed(mutant, status, log):
 
 # ---- bugs of csrc
 
+HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
-def compile_rows(copy, isas, ops_object=None):
-    """A library of the copy's row kernels for these instruction sets. Attention, most of the time
-    that compiling takes, is left out of the tables, and other sets are tables of nothing."""
+
+def compile_csrc(copy, part="", isa="", dtypes=(), objects=()):
+    """A library of the copy's csrc with one part, rows or attention, of one instruction set and the
+    kernels for these dtypes; other entries of the tables, most of the time that compiling takes,
+    are null. Operators are compiled, unless `objects` has them."""
     from gpt2.kernels import _build  # not above: a child imports the copy's
 
     csrc = copy / "csrc"
     table = csrc / "cpu/table.h"
-    text = re.sub(r'#include "attention.*\n', "", table.read_text())
-    table.write_text(re.sub(r"(\.attention_\w+) = [^\n]*,", r"\1 = nullptr,", text))
-    others = [isa for isa in ("avx512_bf16", "avx512", "avx2", "scalar") if isa not in isas]
+    others = r"(?!attention)" if part == "attention" else "attention"
+    text = re.sub(rf'#include "{others}\w+\.h"\n', "", table.read_text())
+    table.write_text(re.sub(rf"(\.{others}\w+) = [^\n]*,", r"\1 = nullptr,", text))
     stub = "const Kernels& kernels_{}() {{ static constexpr Kernels none = {{}}; return none; }}\n"
-    lines = "".join(map(stub.format, others))
+    lines = "".join(stub.format(name) for name in ISAS if name != isa)
     (csrc / "none.cpp").write_text(f'#include "cpu/kernels.h"\nnamespace gpt2 {{\n{lines}}}\n')
+    jobs = {"none.cpp": ("-O0",)}
+    if isa:
+        source = f"cpu/kernels_{isa}.cpp"
+        jobs[source] = ("-O1", *_build._SOURCES[source])
+        text = (csrc / source).read_text()
+        keep = "|".join(dtypes)
+        (csrc / source).write_text(re.sub(rf"&ops<[\w<>]+, (?!{keep})\w+>", "nullptr", text))
+    if not objects:
+        jobs |= {"ops.cpp": ("-O0",), "ops_attention.cpp": ("-O0",)}
 
+    compiler = _build.find_compiler()
+    if isa.startswith("avx512") and not HAS_AVX512:
+        compiler = [str(copy / "tests/avx512/c++")]
     root = Path(torch.__file__).parent
-    compile = [*_build.find_compiler(), *_build._COMPILE, "-w", "-isystem", str(root / "include")]
-    flags = {"avx2": ["-O1", *_build._AVX2], "scalar": ["-O1"]}
-    jobs = {f"cpu/kernels_{isa}.cpp": flags[isa] for isa in isas} | {"none.cpp": ["-O0"]}
-    objects = [f"{Path(source).stem}.o" for source in jobs]
-    if ops_object is None:
-        jobs["ops.cpp"] = ["-O0"]
+    common = [*compiler, *_build._COMPILE, "-w", "-isystem", str(root / "include")]
     for source, own in jobs.items():
-        command = [*compile, *own, "-c", source, "-o", f"{Path(source).stem}.o"]
+        command = [*common, *own, "-c", source, "-o", f"{Path(source).stem}.o"]
         subprocess.run(command, cwd=csrc, check=True)
-    link = [*objects, str(ops_object or "ops.o"), f"-L{root / 'lib'}", *_build._LINK]
-    subprocess.run([compile[0], *link, "-o", "rows.so"], cwd=csrc, check=True)
-    return csrc / "rows.so"
-
-
-@pytest.mark.full
-@pytest.mark.cpu_kernels
-def test_without_a_bug_all_of_csrc_passes(copy, monkeypatch):
-    library = compile_rows(copy, ["avx2", "scalar"])
-    status, log = run_tests(copy, {m.killed_by for m in CPU_MUTANTS}, monkeypatch, library)
-    assert status == 0, log
-    assert "skipped" not in log.lower(), log
+    link = [f"{Path(source).stem}.o" for source in jobs] + [*map(str, objects)]
+    link += [f"-L{root / 'lib'}", *_build._LINK]
+    subprocess.run([compiler[0], *link, "-o", "part.so"], cwd=csrc, check=True)
+    return csrc / "part.so"
 
 
 @pytest.fixture(scope="module")
-def ops_object(tmp_path_factory):
-    """ops.cpp of csrc as it is, which most mutants share."""
-    copy = tmp_path_factory.mktemp("ops")
+def operators(tmp_path_factory):
+    """ops.cpp and ops_attention.cpp of csrc as they are, compiled: most mutants share them."""
+    copy = tmp_path_factory.mktemp("operators")
     shutil.copytree(ROOT / "csrc", copy / "csrc")
-    compile_rows(copy, [])
-    return copy / "csrc/ops.o"
+    compile_csrc(copy)
+    return [copy / "csrc/ops.o", copy / "csrc/ops_attention.o"]
+
+
+CSRC_MUTANTS = [
+    pytest.param(part, mutant, id=mutant.name)
+    for part, mutants in {"rows": ROW_MUTANTS, "attention": ATTENTION_MUTANTS}.items()
+    for mutant in mutants
+]
+NAMES = {"fp32": "float", "bf16": "bf16", "fp16": "f16"}  # as csrc has them
 
 
 @pytest.mark.full
 @pytest.mark.cpu_kernels
-@pytest.mark.parametrize("mutant", [pytest.param(m, id=m.name) for m in CPU_MUTANTS])
-def test_killed_in_csrc(mutant, copy, ops_object, monkeypatch):
+@pytest.mark.parametrize("part, mutant", CSRC_MUTANTS)
+def test_killed_in_csrc(part, mutant, copy, operators, monkeypatch):
+    """That its test passes without it is seen where the test itself runs."""
     plant(mutant, copy)
-    isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by).group(1)
-    library = compile_rows(copy, [isa], None if mutant.file.endswith("ops.cpp") else ops_object)
+    isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by)[1]
+    dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
+    shares = "ops" not in mutant.file and (HAS_AVX512 or not isa.startswith("avx512"))
+    library = compile_csrc(copy, part, isa, dtypes, operators if shares else ())
     status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, library)
     assert_killed(mutant, status, log)

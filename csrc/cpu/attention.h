@@ -82,7 +82,7 @@ struct AttentionForward {
     const int64_t ld = packed.ld, sees = i0 + 1 + x.Tk - x.Tq;  // keys that the first query sees
     pack_rows<P>(head_of<T>(x.q, b, h) + i0 * x.q.time, x.q.time, rows, x.D, block.q, ld);
     for (int64_t r = 0; r < rows; ++r) {
-      block.m[r] = -S(INFINITY);
+      block.m[r] = kLowest<S>;
       block.l[r] = 0;
     }
 
@@ -137,8 +137,7 @@ struct AttentionForward {
   GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t n, int64_t j0, int64_t visible,
                            int64_t keys, int64_t row, const Block& block) const {
     S *m = block.m + row, *l = block.l + row;
-    S base[kRows];
-    const V lowest = V::set(-S(INFINITY)), scale = V::set(scale_log2);
+    const V lowest = V::set(kLowest<S>), scale = V::set(scale_log2);
     for (int64_t r = 0; r < n; ++r) {
       const S* s = block.s + r * kKeys;
       const int64_t sees = at_most(kKeys, visible + r);
@@ -148,8 +147,7 @@ struct AttentionForward {
       if (j < sees) top = max(top, first(sees - j, V::load(s + j), lowest));
       const S m_old = m[r], highest = top.max();
       m[r] = highest > m_old ? highest : m_old;
-      base[r] = m[r] == -S(INFINITY) ? S(0) : m[r];  // every score is -inf: p = 0, not NaN
-      block.alpha[r] = (m_old - base[r]) * scale_log2;
+      block.alpha[r] = (m_old - m[r]) * scale_log2;
     }
     for (int64_t r = 0; r < n; r += V::W) {
       exp2_below(V::load(block.alpha + r)).store(block.alpha + r);
@@ -162,7 +160,7 @@ struct AttentionForward {
         dropout.keep(bh, i + r, j0, round_up(sees, V::W), block.keep);
       }
       V sum = V::set(0);
-      const V m_r = V::set(base[r]);
+      const V m_r = V::set(m[r]);
       int64_t j = 0;
       const auto power_of = [&](V power) {
         sum = sum + power;

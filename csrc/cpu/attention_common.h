@@ -10,6 +10,11 @@
 
 namespace gpt2::GPT2_ISA {
 
+// Where a maximum of scores starts. Not -inf: where every score so far is -inf, p = exp(s - m) is
+// 0, and not exp(-inf + inf).
+template <class S>
+inline constexpr S kLowest = sizeof(S) == 4 ? S(-__FLT_MAX__) : S(-__DBL_MAX__);
+
 // Head (b, h) of a view: its first row.
 template <class T>
 const T* head_of(const View& view, int64_t b, int64_t h) {

@@ -59,12 +59,11 @@ struct AttentionDecode {
 
     for (int64_t j = 0; j < n; ++j) s[j] = dot(q, k + j * x.k.time);
     for (int64_t j = n; j < round_up(n, V::W); ++j) s[j] = -S(INFINITY);
-    V top = V::set(-S(INFINITY)), sum = V::set(0);
+    V top = V::set(kLowest<S>), sum = V::set(0);
     for (int64_t j = 0; j < n; j += V::W) top = max(top, V::load(s + j));
     const S scale = S(x.softmax_scale * kLog2E), m = top.max();
-    const S base = m == -S(INFINITY) ? S(0) : m;
     for (int64_t j = 0; j < n; j += V::W) {
-      const V p = exp2_below((V::load(s + j) - V::set(base)) * V::set(scale));
+      const V p = exp2_below((V::load(s + j) - V::set(m)) * V::set(scale));
       sum = sum + p;
       p.store(s + j);
     }
@@ -78,15 +77,14 @@ struct AttentionDecode {
   void combine(int64_t bh, T* o) const {
     const int64_t b = bh / x.H, used = (x.lengths[b] + kPiece - 1) / kPiece;
     S* first = parts + bh * pieces * part;
-    S m = -S(INFINITY), l = 0;
+    S m = kLowest<S>, l = 0;
     for (int64_t i = 0; i < used; ++i) {
       const S m_i = first[i * part + ld];
       m = m_i > m ? m_i : m;
     }
-    const S base = m == -S(INFINITY) ? S(0) : m;
     for (int64_t i = 0; i < used; ++i) {
       S* acc = first + i * part;
-      const S factor = exp2_below(Vec<S>{(acc[ld] - base) * S(x.softmax_scale * kLog2E)}).v;
+      const S factor = exp2_below(Vec<S>{(acc[ld] - m) * S(x.softmax_scale * kLog2E)}).v;
       l += factor * acc[ld + 1];
       for (int64_t d = 0; d < ld; d += V::W) {
         const V gathered = i == 0 ? V::set(0) : V::load(first + d);

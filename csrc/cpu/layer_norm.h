@@ -12,6 +12,9 @@
 //
 //   dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds
 //   dweight = sum over rows of dy xhat    dbias = sum over rows of dy
+//
+// Passes over L1 leave the rest of the machine idle: they ask for what the next pass will write and
+// the next row will read.
 #pragma once
 
 #include "rows.h"
@@ -25,25 +28,36 @@ GPT2_INLINE double rsqrt(double x) {
   return 1 / __builtin_sqrt(x);
 }
 
-// One row: y, mean, rstd.
-template <class V, class T, class S>
+// sum x and sum x^2
+template <class V>
+struct Moments {
+  V sum, squares;
+  friend GPT2_INLINE Moments operator+(Moments m, V x) { return {m.sum + x, fma(x, x, m.squares)}; }
+  friend GPT2_INLINE Moments operator+(Moments a, Moments b) {
+    return {a.sum + b.sum, a.squares + b.squares};
+  }
+};
+
+// One row: y, mean, rstd; ahead(c) prefetches the next.
+template <class V, class T, class S, class F>
 GPT2_INLINE void layer_norm_row(const T* x, const S* weight, const S* bias, S eps, int64_t C, T* y,
-                                S* mean_out, S* rstd_out) {
+                                S* mean_out, S* rstd_out, const F& ahead) {
   const V zero = V::set(0);
   const V sum =
       sum_columns<V>(C, zero, [=](int64_t c, auto lanes) { return load<V>(x + c, lanes); });
   const S first_mean = sum.sum() / C;
   const V first_shift = V::set(first_mean);
-  const Pair<V> sums = sum_columns<V>(C, Pair<V>{zero, zero}, [=](int64_t c, auto lanes) {
-    const V centred = inside(load<V>(x + c, lanes) - first_shift, zero, lanes);
-    return Pair<V>{centred, centred * centred};
+  const Moments<V> moments = sum_columns<V>(C, Moments<V>{zero, zero}, [=](int64_t c, auto lanes) {
+    prefetch_to_write<V>(y + c);
+    return inside(load<V>(x + c, lanes) - first_shift, zero, lanes);
   });
-  const S rest = sums.a.sum() / C, mean = first_mean + rest;
-  const S variance = sums.b.sum() / C - rest * rest;
+  const S rest = moments.sum.sum() / C, mean = first_mean + rest;
+  const S variance = moments.squares.sum() / C - rest * rest;
   const S rstd = rsqrt((variance < 0 ? 0 : variance) + eps);
   const V shift = V::set(mean);
   const V scale = V::set(rstd);
   for_columns<V>(C, [=](int64_t c, auto lanes) {
+    ahead(c);
     const V xhat = (load<V>(x + c, lanes) - shift) * scale;
     store(fma(xhat, load<V>(weight + c, lanes), load<V>(bias + c, lanes)), y + c, lanes);
   });
@@ -71,7 +85,14 @@ void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, 
         });
         normed = s + row * C;
       }
-      layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row, stats + N + row);
+      const int64_t next = (row + 1) * C;
+      layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row, stats + N + row,
+                        [=](int64_t c) {
+                          prefetch<V>(x + next + c);
+                          if (residual == nullptr) return;
+                          prefetch<V>(residual + next + c);
+                          prefetch_to_write<V>(s + next + c);
+                        });
     }
   });
 }
@@ -95,12 +116,15 @@ void layer_norm_bwd(const void* dy_, const void* ds_, const void* x_, const void
       // mean_C(wdy), mean_C(wdy xhat); past the end dy is 0
       const Pair<V> sums =
           sum_columns<V>(C, Pair<V>{V::set(0), V::set(0)}, [=](int64_t c, auto lanes) {
+            prefetch_to_write<V>(dx + start + c);
             const V xhat = (load<V>(x + start + c, lanes) - mean) * rstd;
             const V wdy = load<V>(dy + start + c, lanes) * load<V>(weight + c, lanes);
             return Pair<V>{wdy, wdy * xhat};
           });
       const V mean_wdy = V::set(sums.a.sum() / C), mean_wdy_xhat = V::set(sums.b.sum() / C);
       for_columns<V>(C, [=](int64_t c, auto lanes) {
+        prefetch<V>(x + start + C + c);
+        prefetch<V>(dy + start + C + c);
         const V xhat = (load<V>(x + start + c, lanes) - mean) * rstd;
         const V d = load<V>(dy + start + c, lanes);
         V g = rstd * (d * load<V>(weight + c, lanes) - mean_wdy - xhat * mean_wdy_xhat);

@@ -44,6 +44,17 @@ GPT2_INLINE void for_columns(int64_t C, const F& f) {
   if (c < C) f(c, C - c);
 }
 
+// A vector's columns, asked for long before they are read or written, while other work goes on;
+// past the last row nothing comes of it.
+template <class V, class T>
+GPT2_INLINE void prefetch(const T* p) {
+  for (int64_t i = 0; i < V::W; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0);
+}
+template <class V, class T>
+GPT2_INLINE void prefetch_to_write(T* p) {
+  for (int64_t i = 0; i < V::W; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
+}
+
 // The sum of f(c, lanes) over all columns; A is V, or what adds up like it. Blocks are summed
 // before they are added up: rounding errors grow with the length of a chain of additions.
 template <class V, class A, class F>

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .configs import attention_config, input_precision
-from .lang import LN2, LOG2E, NEG_INF, dropout_keep, load_rows, store_rows
+from .lang import LN2, LOG2E, LOWEST, NEG_INF, dropout_keep, load_rows, store_rows
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _attn_fwd_kernel(
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, True)
-    m = tl.full((BLOCK_M,), NEG_INF, tl.float32)
+    m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     seed = tl.load(seed_ptr) if DROPOUT else 0

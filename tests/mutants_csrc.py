@@ -1,0 +1,513 @@
+"""Bugs to plant in csrc, as mutants.py plants its own: tests/test_mutants.py compiles each copy.
+
+A copy has the kernels of one part, rows or attention, and of the instruction set and the dtype that
+the test asks for. Not in the list: a workspace that two threads share, which fails now and then.
+"""
+
+from mutants import Mutant
+
+GELU_H = "csrc/cpu/gelu.h"
+NORM_H = "csrc/cpu/layer_norm.h"
+LOSS_H = "csrc/cpu/cross_entropy.h"
+ROWS_H = "csrc/cpu/rows.h"
+VEC_H = "csrc/cpu/vec.h"
+AVX2_H = "csrc/cpu/vec_avx2.h"
+MATH_H = "csrc/cpu/vec_math.h"
+OPS_CPP = "csrc/ops.cpp"
+
+FORWARD_H = "csrc/cpu/attention.h"
+BACKWARD_H = "csrc/cpu/attention_bwd.h"
+COMMON_H = "csrc/cpu/attention_common.h"
+DECODE_H = "csrc/cpu/attention_decode.h"
+GEMM_H = "csrc/cpu/gemm.h"
+TRANSPOSE_H = "csrc/cpu/transpose.h"
+DOT_H = "csrc/cpu/dot_bf16.h"
+DROPOUT_H = "csrc/cpu/dropout.h"
+OPS_ATTENTION_CPP = "csrc/ops_attention.cpp"
+
+ROW_MUTANTS = [
+    # gelu
+    Mutant(
+        "1 - g cancels", GELU_H,
+        "(e * g) * g, g)", "(one - g) * g, g)",
+        "test_gelu.py::test_gradient_on_the_right_keeps_its_accuracy[cpu-avx2]",
+    ),
+    Mutant(
+        "another cubic", GELU_H,
+        "kCubic = 0.044715", "kCubic = 0.0447",
+        "test_gelu.py::test_gelu[cpu-avx2-1.0-255-fp32]",
+    ),
+    Mutant(
+        "gradient overflows on the left", GELU_H,
+        "left = V::set(-10)", "left = V::set(-100)",
+        "test_gelu.py::test_extremes[cpu-avx2-fp32]",
+    ),
+    Mutant(
+        "gradient is 1 too early", GELU_H,
+        "right = V::set(10)", "right = V::set(2)",
+        "test_gelu.py::test_gelu[cpu-avx2-1.0-255-fp32]",
+    ),
+    Mutant(
+        "dbias without dy", GELU_H,
+        "load<V>(dbias_partial + c, lanes) + d,", "load<V>(dbias_partial + c, lanes) + grad,",
+        "test_gelu.py::test_bias_gelu[cpu-avx2-N33-C17-fp32-same]",
+    ),
+    # layer_norm
+    Mutant(
+        "variance over C - 1", NORM_H,
+        "squares.sum() / C - rest", "squares.sum() / (C - 1) - rest",
+        "test_layer_norm.py::test_ranks[cpu-avx2-shape1-fp32]",
+    ),
+    Mutant(
+        "eps left out", NORM_H,
+        "0 : variance) + eps)", "0 : variance))",
+        "test_layer_norm.py::test_eps[cpu-avx2]",
+    ),
+    Mutant(
+        "dx keeps its component along xhat", NORM_H,
+        "- mean_wdy - xhat * mean_wdy_xhat)", "- mean_wdy)",
+        "test_layer_norm.py::test_ranks[cpu-avx2-shape1-fp32]",
+    ),
+    Mutant(
+        "gradient of the sum left out", NORM_H,
+        "if (ds != nullptr) g = g + load<V>(ds + start + c, lanes);", "(void)ds;",
+        "test_layer_norm.py::test_either_output_alone[cpu-avx2-both]",
+    ),
+    Mutant(
+        "mean left as it was first rounded", NORM_H,
+        "mean = first_mean + rest;", "mean = first_mean;",
+        "test_layer_norm.py::test_mean_far_from_zero[cpu-scalar-1000.0-C127-fp32]",
+    ),
+    Mutant(
+        "the residual is not normalised", NORM_H,
+        "normed = s + row * C;", "normed = x + row * C;",
+        "test_layer_norm.py::test_the_norm_sees_the_sum_as_it_is_stored[cpu-avx2]",
+    ),
+    # cross_entropy
+    Mutant(
+        "sum not rescaled", LOSS_H,
+        "l = l * exp_minus(V::set(m), V::set(top.max()));", "",
+        "test_cross_entropy.py::test_cross_entropy[cpu-avx2-20.0-V9001-N3-fp32-none]",
+    ),
+    Mutant(
+        "a block of -inf", LOSS_H,
+        "V::set(m == -INFINITY ? 0 : m)", "V::set(m)",
+        "test_cross_entropy.py::test_minus_infinity_is_a_probability_of_zero[cpu-avx2]",
+    ),
+    Mutant(
+        "one-hot left out", LOSS_H,
+        "narrow((p - 1) * dloss, dx[target]);", "narrow(p * dloss, dx[target]);",
+        "test_cross_entropy.py::test_leading_shapes[cpu-avx2-(2, 3)]",
+    ),
+    Mutant(
+        "padding keeps its logits", LOSS_H,
+        "zero_row(x + rows.V, V_padded - rows.V);", "",
+        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+    ),
+    Mutant(
+        "loss of ignored rows kept", LOSS_H,
+        "losses[row] = target == rows.ignore_index ? 0 :", "losses[row] = target < -99 ? 0 :",
+        "test_cross_entropy.py::test_ignore_index[cpu-avx2-3]",
+    ),
+    Mutant(
+        "the target's logit is read after it was overwritten", LOSS_H,
+        "const S p = exp_minus(x_target,", "const S p = exp_minus(Vec<S>::load(x + target),",
+        "test_cross_entropy.py::test_gradient_in_place_of_the_logits[cpu-avx2-fp32]",
+    ),
+    # rows
+    Mutant(
+        "tail loaded unmasked", ROWS_H,
+        "return V::load(p, n);", "return n > 0 ? V::load(p) : V::set(0);",
+        "test_layer_norm.py::test_layer_norm[cpu-avx2-C17-N3-fp32-same]",
+    ),
+    Mutant(
+        "tail stored unmasked", ROWS_H,
+        "v.store(p, n);", "if (n > 0) v.store(p);",
+        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+    ),
+    Mutant(
+        "lanes beyond C in the variance", ROWS_H,
+        "return first(n, v, other);", "return n < 0 ? other : v;",
+        "test_layer_norm.py::test_mean_far_from_zero[cpu-avx2-1000.0-C17-fp32]",
+    ),
+    Mutant(
+        "blocks of rows overlap", ROWS_H,
+        "f(block * blocks.rows, blocks.end(block),", "f(block * blocks.rows, blocks.N,",
+        "test_layer_norm.py::test_many_rows_per_program[cpu-avx2]",
+    ),
+    Mutant(
+        "partial sums start from what was there", ROWS_H,
+        "memset(partial + block * C, 0, C * sizeof(S));", "",
+        "test_layer_norm.py::test_many_rows_per_program[cpu-avx2]",
+    ),
+    Mutant(
+        "the first block's partial sums alone", ROWS_H,
+        "i < blocks.count; ++i", "i < 1; ++i",
+        "test_layer_norm.py::test_many_rows_per_program[cpu-avx2]",
+    ),
+    Mutant(
+        "every strip of columns stored over the first", ROWS_H,
+        "store(sum, out + begin + c, lanes);", "store(sum, out + c, lanes);",
+        "test_cpu.py::test_bits_do_not_depend_on_threads[cpu-avx2-layer_norm-fp32]",
+    ),
+    # vectors and their functions
+    Mutant(
+        "a coefficient of exp2", MATH_H,
+        "2.40226468906e-1f", "2.40228e-1f",
+        "test_cpu.py::test_exp_keeps_its_bound[cpu-avx2]",
+    ),
+    Mutant(
+        "exp2 wraps around below its range", MATH_H,
+        "exp2_inside(is_double ? x : max(V::set(-127), x))", "exp2_inside(x)",
+        "test_cross_entropy.py::test_large_logits[cpu-avx2-10000.0]",
+    ),
+    Mutant(
+        "one lane too many", AVX2_H,
+        "_mm256_set1_epi32(int32_t(n))", "_mm256_set1_epi32(int32_t(n) + 1)",
+        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+    ),
+    Mutant(
+        "a sum that misses lanes", AVX2_H,
+        "x = _mm_add_ps(x, _mm_movehl_ps(x, x));", "",
+        "test_layer_norm.py::test_layer_norm[cpu-avx2-C17-N3-fp32-same]",
+    ),
+    Mutant(
+        "a maximum that misses lanes", AVX2_H,
+        "x = _mm_max_ps(x, _mm_movehl_ps(x, x));", "",
+        "test_cross_entropy.py::test_the_largest_logit_may_be_anywhere[cpu-avx2-fp32]",
+    ),
+    Mutant(
+        "bfloat16 truncated", AVX2_H,
+        "_mm256_blendv_epi8(_mm256_add_epi32(u, half), quiet, nan)",
+        "_mm256_blendv_epi8(u, quiet, nan)",
+        "test_cpu.py::test_every_half_precision_number_is_read_and_rounded[cpu-avx2-bf16]",
+    ),
+    Mutant(
+        "bfloat16 ties away from zero", VEC_H,
+        "(u + 0x7fff + (u >> 16 & 1)) >> 16", "(u + 0x8000) >> 16",
+        "test_cpu.py::test_every_half_precision_number_is_read_and_rounded[cpu-scalar-bf16]",
+    ),
+    Mutant(
+        "float16 rounds subnormals as normal numbers", VEC_H,
+        "rest < 0x38800000", "rest < 0x38000000",
+        "test_cpu.py::test_every_half_precision_number_is_read_and_rounded[cpu-scalar-fp16]",
+    ),
+    # the way to a kernel
+    Mutant(
+        "stride-0 gradient read as contiguous", OPS_CPP,
+        "dlosses = as_contiguous(dlosses_);", "dlosses = dlosses_;",
+        "test_cross_entropy.py::test_ignore_index[cpu-avx2--1]",
+    ),
+    Mutant(
+        "rows of logits packed", OPS_CPP,
+        "logits.size(0), V, logits.stride(0),", "logits.size(0), V, V,",
+        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+    ),
+]  # fmt: skip
+
+ATTENTION_MUTANTS = [
+    # forward: which keys a query sees
+    Mutant(
+        "a query does not see its own key", FORWARD_H,
+        "sees = i0 + 1 + x.Tk - x.Tq;", "sees = i0 + x.Tk - x.Tq;",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "first query aligned with first key", FORWARD_H,
+        "sees = i0 + 1 + x.Tk - x.Tq;", "sees = i0 + 1;",
+        "test_attention.py::test_last_query_meets_last_key[cpu-avx2-65-200-D16-fp32-]",
+    ),
+    Mutant(
+        "a tile ends before its last query's key", FORWARD_H,
+        "keys = at_most(kKeys, sees + r0 + n - 1 - j0);",
+        "keys = at_most(kKeys, sees + r0 + n - 2 - j0);",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "the first query's keys are the block's", FORWARD_H,
+        "j0 < sees + rows - 1; j0 += kKeys", "j0 < sees; j0 += kKeys",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
+    ),
+    Mutant(
+        "powers above the diagonal", FORWARD_H,
+        "power_of(first(sees - j, exp2_below((V::load(s + j) - m_r) * scale), "
+        "V::set(0)));",
+        "power_of(exp2_below((V::load(s + j) - m_r) * scale));",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "a maximum above the diagonal", FORWARD_H,
+        "top = max(top, first(sees - j, V::load(s + j), lowest));",
+        "top = max(top, V::load(s + j));",
+        "test_attention.py::test_no_row_depends_on_a_later_key[cpu-avx2-0-huge-fp32]",
+    ),
+    Mutant(
+        "what is not seen is not zero", FORWARD_H,
+        "for (; j < round_up(keys, V::W); j += V::W) V::set(0).store(p + j);", "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    # forward: the online softmax and its scales
+    Mutant(
+        "acc not rescaled", FORWARD_H,
+        "product<P, Into::kRescale>(n, ld, values);", "product<P, Into::kAdd>(n, ld, values);",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
+    ),
+    Mutant(
+        "l not rescaled", FORWARD_H,
+        "l[r] = l[r] * block.alpha[r] + sum.sum();", "l[r] = l[r] + sum.sum();",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
+    ),
+    Mutant(
+        "a block of -inf", FORWARD_H,
+        "block.m[r] = kLowest<S>;", "block.m[r] = -S(INFINITY);",
+        "test_attention.py::test_scores_of_minus_infinity[cpu-avx2]",
+    ),
+    Mutant(
+        "natural scale in powers of two", FORWARD_H,
+        "scale_log2 = S(x.softmax_scale * kLog2E);", "scale_log2 = S(x.softmax_scale);",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "scale folded into the maximum", FORWARD_H,
+        "power_of(exp2_below((V::load(s + j) - m_r) * scale));",
+        "power_of(exp2_below(fma(V::load(s + j), scale, V::set(0) - m_r * scale)));",
+        "test_attention.py::test_huge_scores[cpu-avx2-fp32]",
+    ),
+    Mutant(
+        "lse in powers of two", FORWARD_H,
+        "block.m[r] * scale_log2 * S(kLn2) +", "block.m[r] * scale_log2 +",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    # backward
+    Mutant(
+        "delta left out", BACKWARD_H,
+        "V ds = p * (grad - delta);", "V ds = p * grad;",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "delta without the tail of D", BACKWARD_H,
+        "if (d < x.D) sum = fma(V::load(a + d, x.D - d), V::load(b + d, x.D - d), sum);", "",
+        "test_attention.py::test_any_head_size_on_a_cpu[cpu-avx2-D17-T33-fp32-]",
+    ),
+    Mutant(
+        "lse taken for powers of two", BACKWARD_H,
+        "lse[bh * x.Tq + i] * S(kLog2E);", "lse[bh * x.Tq + i];",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dq not scaled", BACKWARD_H,
+        "write(head.dq + i0 * packed.ld, S(x.softmax_scale),",
+        "write(head.dq + i0 * packed.ld, 1,",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dk not scaled", BACKWARD_H,
+        "write(block.dk, S(x.softmax_scale),", "write(block.dk, 1,",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dk dv start after the diagonal", BACKWARD_H,
+        "at_least(0, j0 + k0 - (x.Tk - x.Tq) - i0)",
+        "at_least(0, j0 + k0 + 1 - (x.Tk - x.Tq) - i0)",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dk dv without the last query", BACKWARD_H,
+        "if (sees >= rows) break;", "if (sees + 1 >= rows) break;",
+        "test_attention.py::test_short[cpu-avx2-T1-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dk dv start at the first query's own key", BACKWARD_H,
+        "first_query = at_least(0, j0 - (x.Tk - x.Tq));", "first_query = j0;",
+        "test_attention.py::test_last_query_meets_last_key[cpu-avx2-65-200-D16-fp32-]",
+    ),
+    Mutant(
+        "ds above the diagonal", BACKWARD_H,
+        "ds = first(visible - j, ds, V::set(0));", "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dq starts from what was there", BACKWARD_H,
+        "for (int64_t i = begin * ld; i < end * ld; i += V::W) V::set(0).store(head.dq + "
+        "i);",
+        "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "dv starts from the last block's", BACKWARD_H,
+        "V::set(0).store(block.dv + i);", "",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
+    ),
+    Mutant(
+        "tiles keep what is not seen", BACKWARD_H,
+        "    zero(block, at, j);\n"
+        "  }\n"
+        "\n",
+        "  }\n"
+        "\n",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    # dropout
+    Mutant(
+        "kept powers not scaled", FORWARD_H,
+        "V::set(S(dropout.scale) / block.l[r])", "V::set(1 / block.l[r])",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "l of what is kept", FORWARD_H,
+        "sum = sum + power;\n"
+        "        if (dropout.active()) power = power * V::load(block.keep + j);",
+        "if (dropout.active()) power = power * V::load(block.keep + j);\n"
+        "        sum = sum + power;",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "every block drops like the first", FORWARD_H,
+        "dropout.keep(bh, i + r, j0,", "dropout.keep(bh, i + r, 0,",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-drop]",
+    ),
+    Mutant(
+        "dp of dropped powers", BACKWARD_H,
+        "grad = grad * keep;", "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "dv of dropped powers", BACKWARD_H,
+        "dropped = p * keep;", "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "one mask for all heads", DROPOUT_H,
+        "uint32_t(i), uint32_t(bh), 0}", "uint32_t(i), 0, 0}",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "half of the seed", DROPOUT_H,
+        "uint32_t(uint64_t(seed) >> 32)}", "0}",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "six rounds", DROPOUT_H,
+        "round < 7;", "round < 6;",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    Mutant(
+        "probabilities of 23 bits", DROPOUT_H,
+        "word[w] >> 8 >= threshold", "word[w] >> 9 >= threshold",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-drop]",
+    ),
+    # products and packing
+    Mutant(
+        "a tile of too few vectors", GEMM_H,
+        "(at_most(columns, kPanel<V>) + V::W - 1) / V::W", "at_most(columns, kPanel<V>) / V::W",
+        "test_attention.py::test_short[cpu-avx2-T63-D64-contiguous-fp32-]",
+    ),
+    Mutant(
+        "products not added", GEMM_H,
+        "if constexpr (into == Into::kAdd) acc[m][n] = V::load(c) + acc[m][n];", "",
+        "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
+    ),
+    Mutant(
+        "the same strip for every panel", GEMM_H,
+        "x.b += x.b_strip;", "",
+        "test_attention.py::test_short[cpu-avx2-T63-D64-contiguous-fp32-]",
+    ),
+    Mutant(
+        "the edge of a transpose", GEMM_H,
+        "to[j * to_ld + i] = from[i * ld + j];", "",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "what is beyond D is not zero", GEMM_H,
+        "for (; d < ld; d += V::W) V::load(from + d, D - d).store(to + d);",
+        "for (; d < D; d += V::W) V::load(from + d).store(to + d);",
+        "test_attention.py::test_any_head_size_on_a_cpu[cpu-avx512_bf16-D17-T33-bf16-]",
+    ),
+    Mutant(
+        "a transpose with two rows exchanged", TRANSPOSE_H,
+        "_mm256_storeu_ps(to + (half + 3) * to_ld, _mm256_shuffle_ps(b, d, 0xee));",
+        "_mm256_storeu_ps(to + (half + 3) * to_ld, _mm256_shuffle_ps(b, d, 0x44));",
+        "test_attention.py::test_short[cpu-avx2-T17-D16-contiguous-fp32-]",
+    ),
+    Mutant(
+        "an odd row has no zeros beside it", GEMM_H,
+        "r + 1 < rows ? from[ld + d] : typename P::Element{};", "from[ld + d];",
+        "test_attention.py::test_short[cpu-avx512_bf16-T17-D16-contiguous-bf16-]",
+    ),
+    Mutant(
+        "pairs in the wrong order", GEMM_H,
+        "to[2 * d] = from[d];", "to[2 * d] = from[ld + d];",
+        "test_attention.py::test_short[cpu-avx512_bf16-T17-D16-contiguous-bf16-]",
+    ),
+    Mutant(
+        "every pair is the first", DOT_H,
+        "memcpy(&pair, a, 4);", "memcpy(&pair, a, 2), pair &= 0xffff, pair |= pair << 16;",
+        "test_attention.py::test_short[cpu-avx512_bf16-T17-D16-contiguous-bf16-]",
+    ),
+    # threads
+    Mutant(
+        "every head's queries meet the first head's keys", FORWARD_H,
+        "f.queries(bh, i, memory.head(bh), block);", "f.queries(bh, i, memory.head(0), block);",
+        "test_cpu.py::test_bits_do_not_depend_on_threads[cpu-avx2-causal_attention-fp32]",
+    ),
+    Mutant(
+        "the last queries first, and only those", FORWARD_H,
+        "i = (blocks - 1 - n / n_heads) * kQueries;", "i = (blocks - 1) * kQueries;",
+        "test_cpu.py::test_bits_do_not_depend_on_threads[cpu-avx2-causal_attention-fp32]",
+    ),
+    Mutant(
+        "a block of queries ends before its diagonal", BACKWARD_H,
+        "j0 < i0 + rows + x.Tk - x.Tq; j0 += kKeys", "j0 < i0 + x.Tk - x.Tq; j0 += kKeys",
+        "test_cpu.py::test_bits_do_not_depend_on_threads[cpu-avx2-causal_attention-fp32]",
+    ),
+    # one token per sequence
+    Mutant(
+        "keys beyond a length", DECODE_H,
+        "n = at_most(kPiece, x.lengths[b] - j0);", "n = at_most(kPiece, x.T - j0);",
+        "test_decode_attention.py::test_decode[cpu-avx2-B3-T700-D64-fp32]",
+    ),
+    Mutant(
+        "products without the tail of D", DECODE_H,
+        "for (; d < x.D; d += V::W) even = fma(V::load(q + d), V::load(k + d, x.D - d), "
+        "even);",
+        "",
+        "test_decode_attention.py::test_decode[cpu-avx2-B1-T17-D7-fp32]",
+    ),
+    Mutant(
+        "pieces added as they are", DECODE_H,
+        "l += factor * acc[ld + 1];", "l += acc[ld + 1];",
+        "test_decode_attention.py::test_decode[cpu-avx2-B1-T700-D64-fp32]",
+    ),
+    Mutant(
+        "a piece too many", DECODE_H,
+        "used = (x.lengths[b] + kPiece - 1) / kPiece;", "used = x.lengths[b] / kPiece + 1;",
+        "test_decode_attention.py::test_decode[cpu-avx2-B1-T256-D64-fp32]",
+    ),
+    Mutant(
+        "scores past the last are zero", DECODE_H,
+        "++j) s[j] = -S(INFINITY);", "++j) s[j] = 0;",
+        "test_decode_attention.py::test_decode[cpu-avx2-B1-T17-D16-fp32]",
+    ),
+    Mutant(
+        "no keys give NaN", DECODE_H,
+        "used == 0 ? S(0) : 1 / l", "1 / l",
+        "test_decode_attention.py::test_no_keys_give_zeros_and_nan_stays[cpu-avx2]",
+    ),
+    # views
+    Mutant(
+        "values read where the keys are", OPS_ATTENTION_CPP,
+        ".v = view_of(qkv, 2, C, D),", ".v = view_of(qkv, 1, C, D),",
+        "test_attention.py::test_packed[cpu-avx2-2-17-3-D16-fp32-]",
+    ),
+    Mutant(
+        "dv written over dk", OPS_ATTENTION_CPP,
+        "out_view_of(dqkv, 2, C, x.D),", "out_view_of(dqkv, 1, C, x.D),",
+        "test_attention.py::test_packed[cpu-avx2-2-17-3-D16-fp32-]",
+    ),
+    Mutant(
+        "stride-0 gradient read as contiguous", OPS_ATTENTION_CPP,
+        "return x.stride(last) == 1 || x.size(last) == 1 ? x :",
+        "return x.stride(last) < 2 ? x :",
+        "test_attention.py::test_backward_twice_and_stride_0_gradients[cpu-avx2]",
+    ),
+]  # fmt: skip
