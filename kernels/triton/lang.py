@@ -9,7 +9,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
-# Of float32. A maximum that starts here, and not at -inf, leaves exp(s - m) = 0 where all s are -inf.
+# A maximum of float32 that starts here, not at -inf, leaves exp(s - m) = 0 where all s are -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
