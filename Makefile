@@ -21,11 +21,12 @@ wheel:  ## for machines without a compiler: dist/ gets a wheel of this platform 
 	python -m pip wheel --no-deps -w dist .
 	rm -rf build kernels/lib
 
-# The tests of the CPU kernels with a library that watches its memory and its arithmetic. Python is
-# not built that way, so the runtimes come first: theirs, and the C++ library, whose exceptions they
-# intercept.
+# The tests of the CPU kernels with a library that watches its memory and its arithmetic; with GRID=
+# a sample of them. Python is not built that way, so the runtimes come first: theirs, and the C++
+# library, whose exceptions they intercept.
 sanitize: export GPT2_KERNELS_SANITIZE = 1
-sanitize: SANITIZED = tests/ -m cpu_kernels
+sanitize: GRID = --full
+sanitize: SANITIZED = tests/ -m cpu_kernels $(GRID) --ignore tests/test_mutants.py
 sanitize: RUNTIMES = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
 sanitize:
 	python -m gpt2.kernels build

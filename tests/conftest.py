@@ -115,6 +115,16 @@ def ran(request):
     return lambda backend: request.node.user_properties.append(("compared", backend))
 
 
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A small library in place of csrc: toy.py."""
+    from toy import Toy
+
+    toy = Toy(tmp_path, monkeypatch)
+    yield toy
+    toy.hold.unlink(missing_ok=True)  # a test that failed leaves nobody waiting
+
+
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
 CPU = pytest.param("cpu", marks=pytest.mark.cpu_kernels)
 CPU_SETS = [pytest.param(f"cpu-{isa}", marks=pytest.mark.cpu_kernels) for isa in ISAS]

@@ -25,6 +25,7 @@ NORM = "kernels/triton/layer_norm.py"
 GELU = "kernels/triton/gelu.py"
 LOSS = "kernels/triton/cross_entropy.py"
 LINEAR = "kernels/linear_cross_entropy.py"
+PRODUCT = "kernels/linear.py"
 AUTOGRAD = "kernels/autograd.py"
 DISPATCH = "kernels/dispatch.py"
 OPS = "kernels/ops.py"
@@ -394,6 +395,42 @@ MUTANTS = [
         "saved gradient scaled in place", AUTOGRAD,
         "dx = dx * dtotal if", "dx = dx.mul_(dtotal) if",
         "test_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    # the products of the model and of the head
+    Mutant(
+        "sums of 16 bits", PRODUCT,
+        "t.to(dtype).float()", "t.to(dtype)",
+        "test_linear.py::test_wide_products_are_float32[widened]",
+    ),
+    Mutant(
+        "operands not rounded", PRODUCT,
+        "t.to(dtype).float()", "t.float()",
+        "test_linear.py::test_operands_are_rounded_as_autocast_rounds_them[widened]",
+    ),
+    Mutant(
+        "result not rounded", PRODUCT,
+        "F.linear(*operands).to(dtype)", "F.linear(*operands)",
+        "test_linear.py::test_linear[widened-bf16]",
+    ),
+    Mutant(
+        "autocast takes the wide product for one of its own", PRODUCT,
+        "enabled=False", "enabled=True",
+        "test_linear.py::test_autocast_decides_the_dtype[widened]",
+    ),
+    Mutant(
+        "oneDNN for every dtype", PRODUCT,
+        "        and x.dtype == torch.float32\n", "",
+        "test_linear.py::test_onednn_is_asked_for_float32_on_a_cpu_alone[bfloat16]",
+    ),
+    Mutant(
+        "oneDNN though it is turned off", PRODUCT,
+        "        and torch.backends.mkldnn.enabled\n", "",
+        "test_linear.py::test_logits[mm]",
+    ),
+    Mutant(
+        "two chunks of logits at a time", LINEAR,
+        "chunk = None", "pass",
+        "test_cross_entropy.py::test_one_chunk_of_logits_at_a_time[triton]",
     ),
     # the way to a kernel
     Mutant(

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import sys
+import weakref
 
 import pytest
 import torch
@@ -93,6 +95,24 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch, kernel_backend):
         kernels.linear_cross_entropy(x, weight, targets_in(N, V)).backward()
     assert largest[0] <= N * V // 8
     assert max(saved) <= max(x.numel(), weight.numel())
+
+
+def test_one_chunk_of_logits_at_a_time(monkeypatch, accelerated):
+    """Where the product makes its own memory, the chunk before is free by then."""
+    module, chunks, alive = sys.modules["gpt2.kernels.linear_cross_entropy"], [], []
+    times_transposed = module.times_transposed
+
+    def spy(x, weight, out):
+        alive.append(sum(chunk() is not None for chunk in chunks))
+        chunk = times_transposed(x, weight, out)
+        chunks.append(weakref.ref(chunk))
+        return chunk
+
+    monkeypatch.setattr(module, "times_transposed", spy)
+    x, weight = tensor(520, 16).requires_grad_(), tensor(33, 16).requires_grad_()
+    with kernels.use(accelerated):
+        kernels.linear_cross_entropy(x, weight, targets_in(520, 33)).backward()
+    assert len(alive) > 2 and not any(alive)
 
 
 def test_forward_keeps_one_number_per_row(kernel_backend):

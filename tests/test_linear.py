@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from util import DEVICE, assert_close_to
 
 from gpt2 import kernels
+from gpt2.kernels.linear import onednn_multiplies, times_transposed
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,6 +50,13 @@ def test_autocast_decides_the_dtype(machine):
     assert kernels.linear(x, weight).dtype == torch.float32
 
 
+def test_operands_are_rounded_as_autocast_rounds_them(machine):
+    """1 + 2^-10 is 1 in bfloat16: the difference to 1 is 0, though the sum has room for it."""
+    x, weight = torch.tensor([[1 + 2**-10, 1.0]]), torch.tensor([[1.0, -1.0]])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert kernels.linear(x.to(DEVICE), weight.to(DEVICE)).item() == 0
+
+
 def test_float32_is_pytorch_s_own(machine):
     x, weight, bias = torch.randn(4, 8), torch.randn(3, 8), torch.randn(3)
     assert torch.equal(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
@@ -61,3 +69,25 @@ def test_wide_products_are_float32(monkeypatch, machine):
     monkeypatch.setattr(machine.F, "linear", lambda x, *rest: (seen.append(x.dtype), x)[1])
     kernels.linear(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
     assert seen == [torch.bfloat16 if machine._on_cpu(None) else torch.float32]
+
+
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mm"])
+def test_logits(onednn):
+    """x weight^T by either library of PyTorch's; what does not make its own memory fills `out`."""
+    x, weight = torch.randn(5, 33, device=DEVICE), torch.randn(1001, 33, device=DEVICE)
+    out = torch.empty(5, 1001, device=DEVICE)
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        own = onednn_multiplies(x)
+        y = times_transposed(x, weight, out)
+    assert own == (onednn and DEVICE == "cpu" and torch.backends.mkldnn.is_available())
+    assert out.isnan().all() if own else y is out
+    assert_close_to(x.double() @ weight.double().T, y, x @ weight.T, "y", factor=2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.double(), lambda x: x.bfloat16(), lambda x: x.to("meta")],
+    ids=["float64", "bfloat16", "meta"],
+)
+def test_onednn_is_asked_for_float32_on_a_cpu_alone(change):
+    assert not onednn_multiplies(change(torch.ones(2, 2)))

@@ -1,98 +1,42 @@
-"""How csrc becomes a loaded library: built once, cached, verified, and every way this can fail.
+"""How csrc becomes a loaded library: built once, cached, shared by processes, or shipped.
 
-Each test has a small library of its own in place of csrc, a cache of its own, and a compiler that
-notes what it is asked; what is said of the real csrc runs with --full.
+Each test has a small library of its own in place of csrc (toy.py); what is said of the real csrc
+runs with --full. How this fails is in test_native_failures.py.
 """
 
 import io
-import json
 import multiprocessing
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from toy import (
+    change_compiler,
+    change_flags,
+    change_header,
+    change_source,
+    change_torch,
+    lines,
+    needs_compiler,
+    sanitize,
+    wait_for,
+)
 
 from gpt2.kernels import __main__ as command_line
 from gpt2.kernels import _build, native
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILER = next(filter(None, map(shutil.which, _build.COMPILERS)), None)
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
-    pytest.mark.skipif(native.fcntl is None, reason="needs Linux or macOS"),
-]
-
-
-class Toy:
-    """A library of one file that takes a tenth of a second, and where it is built."""
-
-    def __init__(self, folder: Path, monkeypatch):
-        self.csrc, self.cache, self.shipped = (folder / x for x in ("csrc", "cache", "lib"))
-        self.csrc.mkdir()
-        self.source, self.header = self.csrc / "toy.cpp", self.csrc / "toy.h"
-        self.header.write_text("inline int answer() { return 42; }\n")
-        self.source.write_text('#include "toy.h"\nextern "C" int toy() { return answer(); }\n')
-        self.calls, self.hold, self.fail = (folder / x for x in ("calls", "hold", "fail"))
-        self.compiler = folder / "noting-c++"
-        self.write_compiler(self.compiler)
-        self.library = _build.Library("the toy", {"toy.cpp": ()}, ("*.h",))
-        self.monkeypatch = monkeypatch
-        monkeypatch.setattr(_build, "CSRC", self.csrc)
-        monkeypatch.setattr(_build, "LIBRARIES", {"cpu": self.library})
-        monkeypatch.setattr(native, "SHIPPED", self.shipped)
-        monkeypatch.setattr(native, "_reasons", {})
-        monkeypatch.setenv("GPT2_KERNELS_CACHE", str(self.cache))
-        monkeypatch.setenv("CXX", shlex.quote(str(self.compiler)))
-        monkeypatch.delenv("GPT2_KERNELS_SANITIZE", raising=False)
-
-    def write_compiler(self, path: Path) -> None:
-        """Notes each call, lasts for as long as the file `hold` is there, fails if `fail` is."""
-        calls, hold, fail = (shlex.quote(str(x)) for x in (self.calls, self.hold, self.fail))
-        path.write_text(
-            f'#!/bin/sh\necho "$@" >> {calls}\n'
-            f"for i in $(seq 1200); do [ -e {hold} ] || break; sleep 0.05; done\n"
-            f'[ -e {fail} ] && exit 1\nexec {COMPILER} "$@"\n'
-        )
-        path.chmod(0o755)
-
-    def compiled(self) -> int:
-        """How often a source was compiled."""
-        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
-        return sum(" -c " in line for line in lines)
-
-    def start_again(self) -> str | None:
-        """load(), as a new process calls it."""
-        native._reasons.clear()
-        return native.load()
-
-    def built(self) -> list[Path]:
-        return sorted(self.cache.glob("cpu/*/*.so"))
-
-    def without_compiler(self) -> None:
-        self.monkeypatch.setenv("CXX", "/nonexistent/c++")
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    toy = Toy(tmp_path, monkeypatch)
-    yield toy
-    toy.hold.unlink(missing_ok=True)  # a test that failed leaves nobody waiting
-
-
-def lines(captured) -> list[str]:
-    return captured.readouterr().err.splitlines()
+pytestmark = needs_compiler
 
 
 # ---- the first use, and those after it
@@ -178,33 +122,6 @@ def test_nothing_is_written_but_the_cache(toy):
 # ---- what a cached library stands for
 
 
-def change_source(toy):
-    toy.source.write_text(toy.source.read_text() + "// more\n")
-
-
-def change_header(toy):
-    toy.header.write_text("inline int answer() { return 43; }\n")
-
-
-def change_flags(toy):
-    changed = {"cpu": replace(toy.library, sources={"toy.cpp": ("-DMORE",)})}
-    toy.monkeypatch.setattr(_build, "LIBRARIES", changed)
-
-
-def change_torch(toy):
-    toy.monkeypatch.setattr(torch, "__version__", "2.99.0")
-
-
-def change_compiler(toy):
-    other = toy.compiler.with_name("other-c++")
-    toy.write_compiler(other)
-    toy.monkeypatch.setenv("CXX", shlex.quote(str(other)))
-
-
-def sanitize(toy):
-    toy.monkeypatch.setenv("GPT2_KERNELS_SANITIZE", "1")
-
-
 CHANGES = [change_source, change_header, change_flags, change_torch, change_compiler, sanitize]
 
 
@@ -251,13 +168,6 @@ def test_sources_that_change_meanwhile_are_not_cached(toy):
 
 
 # ---- several processes, and dead ones
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def in_child(function) -> multiprocessing.Process:
@@ -347,254 +257,6 @@ def test_an_interrupted_build_is_not_a_failed_one(toy, monkeypatch):
     assert native.load() is None
 
 
-# ---- what a machine can lack
-
-
-def test_no_compiler(toy, monkeypatch):
-    toy.without_compiler()
-    assert toy.start_again() == ("no C++ compiler: CXX is '/nonexistent/c++', which cannot be run")
-    monkeypatch.setenv("CXX", "'c++")
-    assert toy.start_again() == 'no C++ compiler: CXX is "\'c++", which cannot be run'
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", "/nonexistent")
-    reason = "no C++ compiler: none of c++, g++, clang++ is on PATH; set CXX"
-    assert toy.start_again() == reason
-    with pytest.raises(native.BuildError, match=r"none of c\+\+, g\+\+, clang\+\+ is on PATH"):
-        native.build()
-
-
-def test_a_compiler_may_come_with_arguments(toy, monkeypatch):
-    monkeypatch.setenv("CXX", f"{toy.compiler} -DMINE='a b'")
-    assert native.load() is None
-    assert toy.calls.read_text().startswith("-DMINE=a b -std=c++20 ")
-
-
-def test_no_ninja(toy, monkeypatch):
-    monkeypatch.setattr(_build.shutil, "which", lambda name: None if name == "ninja" else name)
-    monkeypatch.setitem(sys.modules, "ninja", None)
-    assert native.load() == "ninja is missing: pip install ninja"
-    assert toy.start_again() == "ninja is missing: pip install ninja"
-    monkeypatch.undo()
-
-
-def test_a_compiler_that_fails(toy, capfd):
-    toy.source.write_text("int fine;\nint x = nonsense;\n")
-    reason = native.load()
-    told = re.fullmatch(
-        r"the C\+\+ compiler failed: (?P<error>.*) "
-        r"\(log: (?P<log>.*); to try again: python -m gpt2\.kernels build\)",
-        reason,
-    )
-    assert told["error"].startswith("toy.cpp:2:9: error: ") and "nonsense" in told["error"]
-    log = Path(told["log"]).read_text()
-    assert log.startswith(reason) and "-c toy.cpp" in log and "toy.cpp:2:9: error: " in log
-    # The next process doesn't try the same again; the command does; a change is a new chance.
-    lines(capfd)
-    assert toy.start_again() == reason and toy.compiled() == 1
-    assert lines(capfd) == []
-    with pytest.raises(native.BuildError, match=r"toy\.cpp:2:9: error"):
-        native.build()
-    assert toy.compiled() == 2
-    change_compiler(toy)
-    assert toy.start_again() != reason and toy.compiled() == 3
-    toy.source.write_text("int x;\n")
-    assert toy.start_again() is None
-
-
-@pytest.mark.parametrize(
-    "script, shown",
-    [
-        ("exit 1", "it gave no message"),
-        ("echo Segmentation fault; exit 139", "Segmentation fault"),
-        ("echo odd; echo 'x: error: '$(printf '%0300d' 1); echo no; exit 1", "x: error: 000"),
-        ("exit 0", "it gave no message"),
-    ],
-    ids=["silent", "crash", "long", "writes nothing"],
-)
-def test_whatever_a_compiler_says_becomes_one_line(toy, script, shown):
-    toy.compiler.write_text(f"#!/bin/sh\n{script}\n")
-    reason = native.load()
-    error = reason.removeprefix("the C++ compiler failed: ").partition(" (log: ")[0]
-    assert error.startswith(shown) and len(error) <= 160 and "\n" not in reason
-
-
-def test_what_is_undefined_is_found_when_it_is_linked(toy):
-    toy.source.write_text('int elsewhere();\nextern "C" int toy() { return elsewhere(); }\n')
-    assert "undefined reference to `elsewhere()'" in native.load()
-
-
-def test_a_failed_force_keeps_what_works(toy):
-    library = native.build()
-    toy.fail.touch()
-    with pytest.raises(native.BuildError, match="it gave no message"):
-        native.build(force=True)
-    assert native.build() == library and toy.start_again() is None
-
-
-@pytest.mark.parametrize("place", ["/proc/gpt2-kernels", "file/cache"])
-def test_a_cache_that_cannot_be_written(toy, place, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("GPT2_KERNELS_CACHE", str(tmp_path / place))
-    reason = native.load()
-    assert reason.startswith("the cache cannot be written (") and str(tmp_path / place) in reason
-    assert reason.endswith("; set GPT2_KERNELS_CACHE to a folder that can") and not toy.compiled()
-    with pytest.raises(native.BuildError, match="the cache cannot be written"):
-        native.build()
-
-
-def test_a_read_only_cache_still_serves(toy, monkeypatch):
-    native.build()
-
-    def read_only(*args, **kwargs):
-        raise OSError(30, "Read-only file system")
-
-    for name in ("mkdir", "replace", "rename", "open"):
-        monkeypatch.setattr(os, name, read_only)
-    assert toy.start_again() is None
-    monkeypatch.setattr(_build, "identity", lambda compiler: "another one")
-    assert "the cache cannot be written ([Errno 30] Read-only file system)" in toy.start_again()
-
-
-def test_a_full_disk(toy, monkeypatch):
-    def full(path):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(native, "_flush", full)
-    assert "No space left on device" in native.load()
-    monkeypatch.undo()
-
-
-def test_the_cache_is_private(toy, monkeypatch):
-    old = os.umask(0)
-    try:
-        native.build()
-    finally:
-        os.umask(old)
-    for folder in (toy.cache, toy.cache / "cpu"):
-        assert folder.stat().st_mode & 0o777 == 0o700
-    toy.cache.chmod(0o770)
-    assert toy.start_again() == f"others can write to the cache {toy.cache}; chmod go-w {toy.cache}"
-    toy.cache.chmod(0o755)
-    assert toy.start_again() is None
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    reason = toy.start_again()
-    assert reason.startswith(f"the cache {toy.cache} belongs to user ") and "12345" in reason
-
-
-def test_where_the_cache_is(toy, monkeypatch, tmp_path):
-    monkeypatch.delenv("GPT2_KERNELS_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert native._cache_folder() == tmp_path / "xdg/gpt2-kernels"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says its specification
-    assert native._cache_folder() == tmp_path / "home/.cache/gpt2-kernels"
-    assert native.build().is_relative_to(tmp_path / "home/.cache/gpt2-kernels")
-
-
-def test_a_user_without_a_home(toy, monkeypatch, tmp_path):
-    """As in a container that runs under a number: nothing may land in a folder named ~."""
-    for name in ("GPT2_KERNELS_CACHE", "HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.chdir(tmp_path)
-    assert native.load() == "there is no home folder for a cache; set GPT2_KERNELS_CACHE"
-    assert not (tmp_path / "~").exists()
-
-
-def test_windows(toy, monkeypatch):
-    monkeypatch.setattr(native, "fcntl", None)
-    assert native.load() == "needs Linux or macOS"
-    with pytest.raises(native.BuildError, match="needs Linux or macOS"):
-        native.build()
-
-
-def test_a_source_is_missing(toy):
-    toy.source.unlink()
-    assert native.load() == f"the source file {toy.source} is missing"
-
-
-def test_an_unknown_library():
-    for function in (native.load, native.build):
-        with pytest.raises(ValueError, match=r"name must be one of cpu.*, got 'gpu'"):
-            function("gpu")
-
-
-# ---- damaged files
-
-
-def truncate(library):
-    os.truncate(library, library.stat().st_size // 2)
-
-
-def flip_a_bit(library):
-    content = bytearray(library.read_bytes())
-    content[len(content) // 2] ^= 1
-    library.write_bytes(content)
-
-
-def lose_the_checksum(library):
-    library.with_suffix(".json").unlink()
-
-
-def write_nonsense_as_checksum(library):
-    library.with_suffix(".json").write_text("[1, 2")
-
-
-def write_a_list_as_checksum(library):
-    library.with_suffix(".json").write_text("[1, 2]")
-
-
-DAMAGES = [truncate, flip_a_bit, lose_the_checksum, write_nonsense_as_checksum,
-           write_a_list_as_checksum]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_cache_is_built_again(toy, damage, capfd):
-    library = native.build()
-    damage(library)
-    lines(capfd)
-    assert toy.start_again() is None and toy.compiled() == 2
-    said = lines(capfd)
-    assert said[0].startswith(f"gpt2-kernels: {library} ") and said[0].endswith("; not used")
-    assert toy.start_again() is None and toy.compiled() == 2
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_shipped_library_is_not_used(toy, damage, capfd):
-    damage(native.build(out=toy.shipped))
-    lines(capfd)
-    assert toy.start_again() is None
-    assert loaded_last(toy).is_relative_to(toy.cache)
-    assert lines(capfd)[0].startswith(f"gpt2-kernels: {toy.shipped}/libgpt2_kernels_cpu.so ")
-
-
-def loaded_last(toy) -> Path:
-    ours = [p for p in torch.ops.loaded_libraries if p.startswith(str(toy.csrc.parent))]
-    assert len(ours) == 1
-    return Path(ours[0])
-
-
-def write_library_that_does_not_load(library: Path) -> None:
-    library.write_bytes(b"no library at all")
-    record = json.loads(library.with_suffix(".json").read_text())
-    record["sha256"] = native._sha256(library)
-    library.with_suffix(".json").write_text(json.dumps(record))
-
-
-def test_a_sound_library_that_does_not_load(toy):
-    library = native.build()
-    write_library_that_does_not_load(library)
-    reason = toy.start_again()
-    assert reason.startswith(f"{library} cannot be loaded: {library}: ") and "\n" not in reason
-
-
-def test_a_shipped_library_that_does_not_load(toy, capfd):
-    write_library_that_does_not_load(native.build(out=toy.shipped))
-    lines(capfd)
-    assert toy.start_again() is None and loaded_last(toy).is_relative_to(toy.cache)
-    assert "libgpt2_kernels_cpu.so cannot be loaded: " in lines(capfd)[0]
-
-
 # ---- libraries built ahead of time
 
 
@@ -606,7 +268,7 @@ def test_a_shipped_library_needs_neither_compiler_nor_cache(toy, monkeypatch):
     shutil.rmtree(toy.cache)
     toy.without_compiler()
     change_torch(toy)  # one binary serves every torch
-    assert toy.start_again() is None and loaded_last(toy) == shipped
+    assert toy.start_again() is None and toy.loaded_last() == shipped
     assert not toy.cache.exists()
 
 
@@ -615,7 +277,7 @@ def test_a_shipped_library_of_other_sources_is_not_used(toy, capfd):
     native.build(out=toy.shipped)
     change_header(toy)
     lines(capfd)
-    assert toy.start_again() is None and loaded_last(toy).is_relative_to(toy.cache)
+    assert toy.start_again() is None and toy.loaded_last().is_relative_to(toy.cache)
     assert lines(capfd)[0].endswith("was built from other sources or flags; not used")
 
 
@@ -647,49 +309,6 @@ def test_the_commands_errors_are_one_line(toy, capfd, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     assert run_command(monkeypatch, "build", "--out", tmp_path / "file") == 1
     assert "error: [Errno 17] File exists" in capfd.readouterr().err
-
-
-# ---- sanitizers
-
-
-PLANTED = """
-#pragma GCC visibility push(default)
-extern "C" int item(int i) { int row[4] = {1, 2, 3, 4}; int* volatile p = row; return p[i]; }
-extern "C" int after_last(int i) { return 2147483647 + i; }
-"""
-
-
-@pytest.mark.parametrize(
-    "call, stopped_by",
-    [
-        ("item(3)", None),
-        ("after_last(0)", None),
-        ("item(4)", "AddressSanitizer: stack-buffer-overflow"),
-        ("after_last(1)", "runtime error: signed integer overflow"),
-    ],
-)
-def test_sanitizers_stop_what_is_planted(toy, call, stopped_by):
-    """With the runtimes that make sanitize puts before Python's own libraries."""
-    recipe = subprocess.run(
-        ["make", "-n", "sanitize", f"CXX={COMPILER}"], capture_output=True, text=True, cwd=ROOT
-    )
-    runtimes = re.search('LD_PRELOAD="(.*?)"', recipe.stdout)[1]
-    if not all(Path(runtime).is_absolute() for runtime in runtimes.split()):
-        pytest.skip(f"the compiler has no sanitizers: {runtimes}")
-    sanitize(toy)
-    toy.source.write_text(PLANTED)
-    code = f"import ctypes; ctypes.CDLL({str(native.build())!r}).{call}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        env=os.environ | {
-            "LD_PRELOAD": runtimes, "ASAN_OPTIONS": "detect_leaks=0",
-            "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
-        },
-    )  # fmt: skip
-    if stopped_by is None:
-        assert done.returncode == 0 and done.stderr == ""
-    else:
-        assert done.returncode != 0 and stopped_by in done.stderr
 
 
 # ---- the real csrc

@@ -186,7 +186,7 @@ int64_t attention_fwd(const Attention& x, void* o, void* lse, void* workspace,
                       const Threads& threads) {
   using F = AttentionForward<P, T>;
   const F f{x, static_cast<T*>(o), static_cast<typename F::S*>(lse)};
-  const bool shared = share_heads(x, threads);
+  const bool shared = share_heads(x, threads, 10, 11);  // shared, packing is a step of its own
   const int64_t n_heads = x.B * x.H,
                 packed_heads = shared ? n_heads : at_most(n_heads, threads.count);
   const Layout<typename F::Head, typename F::Block, F> memory(f, workspace, packed_heads);

@@ -279,7 +279,7 @@ int64_t attention_bwd(const Attention& x, View dout, const void* o, const void* 
   using F = AttentionBackward<P, T>;
   using S = typename F::S;
   const F f{x, dout, static_cast<const T*>(o), static_cast<const S*>(lse), dq, dk, dv};
-  const bool shared = share_heads(x, threads);
+  const bool shared = share_heads(x, threads, 5, 7);  // 5 products of a head, or 7
   const int64_t n_heads = x.B * x.H;
   const Layout<typename F::Head, typename F::Block, F> memory(
       f, workspace, shared ? n_heads : at_most(n_heads, threads.count));

@@ -43,10 +43,12 @@ GPT2_INLINE void store_row(const typename V::scalar* from, V factor, T* to, int6
   if (d < D) (V::load(from + d) * factor).store(to + d, D - d);
 }
 
-// Where heads are too few to keep all threads busy, every head is packed first, and the threads
-// then share the blocks of all heads; else each thread takes whole heads.
-inline bool share_heads(const Attention& x, const Threads& threads) {
-  return threads.count > 1 && x.B * x.H < 4 * threads.count;
+// Each thread takes whole heads, or, where some threads would be left without one for too long,
+// every head is packed first and the threads share the blocks of all heads. `whole` and `shared`
+// are what a head costs one way and the other.
+inline bool share_heads(const Attention& x, const Threads& threads, int64_t whole, int64_t shared) {
+  const int64_t heads = x.B * x.H, rounds = (heads + threads.count - 1) / threads.count;
+  return rounds * threads.count * whole > heads * shared;
 }
 
 // Where the packed heads and the workers' blocks lie in the workspace.
