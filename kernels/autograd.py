@@ -9,10 +9,11 @@ backward runs where its forward did. Gradients are first derivatives only; a sec
     N rows   C features   V vocabulary
 """
 
-import contextlib
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
@@ -20,7 +21,7 @@ from .linear import multiplies
 from .linear_cross_entropy import linear_cross_entropy_fwd
 
 _library = torch.library.Library("gpt2_kernels", "DEF")
-_raw = torch.ops.gpt2_kernels
+raw = SimpleNamespace()  # the one overload of each op: a call need not look for it
 
 
 def _register(schema: str, run, fake) -> None:
@@ -29,6 +30,7 @@ def _register(schema: str, run, fake) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=_library)
+    setattr(raw, name, getattr(torch.ops.gpt2_kernels, name).default)
 
 
 def _launcher(op: str, schema: str):
@@ -38,8 +40,7 @@ def _launcher(op: str, schema: str):
 
     def run(*args):
         *args, backend = args
-        with _device_guard(args[0]):
-            return getattr(dispatch.module(backend, op), name)(*args)
+        return _on_device_of(args[0], getattr(dispatch.module(backend, op), name), *args)
 
     def decorate(fake):
         _register(schema, run, fake)
@@ -48,8 +49,11 @@ def _launcher(op: str, schema: str):
     return decorate
 
 
-def _device_guard(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def _on_device_of(x: Tensor, launch, *args, **kwargs):
+    if not x.is_cuda:
+        return launch(*args, **kwargs)
+    with torch.cuda.device(x.device):
+        return launch(*args, **kwargs)
 
 
 def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,6 +63,24 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 def _accumulator(x: Tensor) -> torch.dtype:
     """Of statistics and sums: float32, and float64 where x is."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+class _NoBackward:
+    """A ctx that keeps nothing."""
+
+    def save_for_backward(self, *tensors):
+        pass
+
+
+def call(function: type[torch.autograd.Function], *args):
+    """function.apply(*args); its forward alone, a third of the price of a small call, where nothing
+    needs a gradient."""
+    needed = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in args
+    )
+    if needed or forward_ad._current_level >= 0:  # apply says that there is no forward mode
+        return function.apply(*args)
+    return function.forward(_NoBackward(), *args)
 
 
 # ---- attention
@@ -114,7 +136,7 @@ def _(q, k_cache, v_cache, lengths, softmax_scale, backend):
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, softmax_scale, dropout_p, seed, backend):
-        o, lse = _raw.attention_fwd(q, k, v, softmax_scale, dropout_p, seed, backend)
+        o, lse = raw.attention_fwd(q, k, v, softmax_scale, dropout_p, seed, backend)
         ctx.save_for_backward(q, k, v, o, lse, seed)
         ctx.softmax_scale, ctx.dropout_p, ctx.backend = softmax_scale, dropout_p, backend
         return o
@@ -123,7 +145,7 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         *saved, seed = ctx.saved_tensors
-        gradients = _raw.attention_bwd(
+        gradients = raw.attention_bwd(
             do, *saved, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend
         )
         return *gradients, None, None, None, None
@@ -132,7 +154,7 @@ class Attention(torch.autograd.Function):
 class AttentionQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, n_head, softmax_scale, dropout_p, seed, backend):
-        o, lse = _raw.attention_qkv_fwd(qkv, n_head, softmax_scale, dropout_p, seed, backend)
+        o, lse = raw.attention_qkv_fwd(qkv, n_head, softmax_scale, dropout_p, seed, backend)
         ctx.save_for_backward(qkv, o, lse, seed)
         ctx.n_head, ctx.softmax_scale = n_head, softmax_scale
         ctx.dropout_p, ctx.backend = dropout_p, backend
@@ -142,7 +164,7 @@ class AttentionQKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         qkv, o, lse, seed = ctx.saved_tensors
-        dqkv = _raw.attention_qkv_bwd(
+        dqkv = raw.attention_qkv_bwd(
             do, qkv, o, lse, ctx.n_head, ctx.softmax_scale, ctx.dropout_p, seed, ctx.backend
         )
         return dqkv, None, None, None, None, None
@@ -185,7 +207,7 @@ def _(dy, ds, x, weight, stats, backend):
 class LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, backend):
-        y, stats = _raw.layer_norm_fwd(x, weight, bias, eps, backend)
+        y, stats = raw.layer_norm_fwd(x, weight, bias, eps, backend)
         ctx.save_for_backward(x, weight, stats)
         ctx.backend = backend
         return y
@@ -193,14 +215,14 @@ class LayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dx, (dweight, dbias) = _raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
+        dx, (dweight, dbias) = raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
         return dx, dweight, dbias, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, backend):
-        y, s, stats = _raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
+        y, s, stats = raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
         ctx.save_for_backward(s, weight, stats)
         ctx.backend = backend
         return y, s
@@ -209,7 +231,7 @@ class AddLayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, ds):
         # s = x + residual: one tensor is the gradient of both.
-        dx, (dweight, dbias) = _raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
+        dx, (dweight, dbias) = raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
         return dx, dx, dweight, dbias, None, None
 
 
@@ -244,12 +266,12 @@ class Gelu(torch.autograd.Function):
     def forward(ctx, x, backend):
         ctx.save_for_backward(x)
         ctx.backend = backend
-        return _raw.gelu_fwd(x, backend)
+        return raw.gelu_fwd(x, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return _raw.gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+        return raw.gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
 
 
 class BiasGelu(torch.autograd.Function):
@@ -257,12 +279,12 @@ class BiasGelu(torch.autograd.Function):
     def forward(ctx, x, bias, backend):
         ctx.save_for_backward(x, bias)
         ctx.backend = backend
-        return _raw.bias_gelu_fwd(x, bias, backend)
+        return raw.bias_gelu_fwd(x, bias, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *_raw.bias_gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
+        return *raw.bias_gelu_bwd(dy, *ctx.saved_tensors, ctx.backend), None
 
 
 # ---- cross_entropy
@@ -301,7 +323,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, inplace_backward, backend):
-        losses, stats = _raw.cross_entropy_fwd(logits, targets, ignore_index, backend)
+        losses, stats = raw.cross_entropy_fwd(logits, targets, ignore_index, backend)
         ctx.save_for_backward(logits, targets, stats)
         ctx.ignore_index, ctx.inplace, ctx.backend = ignore_index, inplace_backward, backend
         return losses
@@ -312,10 +334,10 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, stats = ctx.saved_tensors
         args = (dlosses, logits, targets, stats, ctx.ignore_index, ctx.backend)
         if ctx.inplace and logits.stride(-1) == 1 and logits.stride(0) >= logits.shape[1]:
-            _raw.cross_entropy_bwd_(*args)
+            raw.cross_entropy_bwd_(*args)
             torch.autograd.graph.increment_version(logits)  # a second backward is refused
             return logits.detach(), None, None, None, None
-        return _raw.cross_entropy_bwd(*args), None, None, None, None
+        return raw.cross_entropy_bwd(*args), None, None, None, None
 
 
 def _linear_cross_entropy(*args):
@@ -328,8 +350,7 @@ def _linear_cross_entropy(*args):
             row_kernel, *operands, *args, align=1, tile=128
         )
         return total, dx.to(x.dtype), dweight
-    with _device_guard(x):
-        return linear_cross_entropy_fwd(row_kernel, x, weight, *args)
+    return _on_device_of(x, linear_cross_entropy_fwd, row_kernel, x, weight, *args)
 
 
 def _linear_cross_entropy_fake(x, weight, targets, ignore_index, need_dx, need_dweight, backend):
@@ -353,7 +374,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, ignore_index, need_dx, need_dweight, backend):
-        total, dx, dweight = _raw.linear_cross_entropy_fwd(
+        total, dx, dweight = raw.linear_cross_entropy_fwd(
             x, weight, targets, ignore_index, need_dx, need_dweight, backend
         )
         ctx.save_for_backward(dx, dweight)

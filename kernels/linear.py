@@ -31,16 +31,19 @@ def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """x weight^T, x (N, C) and weight (V, C): written to out (N, V), or, where oneDNN multiplies,
     in memory of its own. For few rows and many columns PyTorch's choice on a CPU, MKL, is slow: 128
     rows of logits at 65 GFLOP/s on two EPYC cores, oneDNN's at 106 (docs/log.md)."""
-    if onednn_multiplies(x):
+    if onednn_multiplies(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.mm(x, weight.t(), out=out)
 
 
-def onednn_multiplies(x: Tensor) -> bool:
-    """Whether times_transposed() leaves `out` alone."""
+def onednn_multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether times_transposed() leaves `out` alone. Strided operands are not for oneDNN: they go
+    through its reference code, a thousand times slower."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and x.is_contiguous()
+        and weight.is_contiguous()
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -51,7 +51,7 @@ def linear_cross_entropy_fwd(
     dweight_shape = (V_padded if need_dweight else 0, C)
     dweight = (torch.empty if N else torch.zeros)(dweight_shape, dtype=accumulator, device=x.device)
     rows = chunk_rows(N, tile)
-    logits = x.new_empty((0 if onednn_multiplies(x) else rows, V_padded))
+    logits = x.new_empty((0 if onednn_multiplies(x, padded) else rows, V_padded))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         chunk = None  # the last one's memory, if it was its own, goes first

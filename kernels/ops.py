@@ -51,7 +51,7 @@ def causal_attention(
         return reference.causal_attention(
             q, k, v, softmax_scale=scale, dropout_p=dropout_p, seed=seed
         )
-    return autograd.Attention.apply(q, k, v, scale, dropout_p, seed, backend)
+    return autograd.call(autograd.Attention, q, k, v, scale, dropout_p, seed, backend)
 
 
 def causal_attention_qkv(
@@ -83,7 +83,7 @@ def causal_attention_qkv(
         return reference.causal_attention_qkv(
             qkv, n_head, softmax_scale=scale, dropout_p=dropout_p, seed=seed
         )
-    return autograd.AttentionQKV.apply(qkv, n_head, scale, dropout_p, seed, backend)
+    return autograd.call(autograd.AttentionQKV, qkv, n_head, scale, dropout_p, seed, backend)
 
 
 def decode_attention(
@@ -130,7 +130,7 @@ def decode_attention(
     with torch.no_grad():
         if backend == "reference":
             return reference.decode_attention(q, k_cache, v_cache, lengths, softmax_scale=scale)
-        return torch.ops.gpt2_kernels.decode_attention(q, k_cache, v_cache, lengths, scale, backend)
+        return autograd.raw.decode_attention(q, k_cache, v_cache, lengths, scale, backend)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -144,7 +144,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    return autograd.LayerNorm.apply(x, weight, bias, eps, backend)
+    return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend)
 
 
 def add_layer_norm(
@@ -163,7 +163,7 @@ def add_layer_norm(
     backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
-    return autograd.AddLayerNorm.apply(x, residual, weight, bias, eps, backend)
+    return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def gelu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() and not dispatch.is_forced():
         return reference.gelu(x)  # Inductor fuses it into its neighbours
     backend = dispatch.choose("gelu", x.device, x.dtype)
-    return reference.gelu(x) if backend == "reference" else autograd.Gelu.apply(x, backend)
+    return reference.gelu(x) if backend == "reference" else autograd.call(autograd.Gelu, x, backend)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     backend = dispatch.choose("gelu", x.device, x.dtype)
     if backend == "reference":
         return reference.bias_gelu(x, bias)
-    return autograd.BiasGelu.apply(x, bias, backend)
+    return autograd.call(autograd.BiasGelu, x, bias, backend)
 
 
 def cross_entropy(
@@ -208,7 +208,9 @@ def cross_entropy(
     if backend == "reference":
         return reference.cross_entropy(logits, targets, ignore_index)
     rows, targets = logits.flatten(0, -2), targets.flatten()
-    losses = autograd.CrossEntropy.apply(rows, targets, ignore_index, inplace_backward, backend)
+    losses = autograd.call(
+        autograd.CrossEntropy, rows, targets, ignore_index, inplace_backward, backend
+    )
     return losses.sum() / (targets != ignore_index).sum()
 
 
@@ -234,8 +236,9 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(x, weight, targets, ignore_index)
     rows, targets = x.flatten(0, -2), targets.flatten()
     need_dx, need_dweight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-    total = autograd.LinearCrossEntropy.apply(
-        rows, weight, targets, ignore_index, need_dx, need_dweight, backend
+    total = autograd.call(
+        autograd.LinearCrossEntropy,
+        *(rows, weight, targets, ignore_index, need_dx, need_dweight, backend),
     )
     return total / (targets != ignore_index).sum()
 
@@ -248,7 +251,7 @@ def check_ids(name: str, ids: Tensor, size: int, ignore_index: int | None = None
     look.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.gpt2_kernels.check_ids(ids, name, size, ignore_index)
+        return autograd.raw.check_ids(ids, name, size, ignore_index)
     autograd.look_at_ids(ids, name, size, ignore_index)
     return ids
 

@@ -420,7 +420,12 @@ MUTANTS = [
     Mutant(
         "oneDNN for every dtype", PRODUCT,
         "        and x.dtype == torch.float32\n", "",
-        "test_linear.py::test_onednn_is_asked_for_float32_on_a_cpu_alone[bfloat16]",
+        "test_linear.py::test_what_onednn_is_not_asked_for[x-bfloat16]",
+    ),
+    Mutant(
+        "oneDNN for a strided weight", PRODUCT,
+        "        and weight.is_contiguous()\n", "",
+        "test_linear.py::test_what_onednn_is_not_asked_for[weight-strided]",
     ),
     Mutant(
         "oneDNN though it is turned off", PRODUCT,
@@ -442,6 +447,16 @@ MUTANTS = [
         "forced backend falls back", DISPATCH,
         'raise BackendUnavailable(f"{_forced} cannot serve {op}: {reason}")', 'return "reference"',
         "test_layer_norm.py::test_longer_rows_fall_back_with_a_reason",
+    ),
+    Mutant(
+        "gradients of the first input alone", AUTOGRAD,
+        "x.requires_grad for x in args", "x.requires_grad for x in args[:1]",
+        "test_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    Mutant(
+        "forward mode lost", AUTOGRAD,
+        "needed or forward_ad._current_level >= 0", "needed",
+        "test_dispatch.py::test_forward_mode_is_refused[triton]",
     ),
     Mutant(
         "second derivative not refused", AUTOGRAD,

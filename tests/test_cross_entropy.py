@@ -48,12 +48,15 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran, kernel_backend):
 @pytest.mark.parametrize("N", (1, 7, 33, 200), ids=lambda N: f"N{N}")
 @pytest.mark.parametrize("V", (1, 65, 257, 1024), ids=lambda V: f"V{V}")
 def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran, accelerated):
-    # dx is a difference, softmax @ weight - weight[target], of rows of weight.
+    # dx is a difference, softmax @ weight - weight[target], of rows of weight; and probabilities move
+    # with the float32 rounding of a sum of C products, which plain PyTorch's may by chance not show.
+    eps = torch.finfo(DTYPES[dtype]).eps
+    sums = 4 * C * torch.finfo(torch.float32).eps / eps
     x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
     weight = guarded(tensor(V, C, dtype=torch.float32 if weights == "fp32" else DTYPES[dtype]))
     check_op(
         "linear_cross_entropy", {"x": x, "weight": weight}, backend=accelerated, ran=ran,
-        terms=16.0 / N, rounding=torch.finfo(x.dtype).eps * (C / N) ** 0.5,
+        terms=(16 + sums) / N, rounding=eps * (C / N) ** 0.5,
         targets=targets_in(N, V, ignored),
     )  # fmt: skip
 
@@ -293,14 +296,14 @@ def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch, kernel_backend
     function, leaves that require gradients look needed under no_grad too."""
     inputs = {"x": tensor(6, 5), "weight": tensor(9, 5)}
     inputs[leaf].requires_grad_()
-    raw, asked = autograd._raw, []
+    raw, asked = autograd.raw, []
 
     class Spy:
         def linear_cross_entropy_fwd(self, *args):
             asked.append(args[4:6])
             return raw.linear_cross_entropy_fwd(*args)
 
-    monkeypatch.setattr(autograd, "_raw", Spy())
+    monkeypatch.setattr(autograd, "raw", Spy())
     with kernels.use(kernel_backend), mode() if mode else contextlib.nullcontext():
         kernels.linear_cross_entropy(**inputs, targets=targets_in(6, 9))
     assert asked == [(leaf == "x", leaf == "weight") if mode is None else (False, False)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from util import DEVICE, bits_equal, launches
 
 from gpt2 import kernels
@@ -347,9 +348,33 @@ def test_launches_run_on_the_tensors_device(monkeypatch):
         is_cuda, device = True, torch.device("cuda", 1)
 
     monkeypatch.setattr(torch.cuda, "device", Device)
-    with autograd._device_guard(OnSecondGpu()):
-        pass
-    assert entered == [torch.device("cuda", 1)]
+    launched = autograd._on_device_of(OnSecondGpu(), lambda: list(entered))
+    assert launched == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autograd_is_left_out_where_nothing_needs_a_gradient(op, accelerated, monkeypatch):
+    call, inputs = every_op()[op]
+    applied, apply = [], torch.autograd.Function.apply.__func__
+    spy = classmethod(lambda cls, *args: (applied.append(cls), apply(cls, *args))[1])
+    monkeypatch.setattr(torch.autograd.Function, "apply", spy)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with kernels.use(accelerated):
+        plain = call(*inputs)
+        with torch.no_grad():
+            again = call(*leaves)
+        assert not applied
+        call(*leaves)
+    assert len(applied) == 1
+    assert bits_equal(as_tensor(plain), as_tensor(again))
+
+
+def test_forward_mode_is_refused(accelerated):
+    """A derivative that was silently lost would be zero."""
+    with forward_ad.dual_level(), kernels.use(accelerated):
+        x = forward_ad.make_dual(tensor(3), tensor(3))
+        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+            kernels.gelu(x)
 
 
 def test_tensors_on_different_devices_are_named():

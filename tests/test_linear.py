@@ -77,7 +77,7 @@ def test_logits(onednn):
     x, weight = torch.randn(5, 33, device=DEVICE), torch.randn(1001, 33, device=DEVICE)
     out = torch.empty(5, 1001, device=DEVICE)
     with torch.backends.mkldnn.flags(enabled=onednn):
-        own = onednn_multiplies(x)
+        own = onednn_multiplies(x, weight)
         y = times_transposed(x, weight, out)
     assert own == (onednn and DEVICE == "cpu" and torch.backends.mkldnn.is_available())
     assert out.isnan().all() if own else y is out
@@ -86,8 +86,21 @@ def test_logits(onednn):
 
 @pytest.mark.parametrize(
     "change",
-    [lambda x: x.double(), lambda x: x.bfloat16(), lambda x: x.to("meta")],
-    ids=["float64", "bfloat16", "meta"],
+    [
+        lambda x: x.double(),
+        lambda x: x.bfloat16(),
+        lambda x: x.to("meta"),
+        lambda x: x.t(),
+        lambda x: x[:, ::2],
+    ],
+    ids=["float64", "bfloat16", "meta", "transposed", "strided"],
 )
-def test_onednn_is_asked_for_float32_on_a_cpu_alone(change):
-    assert not onednn_multiplies(change(torch.ones(2, 2)))
+@pytest.mark.parametrize("which", ["both", "x", "weight"])
+def test_what_onednn_is_not_asked_for(which, change):
+    x, weight = torch.ones(2, 4), torch.ones(3, 4)
+    assert onednn_multiplies(x, weight) == torch.backends.mkldnn.is_available()
+    x = x if which == "weight" else change(x)
+    weight = weight if which == "x" else change(weight)
+    if which == "weight" and weight.is_contiguous():
+        pytest.skip("dtype and device are x's")
+    assert not onednn_multiplies(x, weight)

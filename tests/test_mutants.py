@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ISAS
 from mutants import MUTANTS
 from mutants_csrc import ATTENTION_MUTANTS, ROW_MUTANTS
 
@@ -112,54 +111,64 @@ def assert_killed(mutant, status, log):
 
 # ---- bugs of csrc
 
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def compile_csrc(copy, part="", isa="", dtypes=(), objects=()):
+def compile_csrc(copy, part, isa, dtypes, operators=()):
     """A library of the copy's csrc with one part, rows or attention, of one instruction set and the
     kernels for these dtypes; other entries of the tables, most of the time that compiling takes,
-    are null. Operators are compiled, unless `objects` has them."""
+    are null. The operators are compiled, too, unless their object files are given."""
     from gpt2.kernels import _build  # not above: a child imports the copy's
 
     csrc = copy / "csrc"
     table = csrc / "cpu/table.h"
-    others = r"(?!attention)" if part == "attention" else "attention"
-    text = re.sub(rf'#include "{others}\w+\.h"\n', "", table.read_text())
-    table.write_text(re.sub(rf"(\.{others}\w+) = [^\n]*,", r"\1 = nullptr,", text))
+    others = "(?!attention)" if part == "attention" else "attention"
+    text = re.sub(rf"(\.{others}\w+) = [^\n]*,", r"\1 = nullptr,", table.read_text())
+    table.write_text(text)
     stub = "const Kernels& kernels_{}() {{ static constexpr Kernels none = {{}}; return none; }}\n"
     lines = "".join(stub.format(name) for name in ISAS if name != isa)
     (csrc / "none.cpp").write_text(f'#include "cpu/kernels.h"\nnamespace gpt2 {{\n{lines}}}\n')
-    jobs = {"none.cpp": ("-O0",)}
-    if isa:
-        source = f"cpu/kernels_{isa}.cpp"
-        jobs[source] = ("-O1", *_build._SOURCES[source])
-        text = (csrc / source).read_text()
-        keep = "|".join(dtypes)
-        (csrc / source).write_text(re.sub(rf"&ops<[\w<>]+, (?!{keep})\w+>", "nullptr", text))
-    if not objects:
-        jobs |= {"ops.cpp": ("-O0",), "ops_attention.cpp": ("-O0",)}
+    source = f"cpu/kernels_{isa}.cpp"
+    keep = "|".join(dtypes)
+    text = re.sub(rf"&ops<[\w<>]+, (?!{keep})\w+>", "nullptr", (csrc / source).read_text())
+    (csrc / source).write_text(text)
+    jobs = {"none.cpp": ("-O0",), source: ("-O1", *_build._SOURCES[source])}
+    if not operators:
+        jobs |= dict.fromkeys(OPERATORS, ("-O0",))
 
-    compiler = _build.find_compiler()
-    if isa.startswith("avx512") and not HAS_AVX512:
-        compiler = [str(copy / "tests/avx512/c++")]
-    root = Path(torch.__file__).parent
-    common = [*compiler, *_build._COMPILE, "-w", "-isystem", str(root / "include")]
-    for source, own in jobs.items():
-        command = [*common, *own, "-c", source, "-o", f"{Path(source).stem}.o"]
-        subprocess.run(command, cwd=csrc, check=True)
-    link = [f"{Path(source).stem}.o" for source in jobs] + [*map(str, objects)]
-    link += [f"-L{root / 'lib'}", *_build._LINK]
+    emulated = not HAS_AVX512 and isa.startswith("avx512")
+    compiler = [str(ROOT / "tests/avx512/c++")] if emulated else _build.find_compiler()
+    objects = [*compile_all(csrc, compiler, jobs), *operators]
+    link = [*map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}", *_build._LINK]
     subprocess.run([compiler[0], *link, "-o", "part.so"], cwd=csrc, check=True)
     return csrc / "part.so"
 
 
+def compile_all(csrc, compiler, jobs):
+    """The object files of these sources, each with its own flags."""
+    from gpt2.kernels import _build
+
+    include = Path(torch.__file__).parent / "include"
+    for source, own in jobs.items():
+        command = [*compiler, *_build._COMPILE, "-w", "-isystem", include, *own]
+        output = ["-c", source, "-o", f"{Path(source).stem}.o"]
+        subprocess.run([*command, *output], cwd=csrc, check=True)
+    return [csrc / f"{Path(source).stem}.o" for source in jobs]
+
+
+OPERATORS = ("ops.cpp", "ops_attention.cpp")
+
+
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
-    """ops.cpp and ops_attention.cpp of csrc as they are, compiled: most mutants share them."""
-    copy = tmp_path_factory.mktemp("operators")
-    shutil.copytree(ROOT / "csrc", copy / "csrc")
-    compile_csrc(copy)
-    return [copy / "csrc/ops.o", copy / "csrc/ops_attention.o"]
+    """The operators as they are, compiled: most mutants share them."""
+    from gpt2.kernels import _build
+
+    csrc = tmp_path_factory.mktemp("operators") / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    flags = ("-O0",) if HAS_AVX512 else ("-O0", "-DGPT2_KERNELS_EMULATED")
+    return compile_all(csrc, _build.find_compiler(), dict.fromkeys(OPERATORS, flags))
 
 
 CSRC_MUTANTS = [
@@ -178,7 +187,7 @@ def test_killed_in_csrc(part, mutant, copy, operators, monkeypatch):
     plant(mutant, copy)
     isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by)[1]
     dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
-    shares = "ops" not in mutant.file and (HAS_AVX512 or not isa.startswith("avx512"))
-    library = compile_csrc(copy, part, isa, dtypes, operators if shares else ())
+    shared = () if "ops" in mutant.file else operators
+    library = compile_csrc(copy, part, isa, dtypes, shared)
     status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, library)
     assert_killed(mutant, status, log)
