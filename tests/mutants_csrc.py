@@ -258,8 +258,8 @@ ATTENTION_MUTANTS = [
         "test_attention.py::test_several_blocks[cpu-avx2-T777-D64-fp32-]",
     ),
     Mutant(
-        "a block of -inf", FORWARD_H,
-        "block.m[r] = kLowest<S>;", "block.m[r] = -S(INFINITY);",
+        "a maximum that starts at -inf", COMMON_H,
+        "sizeof(S) == 4 ? S(-__FLT_MAX__) : S(-__DBL_MAX__);", "-S(INFINITY);",
         "test_attention.py::test_scores_of_minus_infinity[cpu-avx2]",
     ),
     Mutant(

@@ -48,8 +48,8 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran, kernel_backend):
 @pytest.mark.parametrize("N", (1, 7, 33, 200), ids=lambda N: f"N{N}")
 @pytest.mark.parametrize("V", (1, 65, 257, 1024), ids=lambda V: f"V{V}")
 def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran, accelerated):
-    # dx is a difference, softmax @ weight - weight[target], of rows of weight; and probabilities move
-    # with the float32 rounding of a sum of C products, which plain PyTorch's may by chance not show.
+    # dx is a difference, softmax @ weight - weight[target], of rows of weight; and probabilities
+    # move with the float32 rounding of a sum of C products, which PyTorch's may not show.
     eps = torch.finfo(DTYPES[dtype]).eps
     sums = 4 * C * torch.finfo(torch.float32).eps / eps
     x = guarded(tensor(N, C, dtype=DTYPES[dtype]))
