@@ -64,11 +64,20 @@ def test_float32_is_pytorch_s_own(machine):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU multiplies 16-bit numbers")
 def test_wide_products_are_float32(monkeypatch, machine):
-    """What the CPU multiplies is float32 where 16 bits are slow, and the operands where not."""
+    """float32 where 16 bits are slow, and autocast does not narrow it."""
     seen = []
-    monkeypatch.setattr(machine.F, "linear", lambda x, *rest: (seen.append(x.dtype), x)[1])
-    kernels.linear(torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
-    assert seen == [torch.bfloat16 if machine._on_cpu(None) else torch.float32]
+
+    def spy(x, *rest):
+        narrowed = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+        seen.append(torch.bfloat16 if narrowed else x.dtype)
+        return x
+
+    monkeypatch.setattr(machine.F, "linear", spy)
+    x = torch.ones(2, 2)
+    kernels.linear(x.bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels.linear(x, x)
+    assert seen == 2 * [torch.bfloat16 if machine._on_cpu(None) else torch.float32]
 
 
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "mm"])
