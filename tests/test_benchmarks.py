@@ -262,6 +262,10 @@ def test_cpu_clock_takes_turns():
     times = ticks({name: (lambda name=name: order.append(name), nullcontext) for name in "ab"})
     assert "".join(order[4:]) == "abba" * 3 + "ab"
     assert all(p20 <= median <= p80 for median, p20, p80 in times.values())
+    order.clear()
+    ticks.slow_s = 0
+    ticks({name: (lambda name=name: order.append(name), nullcontext) for name in "ab"})
+    assert "".join(order[4:]) == "abbaab", "three rounds of what is slow"
 
 
 def result(**changes):
