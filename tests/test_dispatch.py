@@ -375,7 +375,7 @@ def test_forward_mode_is_refused(accelerated):
     """A derivative that was silently lost would be zero."""
     with forward_ad.dual_level(), kernels.use(accelerated):
         x = forward_ad.make_dual(tensor(3), tensor(3))
-        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+        with pytest.raises(NotImplementedError, match=r"jvp function .* forward mode AD"):
             kernels.gelu(x)
 
 

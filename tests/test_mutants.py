@@ -1,5 +1,5 @@
-"""The suite still notices each of the bugs in mutants.py and mutants_csrc.py, planted one at a time
-in a copy of the package.
+"""The suite still notices each of the bugs in mutants.py, mutants_rows.py and mutants_attention.py,
+planted one at a time in a copy of the package.
 
 Always in the interpreter: a GPU would not notice most stray accesses. Every copy gets a process of
 its own, forked from one that has imported torch already, which is most of what a small test costs.
@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from mutants import MUTANTS
-from mutants_csrc import ATTENTION_MUTANTS, ROW_MUTANTS
+from mutants_attention import ATTENTION_MUTANTS
+from mutants_rows import ROW_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETER = {
