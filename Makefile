@@ -1,4 +1,4 @@
-.PHONY: test full bench lint build wheel sanitize
+.PHONY: test full bench lint build build-cuda wheel sanitize
 
 test:  ## what a user runs
 	pytest tests/
@@ -14,6 +14,9 @@ lint:
 
 build:  ## compiles the CPU kernels ahead of their first use
 	python -m gpt2.kernels build
+
+build-cuda:  ## the CUDA kernels: needs nvcc, but no GPU
+	python -m gpt2.kernels build --cuda
 
 wheel:  ## for machines without a compiler: dist/ gets a wheel of this platform with the library in it
 	rm -rf build kernels/lib

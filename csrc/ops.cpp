@@ -1,86 +1,10 @@
-// The operators over rows and elements, and the choice of the instruction set.
+// The operators over rows and elements.
 #include "ops.h"
 
-#ifdef __linux__
-#include <pthread.h>
-#include <sys/mman.h>
-#endif
-
-#include <atomic>
-#include <cstdlib>
-#include <string>
+#include <algorithm>
 
 namespace gpt2 {
 namespace {
-
-struct Isa {
-  const char* name;
-  const Kernels& (*kernels)();
-  bool (*runs_here)();
-};
-
-#ifdef GPT2_KERNELS_PORTABLE
-const Isa kIsas[] = {{"scalar", kernels_scalar, [] { return true; }}};
-#else
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-
-#ifdef GPT2_KERNELS_EMULATED  // the tests' stand-in for the instructions: tests/avx512
-constexpr bool kEmulated = true;
-#else
-constexpr bool kEmulated = false;
-#endif
-
-bool has_avx512() {
-  if (kEmulated) return has_avx2();
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-const Isa kIsas[] = {
-    // fastest first
-    {"avx512_bf16", kernels_avx512_bf16,
-     [] { return has_avx512() && (kEmulated || __builtin_cpu_supports("avx512bf16")); }},
-    {"avx512", kernels_avx512, has_avx512},
-    {"avx2", kernels_avx2, has_avx2},
-    {"scalar", kernels_scalar, [] { return true; }},
-};
-#endif
-
-const Isa* fastest() {
-  for (const Isa& isa : kIsas) {
-    if (isa.runs_here()) return &isa;
-  }
-  return nullptr;
-}
-
-std::atomic<const Isa*> chosen{fastest()};
-
-// The instruction set in use.
-std::string isa() {
-  return chosen.load()->name;
-}
-
-// All of this build that run on this machine, fastest first, separated by spaces.
-std::string isas() {
-  std::string names;
-  for (const Isa& isa : kIsas) {
-    if (isa.runs_here()) names += (names.empty() ? "" : " ") + std::string(isa.name);
-  }
-  return names;
-}
-
-void use_isa(std::string name) {
-  for (const Isa& isa : kIsas) {
-    if (name == isa.name && isa.runs_here()) {
-      chosen = &isa;
-      return;
-    }
-  }
-  STD_TORCH_CHECK(false, "the instruction set must be one of ", isas(), ", got ", name);
-}
 
 // As PyTorch's own, but free where there is nothing to do: a call into it costs a microsecond.
 Tensor as_contiguous(const Tensor& x) {
@@ -118,19 +42,8 @@ Tensor contiguous_like(const Tensor& x) {
   return gpt2::new_empty(x, sizes(x));
 }
 
-// Asks for huge pages under a tensor that is large enough to have mappings of its own, and to go
-// back to the system with its last reference: half the time of a pass over fresh memory is page
-// faults. No more than a hint.
-void advise_huge_pages(Tensor& x) {
-#ifdef __linux__
-  constexpr uint64_t kHuge = 2 << 20, kOwnMapping = 32 << 20;  // glibc's largest mmap threshold
-  const uint64_t bytes = x.numel() * x.element_size();
-  if (bytes < kOwnMapping) return;
-  const uint64_t begin = reinterpret_cast<uint64_t>(x.mutable_data_ptr());
-  const uint64_t first = (begin + kHuge - 1) / kHuge * kHuge,
-                 last = (begin + bytes) / kHuge * kHuge;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+int64_t partial_rows(int64_t N) {
+  return std::min(N, kMaxPartial);
 }
 
 // A row of parameters, in the type that the kernels for x sum in.
@@ -145,7 +58,7 @@ Tensor contiguous_rows(const Tensor& logits) {
 Tensor gelu_fwd(Tensor x_) {
   const Tensor x = as_contiguous(x_);
   Tensor y = contiguous_like(x);
-  ops_for(x).gelu_fwd(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), threads());
+  ops_for(x).gelu_fwd(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), here(x));
   return y;
 }
 
@@ -153,7 +66,7 @@ Tensor gelu_bwd(Tensor dy_, Tensor x_) {
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_);
   Tensor dx = contiguous_like(x);
   ops_for(x).gelu_bwd(dy.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), x.numel(),
-                      threads());
+                      here(x));
   return dx;
 }
 
@@ -163,7 +76,7 @@ Tensor bias_gelu_fwd(Tensor x_, Tensor bias_) {
   Tensor y = contiguous_like(x_);
   if (x.N > 0) {
     ops_for(x_).bias_gelu_fwd(x.data(), bias.const_data_ptr(), y.mutable_data_ptr(), x.N, x.C,
-                              threads());
+                              here(x_));
   }
   return y;
 }
@@ -173,10 +86,11 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy_, Tensor x_, Tensor bias_) {
   const Tensor bias = parameters(bias_, x_);
   Tensor dx = contiguous_like(x_);
   if (x.N == 0) return {dx, torch::stable::new_zeros(bias_, sizes(bias_))};
-  Tensor dbias = gpt2::new_empty(bias, {x.C}), partial = gpt2::new_empty(bias, {kMaxPartial, x.C});
+  Tensor dbias = gpt2::new_empty(bias, {x.C}),
+         partial = gpt2::new_empty(bias, {partial_rows(x.N), x.C});
   ops_for(x_).bias_gelu_bwd(dy.data(), x.data(), bias.const_data_ptr(), dx.mutable_data_ptr(),
                             dbias.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
-                            threads());
+                            here(x_));
   return {dx, as_dtype(dbias, bias_.scalar_type())};
 }
 
@@ -190,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x_, const std::optional<Te
     ops_for(x_).layer_norm_fwd(x.data(), residual_ ? residual.data() : nullptr,
                                weight.const_data_ptr(), bias.const_data_ptr(), eps,
                                y.mutable_data_ptr(), s.mutable_data_ptr(), stats.mutable_data_ptr(),
-                               x.N, x.C, threads());
+                               x.N, x.C, here(x_));
   }
   return {y, s, stats};
 }
@@ -212,11 +126,11 @@ std::tuple<Tensor, Tensor> layer_norm_bwd(Tensor dy_, std::optional<Tensor> ds_,
   Tensor dx = contiguous_like(x_);
   if (x.N == 0) return {dx, torch::stable::new_zeros(weight_, std::vector<int64_t>{2, x.C})};
   Tensor dparams = gpt2::new_empty(weight, {2, x.C}),
-         partial = gpt2::new_empty(weight, {kMaxPartial, 2, x.C});
+         partial = gpt2::new_empty(weight, {partial_rows(x.N), 2, x.C});
   ops_for(x_).layer_norm_bwd(dy.data(), ds_ ? ds.data() : nullptr, x.data(),
                              weight.const_data_ptr(), stats.const_data_ptr(), dx.mutable_data_ptr(),
                              dparams.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
-                             threads());
+                             here(x_));
   return {dx, as_dtype(dparams, weight_.scalar_type())};
 }
 
@@ -233,7 +147,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_,
   Tensor losses = gpt2::new_empty(logits, {rows.N}, accumulator(logits));
   Tensor stats = gpt2::new_empty(logits, {2, rows.N}, accumulator(logits));
   ops_for(logits).cross_entropy_fwd(rows, logits.const_data_ptr(), losses.mutable_data_ptr(),
-                                    stats.mutable_data_ptr(), threads());
+                                    stats.mutable_data_ptr(), here(logits));
   return {losses, stats};
 }
 
@@ -245,7 +159,7 @@ void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tenso
   ops_for(logits).cross_entropy_bwd(logits_rows(logits, targets, ignore_index, logits.size(1)),
                                     dlosses.const_data_ptr(), logits.const_data_ptr(),
                                     stats.const_data_ptr(), dlogits.mutable_data_ptr(),
-                                    dlogits.stride(0), threads());
+                                    dlogits.stride(0), here(logits));
 }
 
 Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
@@ -266,56 +180,14 @@ Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_ind
   Tensor losses = gpt2::new_empty(logits, {logits.size(0)}, accumulator(logits));
   ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, V),
                                         logits.mutable_data_ptr(), logits.size(1),
-                                        losses.mutable_data_ptr(), threads());
+                                        losses.mutable_data_ptr(), here(logits));
   return losses;
 }
 
 }  // namespace
-
-const Ops& ops_for(const Tensor& x) {
-  const Kernels& kernels = chosen.load()->kernels();
-  const Ops* ops = nullptr;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: ops = kernels.of[kFloat32]; break;
-    case ScalarType::BFloat16: ops = kernels.of[kBFloat16]; break;
-    case ScalarType::Half: ops = kernels.of[kFloat16]; break;
-    case ScalarType::Double: ops = kernels.of[kFloat64]; break;
-    default: break;
-  }
-  STD_TORCH_CHECK(ops != nullptr, "no ", isa(), " kernel for this dtype");
-  return *ops;
-}
-
-// A fork copies no threads, and OpenMP's in the child would wait for them for ever: a process that
-// was forked after it had used them here goes on with its own thread alone.
-std::atomic<bool> used_threads{false}, lost_threads{false};
-#ifdef __linux__
-[[maybe_unused]] const int at_fork =
-    pthread_atfork(nullptr, nullptr, [] { lost_threads = used_threads.load(); });
-#endif
-
-Threads threads() {
-  if (lost_threads) {
-    return {1,
-            [](int64_t n, int64_t, void (*f)(const void*, int64_t, int64_t), const void* context) {
-              if (n > 0) f(context, 0, n);
-            }};
-  }
-  const int64_t count = torch::stable::get_num_threads();
-  if (count > 1) used_threads = true;
-  return {count, [](int64_t n, int64_t grain, void (*f)(const void*, int64_t, int64_t),
-                    const void* context) {
-            torch::stable::parallel_for(
-                0, n, grain, [=](int64_t begin, int64_t end) { f(context, begin, end); });
-          }};
-}
-
 }  // namespace gpt2
 
-STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
-  m.def("isa() -> str");
-  m.def("isas() -> str");
-  m.def("use_isa(str name) -> ()");
+GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
   m.def("gelu_fwd(Tensor x) -> Tensor");
   m.def("gelu_bwd(Tensor dy, Tensor x) -> Tensor");
   m.def("bias_gelu_fwd(Tensor x, Tensor bias) -> Tensor");
@@ -343,13 +215,7 @@ STABLE_TORCH_LIBRARY(gpt2_kernels_cpu, m) {
       " -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&gpt2::isa));
-  m.impl("isas", TORCH_BOX(&gpt2::isas));
-  m.impl("use_isa", TORCH_BOX(&gpt2::use_isa));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
+GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
   m.impl("gelu_fwd", TORCH_BOX(&gpt2::gelu_fwd));
   m.impl("gelu_bwd", TORCH_BOX(&gpt2::gelu_bwd));
   m.impl("bias_gelu_fwd", TORCH_BOX(&gpt2::bias_gelu_fwd));

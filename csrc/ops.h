@@ -1,8 +1,10 @@
-// What the files of operators share: PyTorch's stable ABI, and the kernels of this machine.
+// What the files of operators share: PyTorch's stable ABI, and the library that they are compiled
+// into.
 //
-// The operators of gpt2_kernels_cpu have the signatures that kernels/autograd.py gives a backend's
-// launchers. It has checked the arguments; what is left is to make views contiguous where a kernel
-// wants them so, to allocate, and to call.
+// The operators of gpt2_kernels_cpu and gpt2_kernels_cuda are the same code. They have the
+// signatures that kernels/autograd.py gives a backend's launchers. It has checked the arguments;
+// what is left is to make views contiguous where a kernel wants them so, to allocate, and to call.
+// They read no tensor's memory themselves: it may be a GPU's.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,17 +16,29 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "kernels.h"
+
+// GPT2_KERNELS_NAME and _KEY of the dispatcher; kMaxPartial; here(x), what kernels on x's device
+// run on; advise_huge_pages(x).
+#ifdef GPT2_KERNELS_CUDA
+#include "cuda/library.h"
+#else
+#include "cpu/library.h"
+#endif
+
+// PyTorch's macros paste their arguments: these replace a macro's name first.
+#define GPT2_KERNELS_EXPANDED_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
+#define GPT2_KERNELS_EXPANDED_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#define GPT2_KERNELS_LIBRARY_FRAGMENT(m) GPT2_KERNELS_EXPANDED_FRAGMENT(GPT2_KERNELS_NAME, m)
+#define GPT2_KERNELS_LIBRARY_IMPL(key, m) GPT2_KERNELS_EXPANDED_IMPL(GPT2_KERNELS_NAME, key, m)
 
 namespace gpt2 {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The kernels of the chosen instruction set for x's dtype.
+// The library's kernels for x's dtype.
 const Ops& ops_for(const Tensor& x);
-
-Threads threads();
 
 // float64 for float64, else float32: of sums, statistics and weights.
 inline ScalarType accumulator(const Tensor& x) {

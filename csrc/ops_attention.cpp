@@ -4,10 +4,22 @@
 namespace gpt2 {
 namespace {
 
-// A view that is contiguous in its last dimension; else a copy of it.
-Tensor contiguous_in_last(const Tensor& x) {
+// Whether every row, along the last dimension, begins at a multiple of kAlignment.
+bool rows_are_aligned(const Tensor& x) {
+  const int64_t size = x.element_size();
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    if (x.size(i) > 1) aligned &= x.stride(i) * size % kAlignment == 0;
+  }
+  return aligned;
+}
+
+// A view that the kernels read in place: contiguous in its last dimension, and aligned; else a
+// copy.
+Tensor readable(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
+  if (x.stride(last) != 1 && x.size(last) != 1) return torch::stable::contiguous(x);
+  return rows_are_aligned(x) ? x : torch::stable::clone(x);
 }
 
 View view_of(const Tensor& x) {  // (B, T, H, D)
@@ -45,7 +57,7 @@ Attention problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
           .v = view_of(v),
           .softmax_scale = options.softmax_scale,
           .dropout_p = options.dropout_p,
-          .seed = options.seed ? *options.seed->const_data_ptr<int64_t>() : 0};
+          .seed = options.seed ? options.seed->const_data_ptr<int64_t>() : nullptr};
 }
 
 Attention problem(const Tensor& qkv, int64_t n_head, const Options& options) {
@@ -60,7 +72,7 @@ Attention problem(const Tensor& qkv, int64_t n_head, const Options& options) {
           .v = view_of(qkv, 2, C, D),
           .softmax_scale = options.softmax_scale,
           .dropout_p = options.dropout_p,
-          .seed = options.seed ? *options.seed->const_data_ptr<int64_t>() : 0};
+          .seed = options.seed ? options.seed->const_data_ptr<int64_t>() : nullptr};
 }
 
 // call(workspace) once for the size of the workspace, and once with it.
@@ -77,21 +89,21 @@ std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
   Tensor lse = gpt2::new_empty(like, {x.B, x.H, x.Tq}, accumulator(like));
   with_workspace(like, [&](void* workspace) {
     return ops_for(like).attention_fwd(x, o.mutable_data_ptr(), lse.mutable_data_ptr(), workspace,
-                                       threads());
+                                       here(like));
   });
   return {o, lse};
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q_, Tensor k_, Tensor v_, double softmax_scale,
                                          double dropout_p, std::optional<Tensor> seed) {
-  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
+  const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
   return forward(x, q, {x.B, x.Tq, x.H, x.D});
 }
 
 std::tuple<Tensor, Tensor> attention_qkv_fwd(Tensor qkv_, int64_t n_head, double softmax_scale,
                                              double dropout_p, std::optional<Tensor> seed) {
-  const Tensor qkv = contiguous_in_last(qkv_);
+  const Tensor qkv = readable(qkv_);
   const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
   return forward(x, qkv, {x.B, x.Tq, x.H * x.D});
 }
@@ -99,8 +111,8 @@ std::tuple<Tensor, Tensor> attention_qkv_fwd(Tensor qkv_, int64_t n_head, double
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k_, Tensor v_,
                                                  Tensor o, Tensor lse, double softmax_scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
-  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
-  const Tensor dout = contiguous_in_last(do_);
+  const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
+  const Tensor dout = readable(do_);
   const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
   Tensor dq = gpt2::new_empty(q, {x.B, x.Tq, x.H, x.D});
   Tensor dk = gpt2::new_empty(k, {x.B, x.Tk, x.H, x.D});
@@ -108,14 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k
   with_workspace(q, [&](void* workspace) {
     return ops_for(q).attention_bwd(x, view_of(dout), o.const_data_ptr(), lse.const_data_ptr(),
                                     out_view_of(dq), out_view_of(dk), out_view_of(dv), workspace,
-                                    threads());
+                                    here(q));
   });
   return {dq, dk, dv};
 }
 
 Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t n_head,
                          double softmax_scale, double dropout_p, std::optional<Tensor> seed) {
-  const Tensor qkv = contiguous_in_last(qkv_), dout = contiguous_in_last(do_);
+  const Tensor qkv = readable(qkv_), dout = readable(do_);
   const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
   const int64_t C = x.H * x.D;
   Tensor dqkv = gpt2::new_empty(qkv, {x.B, x.Tq, 3 * C});
@@ -123,13 +135,13 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t 
     return ops_for(qkv).attention_bwd(x, view_of(dout, 0, C, x.D), o.const_data_ptr(),
                                       lse.const_data_ptr(), out_view_of(dqkv, 0, C, x.D),
                                       out_view_of(dqkv, 1, C, x.D), out_view_of(dqkv, 2, C, x.D),
-                                      workspace, threads());
+                                      workspace, here(qkv));
   });
   return dqkv;
 }
 
 Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double softmax_scale) {
-  const Tensor q = contiguous_in_last(q_), k = contiguous_in_last(k_), v = contiguous_in_last(v_);
+  const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor lengths = torch::stable::contiguous(lengths_);
   const Decode x = {.B = q.size(0),
                     .H = q.size(2),
@@ -142,7 +154,7 @@ Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double
                     .softmax_scale = softmax_scale};
   Tensor o = gpt2::new_empty(q, {x.B, 1, x.H, x.D});
   with_workspace(q, [&](void* workspace) {
-    return ops_for(q).attention_decode(x, o.mutable_data_ptr(), workspace, threads());
+    return ops_for(q).attention_decode(x, o.mutable_data_ptr(), workspace, here(q));
   });
   return o;
 }
@@ -150,7 +162,7 @@ Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double
 }  // namespace
 }  // namespace gpt2
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gpt2_kernels_cpu, m) {
+GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, float dropout_p, "
       "Tensor? seed) -> (Tensor o, Tensor lse)");
@@ -168,7 +180,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gpt2_kernels_cpu, m) {
       "float softmax_scale) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gpt2_kernels_cpu, CPU, m) {
+GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
   m.impl("attention_fwd", TORCH_BOX(&gpt2::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&gpt2::attention_bwd));
   m.impl("attention_qkv_fwd", TORCH_BOX(&gpt2::attention_qkv_fwd));

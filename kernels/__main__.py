@@ -1,6 +1,6 @@
 """python -m gpt2.kernels: which backend serves each op here, and why the others do not.
 
-python -m gpt2.kernels build [--out DIR] [--force]: compiles the CPU kernels ahead of time.
+python -m gpt2.kernels build [--cuda] [--out DIR] [--force]: compiles csrc ahead of its first use.
 """
 
 import argparse
@@ -18,6 +18,7 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command")
     build = commands.add_parser("build", help="compile the CPU kernels ahead of their first use")
+    build.add_argument("--cuda", action="store_true", help="the CUDA kernels instead")
     build.add_argument("--out", type=Path, metavar="DIR", help="copy the library to this folder")
     build.add_argument("--force", action="store_true", help="compile even if that has been done")
     options = parser.parse_args()
@@ -26,7 +27,9 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     try:
-        library = native.build(out=options.out, force=options.force)
+        library = native.build(
+            "cuda" if options.cuda else "cpu", out=options.out, force=options.force
+        )
     except native.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

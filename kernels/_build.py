@@ -1,9 +1,9 @@
 """Compiles csrc: which sources, which flags, which compiler; ninja runs them.
 
 One binary serves every Python and every torch >= 2.10: it uses LibTorch's stable ABI alone, and
-finds libtorch_cpu by name among the libraries that the process has already loaded, so that no path
-of this machine is in it. Only the sources named for an instruction set get its flags; ops.cpp asks
-the processor at run time.
+finds libtorch by name among the libraries that the process has already loaded, so that no path of
+torch is in it. Only the sources named for an instruction set get its flags; cpu/library.cpp asks
+the processor at run time. To build the CUDA library takes nvcc, but no GPU, and no torch for one.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from . import _nvcc
 
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILERS = ("c++", "g++", "clang++")  # asked in this order, where $CXX is not set
@@ -38,6 +40,20 @@ class Library:
     sources: dict[str, tuple[str, ...]]  # pattern under csrc -> flags of its own; slowest first
     headers: tuple[str, ...]  # what they include, as patterns under csrc
     flags: tuple[str, ...] = ()  # of every source
+    link: tuple[str, ...] = ("-ltorch_cpu",)
+    nvcc: tuple[str, ...] = ()  # flags of every source in CUDA; with any, nvcc compiles and links
+    gencode: tuple[str, ...] = ()  # the GPUs it is for; none: this machine's
+    # Libraries that are loaded before it is, but perhaps not there where it is built, and the
+    # function that it calls of each: for the linker a stand-in takes their place.
+    borrowed: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The commands that compile a library."""
+
+    cxx: list[str]
+    nvcc: str | None = None
 
 
 _SOURCES = {
@@ -45,9 +61,10 @@ _SOURCES = {
     "cpu/kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "cpu/kernels_avx512.cpp": _AVX512,
     "cpu/kernels_avx2.cpp": _AVX2,
+    "cpu/library.cpp": (),
     "*.cpp": (),
 }
-_PORTABLE = {"cpu/kernels_scalar.cpp": (), "*.cpp": ()}
+_PORTABLE = {"cpu/kernels_scalar.cpp": (), "cpu/library.cpp": (), "*.cpp": ()}
 
 LIBRARIES = {
     "cpu": Library(
@@ -55,6 +72,17 @@ LIBRARIES = {
         sources=_SOURCES if X86_64 else _PORTABLE,
         headers=("*.h", "cpu/*.h"),
         flags=() if X86_64 else ("-DGPT2_KERNELS_PORTABLE",),
+    ),
+    "cuda": Library(
+        title="the CUDA kernels",
+        sources={
+            **dict.fromkeys(("cuda/attention_bwd.cu", "cuda/attention.cu", "cuda/*.cu"), ()),
+            **dict.fromkeys(("cuda/library.cpp", "*.cpp"), ("-DUSE_CUDA",)),
+        },
+        headers=("*.h", "cuda/*.h", "cuda/*.cuh"),
+        flags=("-DGPT2_KERNELS_CUDA",),
+        nvcc=("-lineinfo", "-cudart=static"),
+        borrowed=(("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"),),
     ),
 }
 
@@ -66,7 +94,8 @@ _COMPILE = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 )
-_LINK = ("-shared", "-ltorch_cpu")
+# No --use_fast_math, for the same reasons: denormals, divisions and exp keep their digits.
+_NVCC = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _OPTIMIZE = ("-O3",)
 _SANITIZE = (
     *("-O1", "-g", "-fno-omit-frame-pointer"),
@@ -88,7 +117,9 @@ class CompilerError(BuildError):
 
 def recipe(library: Library) -> str:
     """Hash of all that decides what the library does: the bytes of its sources, flags, platform."""
-    settled = (sys.platform, platform.machine(), *_COMPILE, *_link_flags(), *_level())
+    settled = (sys.platform, platform.machine(), *_COMPILE, *_link_flags(library), *_level(library))
+    if library.nvcc:
+        settled += (*_NVCC, *_gencode(library))
     digest = hashlib.sha256(repr((settled, library)).encode())
     headers = {name for pattern in library.headers for name in _files(pattern)}
     for name in sorted(headers.union(_sources(library))):
@@ -114,22 +145,47 @@ def find_compiler() -> list[str]:
     return [found]
 
 
-def identity(compiler: list[str]) -> str:
+def find_tools(library: Library) -> Tools:
+    """What compiles this library; BuildError names what is missing and how to get it."""
+    finders = {"cxx": find_compiler, "nvcc": find_nvcc} if library.nvcc else {"cxx": find_compiler}
+    found, missing = {}, []
+    for name, find in finders.items():
+        try:
+            found[name] = find()
+        except BuildError as error:
+            missing.append(str(error))
+    if missing:
+        raise BuildError("; ".join(missing))
+    return Tools(**found)
+
+
+def find_nvcc() -> str:
+    found = _nvcc.find()
+    if found is None:
+        chosen = os.environ.get("NVCC", "").strip()
+        raise BuildError(
+            f"no nvcc: NVCC is {chosen!r}, which cannot be run" if chosen else _nvcc.MISSING
+        )
+    return found
+
+
+def identity(tools: Tools) -> str:
     """Hash of which programs these are, by path, size and date: cheap, as no process is started."""
-    parts: list[object] = [compiler]
-    for program in filter(None, map(shutil.which, compiler)):
+    commands = [*tools.cxx, *filter(None, [tools.nvcc])]
+    parts: list[object] = [commands]
+    for program in filter(None, map(shutil.which, commands)):
         stat = os.stat(program)
         parts.append((os.path.realpath(program), stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def run(library: Library, compiler: list[str], work: Path, output: Path) -> str:
+def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
     """Compiles library to the file output, with all by-products in the folder work.
 
     Returns the log; CompilerError has it where the compiler fails.
     """
     ninja = _find_ninja()
-    (work / "build.ninja").write_text(_ninja_file(library, compiler, work, output))
+    (work / "build.ninja").write_text(_ninja_file(library, tools, work, output))
     before, start = recipe(library), time.monotonic()
     # Compilers need neither a taste in progress lines nor a sanitizer's runtime.
     inherited = {k: v for k, v in os.environ.items() if k not in ("NINJA_STATUS", "LD_PRELOAD")}
@@ -147,7 +203,8 @@ def run(library: Library, compiler: list[str], work: Path, output: Path) -> str:
         process.wait()
         raise
     if process.returncode != 0 or not output.exists():
-        raise CompilerError(f"the C++ compiler failed: {_first_error(log)}", log)
+        compiler = "nvcc" if library.nvcc else "the C++ compiler"
+        raise CompilerError(f"{compiler} failed: {_first_error(log)}", log)
     if recipe(library) != before:
         raise BuildError("the sources changed while they were compiled; start again")
     say(f"built {library.title} in {time.monotonic() - start:.0f} s")
@@ -185,24 +242,39 @@ def _find_ninja() -> list[str]:
     return [sys.executable, "-m", "ninja"]
 
 
-def _level() -> tuple[str, ...]:
-    """How far to optimise; GPT2_KERNELS_SANITIZE=1 watches memory and arithmetic instead."""
-    return _SANITIZE if os.environ.get("GPT2_KERNELS_SANITIZE") == "1" else _OPTIMIZE
+def _level(library: Library) -> tuple[str, ...]:
+    """How far to optimise; with GPT2_KERNELS_SANITIZE=1 a CPU watches memory and sums instead."""
+    sanitized = os.environ.get("GPT2_KERNELS_SANITIZE") == "1" and not library.nvcc
+    return _SANITIZE if sanitized else _OPTIMIZE
 
 
-def _link_flags() -> tuple[str, ...]:
+def _link_flags(library: Library) -> tuple[str, ...]:
     # What stays undefined is an error here, not when the library is loaded. Sanitizers leave their
     # own functions to the program.
-    strict = sys.platform == "linux" and _level() is _OPTIMIZE
-    return (*_LINK, "-Wl,-z,defs") if strict else _LINK
+    strict = sys.platform == "linux" and _level(library) is _OPTIMIZE
+    defs = ("-Xlinker", "-zdefs") if library.nvcc else ("-Wl,-z,defs",)
+    return ("-shared", *library.link, *(defs if strict else ()))
 
 
-def _ninja_file(library: Library, compiler: list[str], work: Path, output: Path) -> str:
+def _gencode(library: Library) -> tuple[str, ...]:
+    try:
+        return library.gencode or _nvcc.architectures()
+    except ValueError as error:
+        raise BuildError(str(error)) from error
+
+
+def _ninja_file(library: Library, tools: Tools, work: Path, output: Path) -> str:
     """Every command in full. Sources are named relative to csrc, where ninja runs: a path of this
     machine comes into the binary by no __FILE__."""
     root = Path(torch.__file__).parent
-    flags = [*_COMPILE, *_level(), *library.flags]
-    flags += ["-isystem", str(root / "include"), f"-ffile-prefix-map={root}=torch"]
+    cxx = [*tools.cxx, *_COMPILE, *_level(library), *library.flags]
+    cxx += ["-isystem", str(root / "include"), f"-ffile-prefix-map={root}=torch"]
+    linker = [*tools.cxx, *_level(library)]
+    if library.nvcc:
+        program, *arguments = tools.cxx
+        host = ["-ccbin", program, *(f"-Xcompiler={argument}" for argument in arguments)]
+        nvcc = [tools.nvcc, *host, *_NVCC, *library.flags, *library.nvcc, *_gencode(library)]
+        linker = [tools.nvcc, *host, *library.nvcc, "-nodlink"]  # no calls between .cu files
     lines = [f"builddir = {_escape(str(work))}", "rule run", "  command = $run", ""]
 
     def step(target: Path, inputs: list[str], command: list[str]) -> None:
@@ -213,9 +285,16 @@ def _ninja_file(library: Library, compiler: list[str], work: Path, output: Path)
     objects = []
     for source, own in _sources(library).items():
         target = work / f"{source.replace('/', '-')}.o"
-        step(target, [source], [*compiler, *flags, *own, "-c", source, "-o", target])
+        compiler = nvcc if source.endswith(".cu") else cxx
+        step(target, [source], [*compiler, *own, "-c", source, "-o", target])
         objects.append(str(target))
-    link = [*compiler, *_level(), *objects, f"-L{root / 'lib'}", *_link_flags(), "-o", output]
+    for name, function in library.borrowed:
+        source, target = work / f"{name}.cpp", work / name
+        source.write_text(f'extern "C" void {function}() {{}}\n')
+        command = [*tools.cxx, "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", target]
+        step(target, [str(source)], command)
+        objects.append(str(target))
+    link = [*linker, *objects, f"-L{root / 'lib'}", *_link_flags(library), "-o", output]
     step(output, objects, link)
     return "\n".join(lines) + "\n"
 
@@ -260,6 +339,6 @@ def _first_error(log: str) -> str:
         for i, line in enumerate(lines)
         if i not in commands and not line.startswith(("FAILED:", "ninja:", "["))
     ]
-    telling = re.compile(r"error: |undefined reference|not found|No space left")
+    telling = re.compile(r"error: |fatal|undefined reference|not found|No space left")
     line = next(filter(telling.search, said), (said or ["it gave no message"])[-1])
     return line if len(line) <= 160 else line[:159] + "…"

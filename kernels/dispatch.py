@@ -15,24 +15,28 @@ import warnings
 
 import torch
 
-from . import cpu, triton
+from . import cpu, cuda, triton
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "reference")
 
-# Who is asked, in order. No tensor has two kernel backends to choose from, as triton wants it on a
-# GPU and cpu on a CPU (only Triton's interpreter takes either); against plain PyTorch, cpu's
-# kernels are measured in docs/log.md. Elementwise GELU is left to Inductor inside torch.compile: it
-# fuses into its neighbours there, which a kernel of its own never can.
+# Who is asked, in order. On a CPU there is only cpu (and triton, in its interpreter), measured
+# against plain PyTorch in docs/log.md. On a GPU triton comes before cuda, whose library takes nvcc
+# minutes to build: which of the two is faster is not measured, of
+#
+#   attention, layer_norm, gelu, cross_entropy
+#
+# and decode_attention has no Triton kernel. Elementwise GELU is left to Inductor inside
+# torch.compile: it fuses into its neighbours there, which a kernel of its own never can.
 PRIORITY = {
-    "attention": ("triton", "cpu"),
-    "decode_attention": ("triton", "cpu"),
-    "layer_norm": ("triton", "cpu"),
-    "gelu": ("triton", "cpu"),
-    "cross_entropy": ("triton", "cpu"),
+    "attention": ("triton", "cuda", "cpu"),
+    "decode_attention": ("cuda", "cpu"),
+    "layer_norm": ("triton", "cuda", "cpu"),
+    "gelu": ("triton", "cuda", "cpu"),
+    "cross_entropy": ("triton", "cuda", "cpu"),
 }
 OPS = tuple(PRIORITY)
 
-_MODULES = {"triton": triton, "cpu": cpu}
+_MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
 _forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
 
@@ -43,7 +47,7 @@ class BackendUnavailable(RuntimeError):
 
 @contextlib.contextmanager
 def use(backend: str):
-    """Force `backend` ("triton", "cpu" or "reference") for every op called inside the with block.
+    """Force `backend`, one of BACKENDS, for every op called inside the with block.
 
     Process-wide, not per thread. Raises ValueError for an unknown name; an op that the backend
     cannot serve raises BackendUnavailable with the reason instead of falling back.

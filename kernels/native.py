@@ -1,6 +1,7 @@
 """Finds, builds and loads the native libraries: csrc/, compiled at its first use.
 
     native.load("cpu")     # None: torch.ops.gpt2_kernels_cpu is there; else the reason, one line
+    native.load("cuda")    # the same of gpt2_kernels_cuda
 
 A library is taken from the first of three places, and its checksum is verified before it is loaded
 (a truncated one would end the process):
@@ -73,6 +74,24 @@ def build(name: str = "cpu", *, out: Path | None = None, force: bool = False) ->
         raise BuildError(_one_line(error)) from error
 
 
+def missing(name: str) -> str | None:
+    """What load(name) would lack to build the library, in one line; None where it lacks nothing, or
+    some library is there already. Neither loads nor builds, and looks at no device."""
+    _check(name)
+    if name in _reasons:
+        return _reasons[name]
+    try:
+        _build.find_tools(_build.LIBRARIES[name])
+        return None
+    except BuildError as error:
+        reason = str(error)
+    with contextlib.suppress(BuildError, OSError):
+        file = _file_name(name)
+        if (SHIPPED / file).exists() or any(_cache_folder().glob(f"{name}/*/{file}")):
+            return None
+    return reason
+
+
 def _check(name: str) -> None:
     if name not in _build.LIBRARIES:
         raise ValueError(f"name must be one of {', '.join(_build.LIBRARIES)}, got {name!r}")
@@ -143,7 +162,8 @@ def _cached(name: str) -> Path | None:
     """A sound library in the cache: this compiler's, or any where there is no compiler."""
     folder, recipe = _cache_folder() / name, _recipe(name)
     try:
-        entries = [folder / _entry_name(recipe, _build.identity(_build.find_compiler()))]
+        tools = _build.find_tools(_build.LIBRARIES[name])
+        entries = [folder / _entry_name(recipe, _build.identity(tools))]
     except BuildError:
         entries = sorted(path for path in folder.glob(f"{recipe[:16]}-*")
                          if path.name.startswith(_entry_name(recipe, "")))  # fmt: skip
@@ -181,9 +201,10 @@ def _cache_folder(*, create: bool = False) -> Path:
 
 def _build_into_cache(name: str, *, force: bool, retry: bool) -> Path:
     """Compiles the library into the cache, alone, unless another process has just done so."""
-    library, recipe, compiler = _build.LIBRARIES[name], _recipe(name), _build.find_compiler()
+    library, recipe = _build.LIBRARIES[name], _recipe(name)
+    tools = _build.find_tools(library)
     with _work_folder(name, library.title) as work:
-        entry = work.parent / _entry_name(recipe, _build.identity(compiler))
+        entry = work.parent / _entry_name(recipe, _build.identity(tools))
         target, failed = entry / _file_name(name), entry / "failed.log"
         if not force and _is_sound(target, recipe):
             return target
@@ -192,9 +213,10 @@ def _build_into_cache(name: str, *, force: bool, retry: bool) -> Path:
         new = work / "entry"
         new.mkdir()
         try:
-            log = _build.run(library, compiler, work, new / target.name)
+            log = _build.run(library, tools, work, new / target.name)
         except _build.CompilerError as error:
-            told = f"{error} (log: {failed}; to try again: python -m gpt2.kernels build)"
+            again = f"python -m gpt2.kernels build{'' if name == 'cpu' else f' --{name}'}"
+            told = f"{error} (log: {failed}; to try again: {again})"
             entry.mkdir(exist_ok=True)
             _write(work / "failed.log", f"{told}\n\n{error.log}")
             os.replace(work / "failed.log", failed)

@@ -19,8 +19,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's small products: th
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+import cuda_backend
+
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
+# Triton's kernels compiled, and their PTX run: a process of its own, as a function that Triton has
+# decorated is interpreted or compiled for good. tests/test_triton_ptx.py starts it.
+EMULATE_TRITON = os.environ.get("GPT2_TEST_TRITON") == "emulator"
+if EMULATE_TRITON:
+    os.environ.pop("TRITON_INTERPRET", None)
+    NO_TRITON = None
+elif not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     try:
         import triton  # noqa: F401
@@ -28,7 +37,6 @@ if not ON_GPU:
         NO_TRITON = "triton is not installed: its interpreter cannot stand in for a GPU"
     else:
         NO_TRITON = None
-        sys.path.insert(0, str(Path(__file__).parent))
         import interpreter
 
         interpreter.install()
@@ -36,9 +44,11 @@ else:
     NO_TRITON = None
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
-BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated")
-SAMPLE = 12  # without --full, one in so many cases of a grid runs
-CPU_SAMPLE = 36  # of the cpu backend, for each instruction set
+BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
+# Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
+# emulated is sampled with --full, too.
+SAMPLE = {"triton": 12, "cuda": 60, "cpu": 36}
+FULL_SAMPLE = {"triton": 24, "cuda": 6} if EMULATE_TRITON else {"cuda": 6}
 
 
 def pytest_addoption(parser):
@@ -50,12 +60,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full: runs only with --full")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
+    config.addinivalue_line("markers", "cuda_kernels: needs nvcc, and a GPU or the emulator")
     config.addinivalue_line("markers", "cpu_kernels: needs the native library, built at first use")
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
     config.pluginmanager.register(Counts(config))
 
 
 def pytest_collection_modifyitems(config, items):
+    if EMULATE_TRITON:
+        keep_those_of("triton", config, items)
     for item in items:
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; none is present"))
@@ -63,24 +76,39 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=NO_TRITON))
         if "cpu_kernels" in item.keywords and (reason := why_no_cpu_kernels(isa_of(item))):
             item.add_marker(pytest.mark.skip(reason=reason))
+        if "cuda_kernels" in item.keywords and (reason := cuda_backend.why_not()):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "full" in item.keywords and not config.option.full:
             item.add_marker(pytest.mark.skip(reason="runs with --full"))
-    if config.option.full or any("::" in arg for arg in config.args):
+    if any("::" in arg for arg in config.args):
         return
     grids = collections.defaultdict(list)  # a grid: a test function, a dtype and a backend
     for item in items:
         if "grid" in item.keywords:
-            params = item.callspec.params
-            backend = next((params[name] for name in BACKEND_FIXTURES if name in params), None)
-            grids[item.function, params.get("dtype"), backend].append(item)
+            backend = next(iter(backends_of(item)), None)
+            grids[item.function, item.callspec.params.get("dtype"), backend].append(item)
     dropped = set()
     for (_, _, backend), grid in grids.items():
         random.Random(0).shuffle(grid)
-        share = CPU_SAMPLE if backend and backend.startswith("cpu") else SAMPLE
+        share = sample_of((backend or "triton").partition("-")[0], config.option.full)
         dropped.update(grid[-(-len(grid) // share) :])
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
         items[:] = [item for item in items if item not in dropped]
+
+
+def keep_those_of(backend, config, items):
+    """Leaves the tests that ask for this backend by a fixture."""
+    others = [item for item in items if backend not in backends_of(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+def sample_of(backend, full):
+    """Of a grid's cases on this backend, one in so many runs."""
+    if ON_GPU:
+        return 1 if full else SAMPLE["triton"]
+    return FULL_SAMPLE.get(backend, 1) if full else SAMPLE[backend]
 
 
 @pytest.fixture(autouse=True)
@@ -126,33 +154,62 @@ def toy(tmp_path, monkeypatch):
 
 
 TRITON = pytest.param("triton", marks=pytest.mark.triton)
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda_kernels)
 CPU = pytest.param("cpu", marks=pytest.mark.cpu_kernels)
 CPU_SETS = [pytest.param(f"cpu-{isa}", marks=pytest.mark.cpu_kernels) for isa in ISAS]
 
 
-@pytest.fixture(params=["reference", TRITON, CPU])
-def backend(request):
+@pytest.fixture(params=["reference", TRITON, CUDA, CPU])
+def backend(request, monkeypatch):
     """Every backend: what none may do differently."""
-    return request.param
+    with serving(request.param, monkeypatch) as name:
+        yield name
 
 
-@pytest.fixture(params=[TRITON, CPU])
-def accelerated(request):
+@pytest.fixture(params=[TRITON, CUDA, CPU])
+def accelerated(request, monkeypatch):
     """Every backend but the reference, where its instruction set does not matter."""
-    return request.param
+    with serving(request.param, monkeypatch) as name:
+        yield name
 
 
-@pytest.fixture(params=[TRITON, *CPU_SETS])
-def kernel_backend(request):
+@pytest.fixture(params=[TRITON, CUDA, *CPU_SETS])
+def kernel_backend(request, monkeypatch):
     """The name of every backend but the reference; of cpu, with each instruction set in turn."""
-    with cpu_set(request.param):
-        yield request.param.partition("-")[0]
+    with serving(request.param, monkeypatch) as name:
+        yield name
 
 
 @pytest.fixture(params=CPU_SETS)
-def cpu_backend(request):
-    with cpu_set(request.param):
-        yield "cpu"
+def cpu_backend(request, monkeypatch):
+    with serving(request.param, monkeypatch) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def serving(param, monkeypatch):
+    """Within it kernels.use of the name it yields serves the tests' tensors."""
+    name = param.partition("-")[0]
+    if name == "cuda":
+        device = cuda_backend.serving(monkeypatch)
+    elif name == "triton" and EMULATE_TRITON:
+        device = emulated_triton(monkeypatch)
+    else:
+        device = cpu_set(param)
+    with device:
+        yield name
+
+
+@contextlib.contextmanager
+def emulated_triton(monkeypatch):
+    """Triton's kernels on CPU tensors: compiled for sm_80, their PTX run by the emulator."""
+    from emulator import triton_device
+
+    from gpt2.kernels import triton
+
+    monkeypatch.setattr(triton, "_cached_device_reason", lambda device_type, index: None)
+    with triton_device.active():
+        yield
 
 
 @contextlib.contextmanager
@@ -175,10 +232,15 @@ def cpu_set(param):
         library.use_isa(before)
 
 
+def backends_of(item):
+    """What the test's backend fixtures are set to."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return [params[name] for name in BACKEND_FIXTURES if name in params]
+
+
 def isa_of(item):
     """The instruction set that a test forces, or an empty string."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return next((params[name] for name in BACKEND_FIXTURES if name in params), "").partition("-")[2]
+    return next(iter(backends_of(item)), "").partition("-")[2]
 
 
 @contextlib.contextmanager
@@ -236,9 +298,9 @@ class Counts:
             session.exitstatus = 1
 
     def pytest_terminal_summary(self, terminalreporter):
-        where = "on the GPU" if ON_GPU else "in the interpreter: no GPU"
         for name, n in sorted(self.cases.items()):
-            how = f" ({where})" if name == "triton" else ""
+            how = {"triton": " (in the interpreter: no GPU)", "cuda": " (emulated: no GPU)"}
+            how = " (on the GPU)" if ON_GPU else how.get(name, "")
             results = f"{self.comparisons[name]} results compared with float64"
             terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
         for line in [*self.missing(), *filter(None, [NO_TRITON])]:
@@ -247,5 +309,6 @@ class Counts:
 
 def pytest_report_header(config):
     if ON_GPU:
-        return f"Triton kernels on {torch.cuda.get_device_name()}"
-    return f"no GPU: Triton kernels in the interpreter{f' ({NO_TRITON})' if NO_TRITON else ''}"
+        return f"Triton and CUDA kernels on {torch.cuda.get_device_name()}"
+    missing = f" ({NO_TRITON})" if NO_TRITON else ""
+    return f"no GPU: Triton kernels in the interpreter{missing}, CUDA kernels on the emulator"

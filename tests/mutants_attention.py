@@ -317,8 +317,8 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "stride-0 gradient read as contiguous", OPS_ATTENTION_CPP,
-        "return x.stride(last) == 1 || x.size(last) == 1 ? x :",
-        "return x.stride(last) < 2 ? x :",
+        "if (x.stride(last) != 1 && x.size(last) != 1)",
+        "if (x.stride(last) > 1 && x.size(last) != 1)",
         "test_attention.py::test_backward_twice_and_stride_0_gradients[cpu-avx2]",
     ),
 ]  # fmt: skip

@@ -89,7 +89,7 @@ ROW_MUTANTS = [
     Mutant(
         "padding keeps its logits", LOSS_H,
         "zero_row(x + rows.V, V_padded - rows.V);", "",
-        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+        "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
     ),
     Mutant(
         "loss of ignored rows kept", LOSS_H,
@@ -110,7 +110,7 @@ ROW_MUTANTS = [
     Mutant(
         "tail stored unmasked", ROWS_H,
         "v.store(p, n);", "if (n > 0) v.store(p);",
-        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+        "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
     ),
     Mutant(
         "lanes beyond C in the variance", ROWS_H,
@@ -151,7 +151,7 @@ ROW_MUTANTS = [
     Mutant(
         "one lane too many", AVX2_H,
         "_mm256_set1_epi32(int32_t(n))", "_mm256_set1_epi32(int32_t(n) + 1)",
-        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+        "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
     ),
     Mutant(
         "a sum that misses lanes", AVX2_H,
@@ -188,6 +188,6 @@ ROW_MUTANTS = [
     Mutant(
         "rows of logits packed", OPS_CPP,
         "logits.size(0), V, logits.stride(0),", "logits.size(0), V, V,",
-        "test_cpu.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
+        "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
     ),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, fingerprint, guarded
 
 from gpt2 import kernels
-from gpt2.kernels import autograd, reference
+from gpt2.kernels import autograd, dispatch, reference
 from gpt2.kernels.linear_cross_entropy import chunk_rows
 
 
@@ -402,3 +402,24 @@ def test_rows_that_overflow_int32(tmp_path, kernel_backend):
     with kernels.use(kernel_backend):
         far = kernels.cross_entropy(logits, targets)
         assert bits_equal(far, kernels.cross_entropy(logits.clone(), targets))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 7, 8, 15, 31, 33, 64, 127])
+def test_in_place_rows_touch_nothing_else(V, dtype, kernel_backend):
+    """Rows inside a larger matrix: what lies between them stays, columns that pad V become 0."""
+    kernel = dispatch.module(kernel_backend, "cross_entropy")
+    targets = torch.randint(V, (5,), device=DEVICE)
+    whole = torch.full((5, V + 50), 7.0, dtype=DTYPES[dtype], device=DEVICE)
+    rows = whole[:, 20 : 20 + V + 3]
+    rows.copy_(tensor(5, V + 3))
+    logits = rows[:, :V].clone()
+    kernel.cross_entropy_fwd_bwd_(rows, targets, -1, V)
+    assert (whole[:, :20] == 7).all() and (whole[:, 20 + V + 3 :] == 7).all()
+    assert not rows[:, V:].any()
+
+    fused, inside = rows[:, :V].clone(), whole[:, 20 : 20 + V]
+    inside.copy_(logits)
+    _, stats = kernel.cross_entropy_fwd(inside, targets, -1)
+    kernel.cross_entropy_bwd_(torch.ones(5, device=DEVICE), inside, targets, stats, -1)
+    assert bits_equal(inside.clone(), fused) and not whole[:, 20 + V : 20 + V + 3].any()

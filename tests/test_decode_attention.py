@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from conftest import CPU_SETS, CUDA, serving
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, guarded, launches
 
 from gpt2 import kernels
 from gpt2.kernels import reference
 
 
-@pytest.fixture
-def backend(cpu_backend):  # no other backend has a kernel for it yet
-    return cpu_backend
+@pytest.fixture(params=[CUDA, *CPU_SETS])  # triton has no kernel for it yet
+def backend(request, monkeypatch):
+    with serving(request.param, monkeypatch) as name:
+        yield name
 
 
 def draw(B, T, H, D, dtype=torch.float32):
@@ -29,6 +31,9 @@ def draw(B, T, H, D, dtype=torch.float32):
 @pytest.mark.parametrize("T", (1, 2, 17, 255, 256, 257, 700), ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("B", (1, 3), ids=lambda B: f"B{B}")
 def test_decode(B, T, D, dtype, backend, ran):
+    reason = kernels.why_not(backend, "decode_attention", torch.device(DEVICE), DTYPES[dtype], D)
+    if reason is not None:
+        pytest.skip(reason)
     *inputs, lengths = draw(B, T, 2, D, DTYPES[dtype])
     with kernels.use(backend), launches() as launched:
         o = kernels.decode_attention(*inputs, lengths)

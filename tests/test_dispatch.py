@@ -76,13 +76,16 @@ def test_forced_backend_serves_or_raises(op, accelerated, monkeypatch):
 
 def test_fallback_says_so_once(monkeypatch):
     monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
+    monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: "nor tomorrow")
     monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "nor today")
     dispatch._said.clear()
     with pytest.warns(UserWarning) as warnings:
         for _ in range(3):
             kernels.gelu(tensor(3))
     assert len(warnings) == 1
-    message = "gelu falls back to plain PyTorch (triton: not today; cpu: nor today)"
+    message = (
+        "gelu falls back to plain PyTorch (triton: not today; cuda: nor tomorrow; cpu: nor today)"
+    )
     assert message in str(warnings[0].message)
     assert warnings[0].filename == __file__, "the warning points at the caller"
 
@@ -99,7 +102,7 @@ def test_use_nests_and_ends_with_its_block():
 def test_unknown_backends_are_named():
     with (
         pytest.raises(
-            ValueError, match="backend must be one of triton, cpu, reference, got 'tritn'"
+            ValueError, match="backend must be one of triton, cuda, cpu, reference, got 'tritn'"
         ),
         kernels.use("tritn"),
     ):
@@ -156,7 +159,7 @@ def test_report_is_a_table():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}")
-    assert lines[2].split() == ["op", "served", "by", "triton", "cpu", "reference"]
+    assert lines[2].split() == ["op", "served", "by", "triton", "cuda", "cpu", "reference"]
     assert [line.split()[0] for line in lines[3:]] == list(dispatch.OPS)
     native = kernels.why_not("cpu", "gelu", torch.device("cpu"), torch.float32) is None
     want = "triton" if DEVICE == "cuda" else "cpu" if native else "reference"

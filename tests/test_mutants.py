@@ -6,6 +6,7 @@ its own, forked from one that has imported torch already, which is most of what 
 Of csrc a copy compiles what its test runs, less optimised.
 """
 
+import functools
 import multiprocessing
 import os
 import re
@@ -40,36 +41,42 @@ def copy(tmp_path):
     return tmp_path
 
 
-def run_tests(copy, tests, monkeypatch, library=None):
-    """pytest's exit status and output for these tests of the copy, with its native library."""
+def run_tests(copy, tests, monkeypatch, prepare=None):
+    """pytest's exit status and output for these tests of the copy; prepare, called before they are
+    imported, loads its native library."""
     for name, value in INTERPRETER.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("GPT2_EXPECT", raising=False)  # how many cases the whole suite should run
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pytest", "torch", "triton"])
     log = copy / "log"
-    process = context.Process(target=_run_pytest, args=(copy, sorted(tests), log, library))
+    process = context.Process(target=_run_pytest, args=(copy, sorted(tests), log, prepare))
     process.start()
     process.join()
     return process.exitcode, log.read_text()
 
 
-def _run_pytest(copy, tests, log, library):
+def _run_pytest(copy, tests, log, prepare):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.chdir(copy / "tests")
     # the copy, not what is installed, perhaps in editable mode
     original = (str(ROOT), str(ROOT / "tests"))
-    sys.path[:] = [str(copy), *(path for path in sys.path if path not in original)]
-    if library is not None:
-        from gpt2.kernels import native
-
-        torch.ops.load_library(library)
-        native._reasons["cpu"] = None  # loaded
+    ours = [str(copy), str(copy / "tests")]
+    sys.path[:] = [*ours, *(path for path in sys.path if path not in original)]
+    if prepare is not None:
+        prepare()
     status = pytest.main(["-q", "-x", "--tb=line", "--rootdir", str(copy), *tests])
     for name in ("gpt2", "gpt2.kernels.ops", "gpt2.kernels.triton", "util", "interpreter"):
         assert Path(sys.modules[name].__file__).is_relative_to(copy), sys.modules[name]
     sys.exit(int(status))
+
+
+def load_cpu_kernels(library):
+    from gpt2.kernels import native
+
+    torch.ops.load_library(library)
+    native._reasons["cpu"] = None  # loaded
 
 
 @pytest.mark.triton
@@ -141,8 +148,9 @@ def compile_csrc(copy, part, isa, dtypes, operators=()):
     emulated = not HAS_AVX512 and isa.startswith("avx512")
     compiler = [str(ROOT / "tests/avx512/c++")] if emulated else _build.find_compiler()
     objects = [*compile_all(csrc, compiler, jobs), *operators]
-    link = [*map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}", *_build._LINK]
-    subprocess.run([compiler[0], *link, "-o", "part.so"], cwd=csrc, check=True)
+    torch_cpu = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
+    link = ["-shared", *map(str, objects), *torch_cpu, "-o", "part.so"]
+    subprocess.run([compiler[0], *link], cwd=csrc, check=True)
     return csrc / "part.so"
 
 
@@ -158,7 +166,7 @@ def compile_all(csrc, compiler, jobs):
     return [csrc / f"{Path(source).stem}.o" for source in jobs]
 
 
-OPERATORS = ("ops.cpp", "ops_attention.cpp")
+OPERATORS = ("cpu/library.cpp", "ops.cpp", "ops_attention.cpp")
 
 
 @pytest.fixture(scope="module")
@@ -190,5 +198,6 @@ def test_killed_in_csrc(part, mutant, copy, operators, monkeypatch):
     dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
     shared = () if "ops" in mutant.file else operators
     library = compile_csrc(copy, part, isa, dtypes, shared)
-    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, library)
+    load = functools.partial(load_cpu_kernels, library)
+    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, load)
     assert_killed(mutant, status, log)

@@ -58,7 +58,7 @@ struct AttentionForward {
   T* o;
   S* lse;
   const Packed<P> packed{x.D};
-  const Dropout dropout{x.dropout_p, x.seed};
+  const Dropout dropout{x.dropout_p, x.seed ? *x.seed : 0};
   const S scale_log2 = S(x.softmax_scale * kLog2E);
 
   // Keys and values [begin, end) of a head; begin is at a panel.

@@ -67,7 +67,7 @@ struct AttentionBackward {
   const S* lse;
   OutView dq_out, dk_out, dv_out;
   const Packed<P> packed{x.D};
-  const Dropout dropout{x.dropout_p, x.seed};
+  const Dropout dropout{x.dropout_p, x.seed ? *x.seed : 0};
   const S scale_log2 = S(x.softmax_scale * kLog2E);
 
   // ---- packing, of rows [begin, end) of a head; begin is at a panel

@@ -1,97 +1,22 @@
-// What an instruction set's object file gives to ops.cpp: one table of functions per dtype.
-//
-// Pointers are to contiguous memory unless strides are given; void is the table's dtype T. Weights,
-// biases, statistics and their gradients are in the accumulator's type S: float, and double where T
-// is double. Sizes are checked by the caller, outputs allocated by it; nothing here throws.
-//
-//   B batch   T time (Tq queries, Tk keys)   H heads   D head size   N rows   C features   V
-//   vocabulary
+// What an instruction set's object file gives to library.cpp: the table of ../kernels.h for each
+// dtype. Nothing here throws.
 #pragma once
 
-#include <stdint.h>
+#include "../kernels.h"
 
 namespace gpt2 {
 
 // PyTorch's threads: run(n, grain, f, context) calls f(context, begin, end) over ranges of [0, n).
-struct Threads {
+struct Executor {
   int64_t count;
   void (*run)(int64_t n, int64_t grain, void (*f)(const void*, int64_t, int64_t), const void*);
 };
-
-// Element (b, t, h, d) of a (B, T, H, D) view is at data + b * batch + t * time + h * head + d.
-template <class Data>
-struct ViewOf {
-  Data* data;
-  int64_t batch, time, head;
-};
-using View = ViewOf<const void>;
-using OutView = ViewOf<void>;
-
-struct Attention {
-  int64_t B, H, Tq, Tk, D;
-  View q, k, v;
-  double softmax_scale, dropout_p;
-  int64_t seed;
-};
-
-// Logits (N, V) at data + n * stride + v, and a target for each row; rows whose target is
-// ignore_index have no loss.
-struct LogitsRows {
-  int64_t N, V, stride, ignore_index;
-  const int64_t* targets;
-};
+using Threads = Executor;
 
 // Gradients of parameters are summed through a workspace `partial`, of so many rows at most.
 constexpr int64_t kMaxPartial = 128;
 
-// One query per sequence: q has a single row of time, k and v have T, of which the first
-// lengths[b] count.
-struct Decode {
-  int64_t B, H, T, D;
-  View q, k, v;
-  const int64_t* lengths;
-  double softmax_scale;
-};
-
 constexpr int64_t kMaxHead = 256;  // D
-
-struct Ops {
-  // o (B, Tq, H, D) and lse (B, H, Tq) S. Both return the bytes of workspace that they need, and
-  // do nothing else where workspace is null.
-  int64_t (*attention_fwd)(const Attention&, void* o, void* lse, void* workspace, const Threads&);
-  int64_t (*attention_bwd)(const Attention&, View dout, const void* o, const void* lse, OutView dq,
-                           OutView dk, OutView dv, void* workspace, const Threads&);
-  // o (B, H, D); workspace as above.
-  int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Threads&);
-
-  void (*gelu_fwd)(const void* x, void* y, int64_t n, const Threads&);
-  void (*gelu_bwd)(const void* dy, const void* x, void* dx, int64_t n, const Threads&);
-  void (*bias_gelu_fwd)(const void* x, const void* bias, void* y, int64_t N, int64_t C,
-                        const Threads&);
-  // dbias (C,) S, partial (kMaxPartial, C) S.
-  void (*bias_gelu_bwd)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                        void* partial, int64_t N, int64_t C, const Threads&);
-
-  // s = x + residual where there is a residual; stats (2, N) S: mean, rstd.
-  void (*layer_norm_fwd)(const void* x, const void* residual, const void* weight, const void* bias,
-                         double eps, void* y, void* s, void* stats, int64_t N, int64_t C,
-                         const Threads&);
-  // ds may be null; dparams (2, C) S, partial (kMaxPartial, 2, C) S.
-  void (*layer_norm_bwd)(const void* dy, const void* ds, const void* x, const void* weight,
-                         const void* stats, void* dx, void* dparams, void* partial, int64_t N,
-                         int64_t C, const Threads&);
-
-  // losses (N,) S; stats (2, N) S: m, l.
-  void (*cross_entropy_fwd)(const LogitsRows&, const void* logits, void* losses, void* stats,
-                            const Threads&);
-  // dlosses (N,) S; dlogits (N, V) with its own row stride, or logits itself.
-  void (*cross_entropy_bwd)(const LogitsRows&, const void* dlosses, const void* logits,
-                            const void* stats, void* dlogits, int64_t dlogits_stride,
-                            const Threads&);
-  // The gradient for dlosses = 1 over logits, 0 in the columns from V to V_padded.
-  void (*cross_entropy_fwd_bwd)(const LogitsRows&, void* logits, int64_t V_padded, void* losses,
-                                const Threads&);
-};
 
 enum Dtype { kFloat32, kBFloat16, kFloat16, kFloat64, kDtypes };
 

@@ -18,6 +18,11 @@ import triton.language as tl
 from .configs import layer_norm_config, resident_programs
 from .lang import load_rows, store_rows
 
+# A sum of products over the lanes of a warp must not begin with a fused x x + y: every lane would
+# round its own product away and the others' not, the lanes would hold different sums, and which of
+# them a store keeps is not defined.
+SUMS_ALIKE = {"enable_fp_fusion": False}
+
 
 @triton.jit
 def _layer_norm_fwd_kernel(
@@ -127,7 +132,7 @@ def layer_norm_bwd(dy, ds, x, weight, stats):
     _layer_norm_bwd_kernel[(programs,)](
         dy2, ds2, x2, weight, *stats, dx, *partial,
         dy2.stride(0), ds2.stride(0), x2.stride(0), N,
-        C=C, BLOCK_C=triton.next_power_of_2(C), ADD=ds is not None, **tile._asdict(),
+        C=C, BLOCK_C=triton.next_power_of_2(C), ADD=ds is not None, **tile._asdict(), **SUMS_ALIKE,
     )  # fmt: skip
     return dx, partial.sum(1).to(weight.dtype)
 
@@ -146,6 +151,7 @@ def _forward(x, residual, weight, bias, eps):
             x2, residual2, weight, bias, y, s, *stats,
             x2.stride(0), residual2.stride(0), N, eps,
             C=C, BLOCK_C=triton.next_power_of_2(C), ADD=residual is not None, **tile._asdict(),
+            **SUMS_ALIKE,
         )  # fmt: skip
     return y, s, stats
 

@@ -1,0 +1,175 @@
+// Cross-entropy of logits rows against one target each: forward, backward, and both in place.
+//
+//   m     = max_v x[v]    l = sum_v exp(x[v] - m)
+//   loss  = log(l) + (m - x[target])
+//   dx[v] = (exp(x[v] - m) / l - [v = target]) dloss
+//
+// A block owns a row and reads it once with an online maximum and sum; the softmax is never stored.
+// m and l stay apart: lse = m + log(l) as one number would round away the digits of log(l) where
+// logits are large. In place, the row is read again while it is still in L2: two blocks of 1024
+// threads fill a multiprocessor, and their rows of 50257 are half of an H100's L2 in all.
+//
+//   N rows   V vocabulary   L logits that a thread moves at once
+#include "reduce.cuh"
+
+namespace gpt2::cuda {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+// Threads for a row of V: some vectors for each.
+int threads_for(int64_t V) {
+  return V < 4096 ? 128 : V < 16384 ? 256 : kMaxThreads;
+}
+
+// f(v, lanes) for this thread's logits [v, v + lanes) of a row. Rows of an odd V begin anywhere: L
+// at a time from the first address that is aligned, the rest one by one.
+template <int L, class T, class F>
+__device__ void for_logits(const T* row, int64_t V, F f) {
+  const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % L);
+  const int64_t head = min(int64_t((L - misaligned) % L), V);
+  const int64_t tail = head + (V - head) / L * L;
+  if (threadIdx.x < head) f(int64_t(threadIdx.x), Lanes<1>());
+  for (int64_t v = head + threadIdx.x * L; v < tail; v += blockDim.x * L) f(v, Lanes<L>());
+  if (tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
+}
+
+// m and l of a row, for all of its block.
+template <class T>
+__device__ Softmax softmax_of(const T* row, int64_t V) {
+  Softmax sum;
+  for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
+    float x[lanes];
+    load(row + v, x);
+    float top = sum.m;
+#pragma unroll
+    for (float each : x) top = fmaxf(top, each);
+    if (top > sum.m) {
+      sum.l *= expf(sum.m - top);
+      sum.m = top;
+    }
+    const float shift = sum.shift();
+#pragma unroll
+    for (float each : x) sum.l += expf(each - shift);
+  });
+  return block_sum(sum);
+}
+
+// dx may take the place of x: a thread reads what it overwrites, and nothing else.
+template <class T>
+__device__ void store_gradient(const T* row, int64_t V, int64_t target, Softmax softmax,
+                               float dloss, T* drow) {
+  const float scale = 1 / softmax.l;
+  const auto store_lanes = [&](int64_t v, auto lanes) {
+    float x[lanes];
+    load(row + v, x);
+    const int64_t hit = target - v;
+#pragma unroll
+    for (int k = 0; k < lanes; ++k) {
+      const float p = expf(x[k] - softmax.m) * scale;
+      x[k] = (k == hit ? p - 1 : p) * dloss;
+    }
+    store(x, drow + v);
+  };
+  if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(drow)) % 16 == 0) {
+    for_logits<kLanes<T>>(row, V, store_lanes);
+  } else {
+    for_logits<1>(row, V, store_lanes);
+  }
+}
+
+template <class T>
+__device__ void store_zeros(T* row, int64_t V) {
+  for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
+    const float zeros[lanes] = {};
+    store(zeros, row + v);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    cross_entropy_fwd_kernel(LogitsRows rows, const T* logits,
+                             float* losses,   // (N,)
+                             float* stats) {  // (2, N): m, l
+  const int64_t n = blockIdx.x, target = rows.targets[n];
+  const T* row = logits + n * rows.stride;
+  const Softmax softmax = softmax_of(row, rows.V);
+  if (threadIdx.x > 0) return;
+  const bool counts = target != rows.ignore_index;
+  losses[n] = counts ? logf(softmax.l) + (softmax.m - widen(row[target])) : 0;
+  stats[n] = softmax.m;
+  stats[rows.N + n] = softmax.l;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    cross_entropy_bwd_kernel(LogitsRows rows,
+                             const float* dlosses,  // (N,)
+                             const T* logits,
+                             const float* stats,  // (2, N): m, l
+                             T* dlogits, int64_t dlogits_stride) {
+  const int64_t n = blockIdx.x, target = rows.targets[n];
+  T* drow = dlogits + n * dlogits_stride;
+  if (target == rows.ignore_index) {
+    store_zeros(drow, rows.V);
+  } else {
+    store_gradient(logits + n * rows.stride, rows.V, target, {stats[n], stats[rows.N + n]},
+                   dlosses[n], drow);
+  }
+}
+
+// For a loss gradient of 1, over the logits; 0 in the columns that pad V.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    cross_entropy_fwd_bwd_kernel(LogitsRows rows, T* logits, int64_t V_padded,
+                                 float* losses) {  // (N,)
+  const int64_t n = blockIdx.x, target = rows.targets[n];
+  T* row = logits + n * rows.stride;
+  if (target == rows.ignore_index) {
+    if (threadIdx.x == 0) losses[n] = 0;
+    store_zeros(row, V_padded);
+    return;
+  }
+  const float x_target = widen(row[target]);
+  const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
+  if (threadIdx.x == 0) losses[n] = logf(softmax.l) + (softmax.m - x_target);
+  store_gradient(row, rows.V, target, softmax, 1, row);
+  store_zeros(row + rows.V, V_padded - rows.V);
+}
+
+}  // namespace
+
+template <class T>
+void cross_entropy_fwd(const LogitsRows& rows, const void* logits, void* losses, void* stats,
+                       const Executor& on) {
+  launch("cross_entropy_fwd", cross_entropy_fwd_kernel<T>, rows.N, threads_for(rows.V), 0, on, rows,
+         static_cast<const T*>(logits), static_cast<float*>(losses), static_cast<float*>(stats));
+}
+
+template <class T>
+void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses, const void* logits,
+                       const void* stats, void* dlogits, int64_t dlogits_stride,
+                       const Executor& on) {
+  launch("cross_entropy_bwd", cross_entropy_bwd_kernel<T>, rows.N, threads_for(rows.V), 0, on, rows,
+         static_cast<const float*>(dlosses), static_cast<const T*>(logits),
+         static_cast<const float*>(stats), static_cast<T*>(dlogits), dlogits_stride);
+}
+
+template <class T>
+void cross_entropy_fwd_bwd(const LogitsRows& rows, void* logits, int64_t V_padded, void* losses,
+                           const Executor& on) {
+  launch("cross_entropy_fwd_bwd", cross_entropy_fwd_bwd_kernel<T>, rows.N, threads_for(rows.V), 0,
+         on, rows, static_cast<T*>(logits), V_padded, static_cast<float*>(losses));
+}
+
+#define GPT2_INSTANTIATE(T)                                                                    \
+  template void cross_entropy_fwd<T>(const LogitsRows&, const void*, void*, void*,             \
+                                     const Executor&);                                         \
+  template void cross_entropy_bwd<T>(const LogitsRows&, const void*, const void*, const void*, \
+                                     void*, int64_t, const Executor&);                         \
+  template void cross_entropy_fwd_bwd<T>(const LogitsRows&, void*, int64_t, void*, const Executor&);
+GPT2_INSTANTIATE(float)
+GPT2_INSTANTIATE(bf16)
+GPT2_INSTANTIATE(f16)
+
+}  // namespace gpt2::cuda

@@ -1,0 +1,177 @@
+// Attention of one new token per sequence: q (B, 1, H, D) over the first lengths[b] rows of a
+// cache.
+//
+//   s[j] = q . k[j]      p = softmax(softmax_scale s)      o = p v
+//
+// Nothing but reading the cache once, so a block takes a piece of kPiece keys of one head: pieces
+// of fixed size, however many the batch has, keep a row's bits the same in every batch. The lanes
+// that share a key hold 16 bytes of it each; a group of lanes carries m, l and acc over its own
+// keys, as attention.cu does, and groups, warps and at last pieces are added in their order:
+//
+//   m = max m_i    l = sum a_i l_i    acc = sum a_i acc_i    with a_i = exp(softmax_scale (m_i -
+//   m))
+//
+//   B batch   T rows of the cache   H heads   D head size
+#include "attention.cuh"
+
+namespace gpt2::cuda {
+namespace {
+
+constexpr int kPiece = 128;
+
+struct DecodeArgs {
+  View q, k, v;
+  const int64_t* lengths;
+  void* o;       // (B, H, D)
+  float* parts;  // (B, H, pieces, D + 2): acc, m, l
+  int H, D, pieces;
+  float scale_log2;
+};
+
+// A softmax on its way over keys, and the part of acc that a lane holds.
+template <int N>
+struct Running {
+  float m = kLowest, l = 0, acc[N] = {};
+
+  __device__ void scale(float alpha) {
+    l *= alpha;
+#pragma unroll
+    for (int i = 0; i < N; ++i) acc[i] *= alpha;
+  }
+
+  __device__ void raise(float m_new, float scale_log2) {
+    scale(exp2_fast((m - m_new) * scale_log2));
+    m = m_new;
+  }
+
+  __device__ void add(Running other, float scale_log2) {
+    const float m_new = fmaxf(m, other.m);
+    raise(m_new, scale_log2);
+    other.raise(m_new, scale_log2);
+    l += other.l;
+#pragma unroll
+    for (int i = 0; i < N; ++i) acc[i] += other.acc[i];
+  }
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs args) {
+  constexpr int kChunk = kLanes<T>, kChunks = D / kChunk;
+  constexpr int kGroup = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
+  constexpr int kGroups = kThreads / kGroup, kStep = 4;  // keys whose loads are under way at once
+  using Chunk = Vec<T, kChunk>;
+  using Part = Running<kChunk>;
+
+  const int piece = blockIdx.x % args.pieces, bh = blockIdx.x / args.pieces;
+  const int b = bh / args.H, h = bh % args.H;
+  const int begin = piece * kPiece;
+  const int end = static_cast<int>(min(args.lengths[b], int64_t(begin) + kPiece));
+  if (begin >= end) return;  // decode_sum_kernel knows
+  const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
+  const bool holds = lane * kChunk < args.D;  // groups are powers of two, rows need not be
+  const int at = holds ? lane * kChunk : 0;
+  const T* q = head_of<const T>(args.q, b, h).data;
+  const auto k = head_of<const T>(args.k, b, h), v = head_of<const T>(args.v, b, h);
+
+  float wide_q[kChunk];
+  const Chunk packed_q = Chunk::load(q + at);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) wide_q[i] = holds ? widen(packed_q.x[i]) : 0.0f;
+
+  Part part;
+  for (int first = begin; first < end; first += kStep * kGroups) {
+    const int j = first + group;  // whole warps go on together: a key past the end has no weight
+    Chunk keys[kStep], values[kStep];
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      const int64_t row = min(j + i * kGroups, end - 1);
+      keys[i] = Chunk::load(k.data + row * k.stride + at);
+      values[i] = Chunk::load(v.data + row * v.stride + at);
+    }
+    // s = q . k
+    float s[kStep], m_new = part.m;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      s[i] = 0;
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) s[i] = fmaf(wide_q[c], widen(keys[i].x[c]), s[i]);
+#pragma unroll
+      for (int step = 1; step < kGroup; step *= 2) {
+        s[i] += __shfl_xor_sync(~0u, s[i], step);
+      }
+      if (j + i * kGroups >= end) s[i] = -INFINITY;
+      m_new = fmaxf(m_new, s[i]);
+    }
+    // p = exp(s - m)    acc += p v
+    part.raise(m_new, args.scale_log2);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      const float p = exp2_fast((s[i] - m_new) * args.scale_log2);
+      part.l += p;
+#pragma unroll
+      for (int c = 0; c < kChunk; ++c) part.acc[c] = fmaf(p, widen(values[i].x[c]), part.acc[c]);
+    }
+  }
+
+  // The groups of a warp, then the warps.
+#pragma unroll
+  for (int step = kGroup; step < kWarp; step *= 2) {
+    Part other;
+    other.m = __shfl_xor_sync(~0u, part.m, step);
+    other.l = __shfl_xor_sync(~0u, part.l, step);
+#pragma unroll
+    for (int c = 0; c < kChunk; ++c) other.acc[c] = __shfl_xor_sync(~0u, part.acc[c], step);
+    part.add(other, args.scale_log2);
+  }
+  __shared__ Part parts[kWarps][kGroup];
+  if (threadIdx.x % kWarp < kGroup) parts[threadIdx.x / kWarp][lane] = part;
+  __syncthreads();
+  if (threadIdx.x >= kGroup || !holds) return;
+  Part sum = parts[0][lane];
+  for (int warp = 1; warp < kWarps; ++warp) sum.add(parts[warp][lane], args.scale_log2);
+  float* to = args.parts + (int64_t(bh) * args.pieces + piece) * (args.D + 2);
+#pragma unroll
+  for (int c = 0; c < kChunk; ++c) to[at + c] = sum.acc[c];
+  if (lane == 0) to[args.D] = sum.m, to[args.D + 1] = sum.l;
+}
+
+// o = acc / l over the pieces of a head, a thread for each column; 0 where there are no keys.
+template <class T>
+__global__ void decode_sum_kernel(const DecodeArgs args) {
+  const int bh = blockIdx.x, d = threadIdx.x;
+  if (d >= args.D) return;
+  const int64_t length = args.lengths[bh / args.H];
+  const float* from = args.parts + int64_t(bh) * args.pieces * (args.D + 2);
+  Running<1> sum;
+  for (int64_t j = 0; j < length; j += kPiece, from += args.D + 2) {
+    Running<1> part;
+    part.m = from[args.D], part.l = from[args.D + 1], part.acc[0] = from[d];
+    sum.add(part, args.scale_log2);
+  }
+  static_cast<T*>(args.o)[int64_t(bh) * args.D + d] =
+      narrow<T>(length > 0 ? sum.acc[0] / sum.l : 0);
+}
+
+}  // namespace
+
+template <class T>
+int64_t attention_decode(const Decode& x, void* o, void* workspace, const Executor& executor) {
+  const int64_t heads = x.B * x.H, pieces = cdiv(x.T, int64_t(kPiece));
+  if (workspace == nullptr) return heads * pieces * (x.D + 2) * int64_t(sizeof(float));
+  const DecodeArgs args{x.q,         x.k,
+                        x.v,         x.lengths,
+                        o,           static_cast<float*>(workspace),
+                        int(x.H),    int(x.D),
+                        int(pieces), static_cast<float>(x.softmax_scale * 1.4426950408889634)};
+  with_head_size(x.D, [&](auto D) {
+    launch("decode", decode_kernel<T, D>, heads * pieces, kThreads, 0, executor, args);
+  });
+  launch("decode_sum", decode_sum_kernel<T>, heads, kThreads, 0, executor, args);
+  return 0;
+}
+
+template int64_t attention_decode<float>(const Decode&, void*, void*, const Executor&);
+template int64_t attention_decode<bf16>(const Decode&, void*, void*, const Executor&);
+template int64_t attention_decode<f16>(const Decode&, void*, void*, const Executor&);
+
+}  // namespace gpt2::cuda

@@ -1,0 +1,57 @@
+"""What only the CUDA kernels promise, and that every one of them runs. Op by op they are tested
+where all backends are: by test_<op>.py, over kernel_backend."""
+
+import pytest
+import torch
+from conftest import CUDA, serving
+from test_attention import check_square, qkv_in
+from util import DEVICE, DTYPES, bits_equal
+
+from gpt2 import kernels
+
+
+@pytest.fixture(params=[CUDA])
+def kernel_backend(request, monkeypatch):
+    with serving(request.param, monkeypatch) as name:
+        yield name
+
+
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "D", [64, *(pytest.param(D, marks=FULL) for D in (24, 32, 80, 96, 120, 128))], ids="D{}".format
+)
+def test_every_attention_kernel(D, dtype, dropout_p, ran, kernel_backend):
+    """Every padded head size, dtype and pass: whole tiles and ragged ones, in the past and on the
+    diagonal."""
+    check_square(1, 130, 1, D, "packed", dtype, dropout_p, ran, kernel_backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 4])
+def test_misaligned_views_are_copied(offset, dtype, kernel_backend):
+    """Rows that do not begin at multiples of 16 bytes: from the first on, or from the second."""
+    B, T, H, D = 2, 17, 2, 32
+    aligned = qkv_in("contiguous", B, T, T, H, D, DTYPES[dtype])
+    shifted, spread = [], []
+    for x in aligned:
+        buffer = torch.full((x.numel() + offset,), torch.nan, dtype=x.dtype, device=DEVICE)
+        shifted.append(buffer[offset:].view_as(x).copy_(x))
+        rows = torch.full((B, T, H, D + offset), torch.nan, dtype=x.dtype, device=DEVICE)
+        spread.append(rows[..., :D].copy_(x))
+    with kernels.use(kernel_backend):
+        results = [kernels.causal_attention(*views) for views in (aligned, shifted, spread)]
+    assert bits_equal(results[0], results[1]) and bits_equal(results[0], results[2])
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would not recover from it")
+def test_a_failed_launch_is_an_error(kernel_backend):
+    """The kernel is named, and what the emulator found: here a length that the cache does not have,
+    which kernels.decode_attention would have refused."""
+    q, cache = torch.randn(1, 1, 1, 32), torch.randn(1, 5, 1, 32)
+    lengths = torch.tensor([6])
+    with pytest.raises(RuntimeError, match=r"^decode: .*\[bounds\] .*decode_kernel"):
+        torch.ops.gpt2_kernels_cuda.decode_attention(q, cache, cache, lengths, 1.0)
