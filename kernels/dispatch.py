@@ -19,20 +19,16 @@ from . import cpu, cuda, triton
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
-# Who is asked, in order. On a CPU there is only cpu (and triton, in its interpreter), measured
-# against plain PyTorch in docs/log.md. On a GPU triton comes before cuda, whose library takes nvcc
-# minutes to build: which of the two is faster is not measured, of
-#
-#   attention, layer_norm, gelu, cross_entropy
-#
-# and decode_attention has no Triton kernel. Elementwise GELU is left to Inductor inside
-# torch.compile: it fuses into its neighbours there, which a kernel of its own never can.
+# Who is asked, in order, and why triton before cuda, whose library takes nvcc a minute to build. On
+# a CPU there is only cpu (and triton, in its interpreter), measured against plain PyTorch in
+# docs/log.md. Elementwise GELU is left to Inductor inside torch.compile: it fuses into its
+# neighbours there, which a kernel of its own never can.
 PRIORITY = {
-    "attention": ("triton", "cuda", "cpu"),
-    "decode_attention": ("cuda", "cpu"),
-    "layer_norm": ("triton", "cuda", "cpu"),
-    "gelu": ("triton", "cuda", "cpu"),
-    "cross_entropy": ("triton", "cuda", "cpu"),
+    "attention": ("triton", "cuda", "cpu"),  # not measured
+    "decode_attention": ("cuda", "cpu"),  # triton has no kernel for it
+    "layer_norm": ("triton", "cuda", "cpu"),  # not measured
+    "gelu": ("triton", "cuda", "cpu"),  # not measured
+    "cross_entropy": ("triton", "cuda", "cpu"),  # not measured
 }
 OPS = tuple(PRIORITY)
 

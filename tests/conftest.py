@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_backend
+from emulation import emulation
 
 ON_GPU = torch.cuda.is_available()
 # Triton's kernels compiled, and their PTX run: a process of its own, as a function that Triton has
@@ -64,6 +65,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cpu_kernels: needs the native library, built at first use")
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
     config.pluginmanager.register(Counts(config))
+    config.pluginmanager.register(emulation)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -285,12 +287,24 @@ class Counts:
             compared = [name for key, name in report.user_properties if key == "compared"]
             self.comparisons.update(compared)
             self.cases.update(set(compared))
+            for name, cases, results in (v for k, v in report.user_properties if k == "elsewhere"):
+                self.cases[name] += cases
+                self.comparisons[name] += results
 
     def missing(self):
-        """What GPT2_EXPECT="triton=3000,..." demands and did not run."""
+        """What GPT2_EXPECT="triton=3000,..." demands and did not run; coverage=95 is of the PTX of
+        every kernel that was emulated, in percent."""
         for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
             name, _, least = expected.partition("=")
-            if self.cases[name] < int(least):
+            if name == "coverage":
+                for kernel, found in emulation.kernels().items():
+                    if 100 * found.covered() < float(least):
+                        yield f"{kernel}: {found.covered():.1%} of its instructions were executed"
+            elif name == "launches":
+                launches = sum(kernel.launches for kernel in emulation.kernels().values())
+                if launches < int(least):
+                    yield f"{launches} launches were emulated, at least {least} should have been"
+            elif self.cases[name] < int(least):
                 yield f"{name}: {self.cases[name]} cases ran, at least {least} should have"
 
     def pytest_sessionfinish(self, session, exitstatus):
@@ -299,8 +313,9 @@ class Counts:
 
     def pytest_terminal_summary(self, terminalreporter):
         for name, n in sorted(self.cases.items()):
-            how = {"triton": " (in the interpreter: no GPU)", "cuda": " (emulated: no GPU)"}
-            how = " (on the GPU)" if ON_GPU else how.get(name, "")
+            stand_in = "emulated" if EMULATE_TRITON else "in the interpreter"
+            how = {"triton": f" ({stand_in}: no GPU)", "cuda": " (emulated: no GPU)"}
+            how = " (on the GPU)" if ON_GPU and name in how else how.get(name, "")
             results = f"{self.comparisons[name]} results compared with float64"
             terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
         for line in [*self.missing(), *filter(None, [NO_TRITON])]:

@@ -72,6 +72,18 @@ def test_several_tiles(T, D, dtype, dropout_p, ran, kernel_backend):
     check_square(1, T, heads, D, "packed", dtype, dropout_p, ran, kernel_backend)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "D",
+    [pytest.param(D, marks=() if D == 64 else pytest.mark.full, id=f"D{D}") for D in HEAD_SIZES],
+)
+def test_every_kernel(D, dtype, dropout_p, ran, kernel_backend):
+    """Each head size, dtype and pass: whole tiles and ragged ones, in the past and on the diagonal,
+    for the largest tile there is."""
+    check_square(1, 200, 1, D, "packed", dtype, dropout_p, ran, kernel_backend)
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,10 +1,10 @@
-"""What only the CUDA kernels promise, and that every one of them runs. Op by op they are tested
-where all backends are: by test_<op>.py, over kernel_backend."""
+"""What only the CUDA kernels promise. Op by op they are tested where all backends are, by
+test_<op>.py."""
 
 import pytest
 import torch
 from conftest import CUDA, serving
-from test_attention import check_square, qkv_in
+from test_attention import qkv_in
 from util import DEVICE, DTYPES, bits_equal
 
 from gpt2 import kernels
@@ -14,20 +14,6 @@ from gpt2 import kernels
 def kernel_backend(request, monkeypatch):
     with serving(request.param, monkeypatch) as name:
         yield name
-
-
-FULL = pytest.mark.full
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "D", [64, *(pytest.param(D, marks=FULL) for D in (24, 32, 80, 96, 120, 128))], ids="D{}".format
-)
-def test_every_attention_kernel(D, dtype, dropout_p, ran, kernel_backend):
-    """Every padded head size, dtype and pass: whole tiles and ragged ones, in the past and on the
-    diagonal."""
-    check_square(1, 130, 1, D, "packed", dtype, dropout_p, ran, kernel_backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

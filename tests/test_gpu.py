@@ -1,13 +1,34 @@
 """What only a GPU shows: streams, CUDA graphs, offsets beyond 2^31, races that repeat themselves
 rarely, and training that stays on course. The other test files run their cases on it as well."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import agreement
 import pytest
 import torch
+from safetensors.torch import load_file
 from util import bits_equal
 
 from gpt2 import Config, Model, kernels
+from gpt2.kernels import _nvcc
+
+TESTS = Path(__file__).parent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
+
+
+@pytest.fixture(params=["triton", "cuda"], autouse=True)
+def backend(request):
+    """Everything here runs on both."""
+    reason = kernels.why_not(request.param, "gelu", torch.device("cuda", 0), torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    with kernels.use(request.param):
+        yield request.param
 
 
 def randn(*shape, dtype=torch.bfloat16):
@@ -141,3 +162,43 @@ def test_training_stays_on_course(dtype, request):
     plain, fast = (torch.stack(losses[k]) for k in (False, True))
     assert (plain - fast).abs().max() < 0.02 * plain[0]
     assert fast[-1] < 0.9 * fast[0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool, backend):
+    """NVIDIA's own checks of every op at ragged sizes."""
+    beside = Path(_nvcc.find() or "nvcc").parent
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    chosen = f"{backend} and (test_packed or test_layer_norm or test_bias_gelu or test_leading)"
+    files = ("attention", "layer_norm", "gelu", "cross_entropy")
+    result = subprocess.run(
+        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest",
+         *(f"test_{file}.py" for file in files), "-k", chosen, "-p", "no:cacheprovider"],
+        cwd=TESTS, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if "not supported" in result.stdout and "0 errors" not in result.stdout:
+        pytest.skip(f"compute-sanitizer: {result.stdout.splitlines()[-1]}")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_emulator_agrees(backend, tmp_path):
+    """Bit by bit where no approximation enters; else to some units in the last place, as sums on
+    the tensor cores and approximate functions are rounded differently."""
+    if backend != "cuda":
+        pytest.skip("its inputs are for the cuda backend")
+    file = tmp_path / "emulated.safetensors"
+    subprocess.run(
+        [sys.executable, TESTS / "agreement.py", file],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True,
+    )  # fmt: skip
+    emulated = load_file(file)
+    for name, x in agreement.results("cuda").items():
+        if name in agreement.EXACT:
+            assert bits_equal(x, emulated[name]), name
+        else:
+            error = (x.double() - emulated[name].double()).abs().max()
+            assert error <= 8 * torch.finfo(x.dtype).eps * emulated[name].double().abs().max(), name

@@ -1,5 +1,6 @@
 """Which instructions of which kernels have run, over all launches and, through JSON, processes."""
 
+import collections
 import json
 
 import numpy as np
@@ -14,9 +15,12 @@ def excluded(ins) -> str | None:
 class Coverage:
     def __init__(self):
         self.executed, self.kernels = {}, {}  # by (kernel name, hash of the PTX)
+        self.launches = collections.Counter()
 
     def of(self, kernel) -> np.ndarray:
+        """Where a launch of this kernel notes what it executes."""
         key = kernel.name, kernel.module.hash
+        self.launches[key] += 1
         if key not in self.executed:
             self.executed[key] = np.zeros(len(kernel.instructions), np.bool_)
         if key not in self.kernels:
@@ -63,6 +67,7 @@ class Coverage:
             executed[entry["executed"]] = True
 
     def clear(self):
+        self.launches.clear()
         self.executed.clear()
         self.kernels.clear()
 

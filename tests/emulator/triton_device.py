@@ -11,12 +11,14 @@ unset when triton is imported.
 
 import contextlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 
 from .findings import UnsupportedPTX
 from .launch import MAX_SHARED, Launch, launch
@@ -126,8 +128,13 @@ def active(canary: bool = True, banks: bool = False):
     before = driver._active
     driver.set_active(device)
     hooks.add(device.before_load)
-    try:
-        yield device
-    finally:
-        hooks.remove(device.before_load)
-        driver._active = before
+    # The PTX is all that is run: to translate it further takes longer than to run it. Kept apart
+    # from real binaries.
+    folder = f"{knobs.cache.dir}-emulated"
+    with mock.patch.object(CUDABackend, "make_cubin", return_value=b""), knobs.cache.scope():
+        knobs.cache.dir = folder
+        try:
+            yield device
+        finally:
+            hooks.remove(device.before_load)
+            driver._active = before

@@ -1,0 +1,52 @@
+"""Triton's kernels as they are compiled for sm_80: their PTX on the emulator, through the package's
+own launchers, in the very tests that the interpreter passes.
+
+A process of its own for each part, since Triton interprets or compiles from its first import on.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EMULATE_TRITON, ON_GPU
+from emulation import FILE, emulation
+
+ONE_OF_EACH = [
+    "test_attention.py::test_packed[triton-1-65-3-D64-bf16-]",
+    "test_layer_norm.py::test_add_layer_norm[triton-C768-N5-bf16-fp32]",
+    "test_layer_norm.py::test_layer_norm[triton-C769-N3-fp16-same]",
+    "test_gelu.py::test_gelu[triton-1.0-2049-bf16]",
+    "test_gelu.py::test_bias_gelu[triton-N5-C1025-fp32-same]",
+    "test_cross_entropy.py::test_cross_entropy[triton-1.0-V257-N3-bf16-some]",
+    "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[triton-33-bf16]",
+]
+OTHERS = "not bf16 and not fp16 and not fp32"
+PARTS = {
+    "one-of-each": ONE_OF_EACH,
+    **{f"attention-{k}": ["test_attention.py", "-k", k] for k in ("bf16", "fp16", "fp32", OTHERS)},
+    **{op: [f"test_{op}.py"] for op in ("layer_norm", "gelu", "cross_entropy")},
+}
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(ON_GPU or EMULATE_TRITON, reason="the other tests run the compiled kernels")
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(p, marks=() if p == "one-of-each" else pytest.mark.full) for p in PARTS],
+)
+def test_compiled_kernels(part, tmp_path, request):
+    environment = os.environ | {"GPT2_TEST_TRITON": "emulator", FILE: str(tmp_path / "emulation")}
+    for name in ("GPT2_EXPECT", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
+        environment.pop(name, None)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *PARTS[part], "--full", "-p", "no:cacheprovider"],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = re.search(r"^triton .*: (\d+) cases, (\d+) results", result.stdout, re.M)
+    assert counts is not None, result.stdout
+    emulation.add_file(tmp_path / "emulation")
+    request.node.user_properties.append(("elsewhere", ("triton-ptx", *map(int, counts.groups()))))
