@@ -55,7 +55,5 @@ def results(device: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    if (reason := cuda_backend.why_not()) is not None:
-        sys.exit(f"error: {reason}")
     with pytest.MonkeyPatch.context() as patch, cuda_backend.serving(patch):
         save_file(results("cuda" if cuda_backend.ON_GPU else "cpu"), sys.argv[1])

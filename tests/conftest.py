@@ -164,54 +164,51 @@ CPU_SETS = [pytest.param(f"cpu-{isa}", marks=pytest.mark.cpu_kernels) for isa in
 @pytest.fixture(params=["reference", TRITON, CUDA, CPU])
 def backend(request, monkeypatch):
     """Every backend: what none may do differently."""
-    with serving(request.param, monkeypatch) as name:
-        yield name
+    with serving(request.param, monkeypatch):
+        yield request.param.partition("-")[0]
 
 
 @pytest.fixture(params=[TRITON, CUDA, CPU])
 def accelerated(request, monkeypatch):
     """Every backend but the reference, where its instruction set does not matter."""
-    with serving(request.param, monkeypatch) as name:
-        yield name
+    with serving(request.param, monkeypatch):
+        yield request.param.partition("-")[0]
 
 
 @pytest.fixture(params=[TRITON, CUDA, *CPU_SETS])
 def kernel_backend(request, monkeypatch):
     """The name of every backend but the reference; of cpu, with each instruction set in turn."""
-    with serving(request.param, monkeypatch) as name:
-        yield name
+    with serving(request.param, monkeypatch):
+        yield request.param.partition("-")[0]
 
 
 @pytest.fixture(params=CPU_SETS)
 def cpu_backend(request, monkeypatch):
-    with serving(request.param, monkeypatch) as name:
-        yield name
+    with serving(request.param, monkeypatch):
+        yield request.param.partition("-")[0]
 
 
-@contextlib.contextmanager
-def serving(param, monkeypatch):
-    """Within it kernels.use of the name it yields serves the tests' tensors."""
+def serving(param, monkeypatch, **options):
+    """Within it the backend serves the tests' tensors; an emulated device, if it is one, is what it
+    yields, and the options are its."""
     name = param.partition("-")[0]
     if name == "cuda":
-        device = cuda_backend.serving(monkeypatch)
-    elif name == "triton" and EMULATE_TRITON:
-        device = emulated_triton(monkeypatch)
-    else:
-        device = cpu_set(param)
-    with device:
-        yield name
+        return cuda_backend.serving(monkeypatch, **options)
+    if name == "triton" and EMULATE_TRITON:
+        return emulated_triton(monkeypatch, **options)
+    return cpu_set(param)
 
 
 @contextlib.contextmanager
-def emulated_triton(monkeypatch):
+def emulated_triton(monkeypatch, **options):
     """Triton's kernels on CPU tensors: compiled for sm_80, their PTX run by the emulator."""
     from emulator import triton_device
 
     from gpt2.kernels import triton
 
     monkeypatch.setattr(triton, "_cached_device_reason", lambda device_type, index: None)
-    with triton_device.active():
-        yield
+    with triton_device.active(**options) as device:
+        yield device
 
 
 @contextlib.contextmanager

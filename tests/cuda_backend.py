@@ -46,6 +46,8 @@ def load(library: Path, ptx: list[Path]) -> None:
 def serving(monkeypatch, **options):
     """Within it kernels.use("cuda") serves the tests' tensors; yields the emulated device, or None
     on a GPU. Launches may touch what was allocated within it, and the arguments' own memory."""
+    if (reason := why_not()) is not None:
+        raise RuntimeError(reason)
     if ON_GPU:
         yield None
         return

@@ -5,15 +5,55 @@ import pytest
 import torch
 from conftest import CUDA, serving
 from test_attention import qkv_in
-from util import DEVICE, DTYPES, bits_equal
+from test_cross_entropy import targets_in
+from test_layer_norm import norm_inputs
+from util import DEVICE, DTYPES, bits_equal, check_op
 
 from gpt2 import kernels
 
 
 @pytest.fixture(params=[CUDA])
 def kernel_backend(request, monkeypatch):
-    with serving(request.param, monkeypatch) as name:
-        yield name
+    with serving(request.param, monkeypatch):
+        yield request.param.partition("-")[0]
+
+
+# Kernels differ by how many columns a thread holds, and whether it moves 16 bytes at a time; their
+# unrolled loops begin where a block has several rows. (attention's: test_every_kernel there)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", (767, 768, 1023, 1024, 2047, 2048, 8191, 8192, 8193, 8200))
+def test_every_layer_norm_kernel(C, dtype, ran, kernel_backend):
+    inputs = norm_inputs((2200 if C < 1000 else 300, C), DTYPES[dtype])
+    check_op("layer_norm", inputs, backend=kernel_backend, ran=ran)
+    inputs = {"x": inputs["x"], "residual": torch.randn_like(inputs["x"]), **inputs}
+    check_op("add_layer_norm", inputs, backend=kernel_backend, ran=ran)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", (17, 24))
+def test_every_bias_gelu_kernel(C, dtype, ran, kernel_backend):
+    x, bias = (torch.randn(*shape, device=DEVICE).to(DTYPES[dtype]) for shape in ((1400, C), (C,)))
+    check_op("bias_gelu", {"x": x, "bias": bias}, backend=kernel_backend, ran=ran)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", (2000, 9001, 20000))
+def test_every_cross_entropy_kernel(V, dtype, ran, kernel_backend):
+    whole = torch.randn(3, V + 1, device=DEVICE).to(DTYPES[dtype])
+    targets = targets_in(3, V)
+    for logits in (whole[:, :V].contiguous(), whole[:, 1:]):
+        inputs = {"logits": logits}
+        check_op("cross_entropy", inputs, backend=kernel_backend, ran=ran, targets=targets)
+    x, weight = (torch.randn(n, 8, device=DEVICE).to(DTYPES[dtype]) for n in (3, V))
+    check_op(
+        "linear_cross_entropy", {"x": x, "weight": weight}, backend=kernel_backend, ran=ran,
+        terms=1 / 3, targets=targets,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

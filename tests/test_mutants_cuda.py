@@ -1,7 +1,7 @@
 """The suite still notices each of the bugs in mutants_cuda.py, planted one at a time in a copy.
 
-All of csrc/cuda is compiled once; of a copy, what its test runs, for the head size and the dropout
-that the test asks for.
+All of csrc/cuda is compiled once; of a copy, what the bug is in, for the head size and the dropout
+that its test asks for.
 """
 
 import functools
@@ -18,14 +18,12 @@ from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
 
 LIBRARY = "libgpt2_kernels_cuda.so"
 
-# The sources whose kernels a test file runs.
-SOURCES = {
-    "test_attention.py": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
-    "test_cuda.py": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
-    "test_decode_attention.py": ("cuda/decode.cu",),
-    "test_layer_norm.py": ("cuda/layer_norm.cu",),
-    "test_gelu.py": ("cuda/gelu.cu",),
-    "test_cross_entropy.py": ("cuda/cross_entropy.cu",),
+# Which sources a header's bugs are planted for.
+INCLUDED_BY = {
+    "mma.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
+    "attention.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
+    "reduce.cuh": ("cuda/layer_norm.cu",),
+    "partial.cuh": ("cuda/layer_norm.cu",),
 }
 
 
@@ -95,9 +93,8 @@ def test_killed_in_csrc_cuda(mutant, copy, built, monkeypatch):  # noqa: F811
     """That its test passes without it is seen where the test itself runs."""
     plant(mutant, copy)
     narrow(copy / "csrc", mutant.killed_by)
-    sources = SOURCES[mutant.killed_by.partition("::")[0]]
-    if mutant.file.endswith(".cpp"):
-        sources = (*sources, mutant.file.removeprefix("csrc/"))
+    own = (mutant.file.removeprefix("csrc/"),)
+    sources = INCLUDED_BY.get(Path(mutant.file).name, own)
     compile_copy(copy / "csrc", copy / "work", built, sources)
     load = functools.partial(load_copy, copy / "work")
     status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, load)

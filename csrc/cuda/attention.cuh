@@ -14,7 +14,7 @@
 namespace gpt2::cuda {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 constexpr float kLowest = -3.40282347e38f;  // a maximum's start: exp(-inf - kLowest) is 0, not NaN
 
 // How many rows a block owns, and how many it reads at a step. Nothing here has been timed: these
@@ -63,24 +63,27 @@ inline Scores::Scores(const Attention& x)
       dropout_scale(x.dropout_p < 1 ? static_cast<float>(1 / (1 - x.dropout_p)) : 0.0f),
       seed(x.seed) {}
 
-// 2^x, to two units in the last place; results below the normal numbers are 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+// f(row, chunk) for each chunk of ROWS rows that falls to one thread of THREADS. How many do is
+// known when the loop is compiled, which is what unrolls it.
+template <class Rows, int ROWS, int THREADS, class F>
+__device__ void for_chunks(int thread, const F& f) {
+  constexpr int kCount = ROWS * Rows::kChunks;
+#pragma unroll
+  for (int i = 0; i < cdiv(kCount, THREADS); ++i) {
+    const int at = i * THREADS + thread;
+    if (kCount % THREADS == 0 || at < kCount) f(at / Rows::kChunks, at % Rows::kChunks);
+  }
 }
 
 // Starts to copy rows [first, first + ROWS) to a tile, zeros beyond `rows` and beyond column D.
 template <int ROWS, class T, int D>
 __device__ void load_rows(Tile<T, D> to, HeadRows<const T> from, int first, int rows, int columns) {
   using Rows = Tile<T, D>;
-#pragma unroll
-  for (int i = threadIdx.x; i < ROWS * Rows::kChunks; i += kThreads) {
-    const int row = i / Rows::kChunks, chunk = i % Rows::kChunks;
+  for_chunks<Rows, ROWS, kThreads>(threadIdx.x, [&](int row, int chunk) {
     const bool valid = first + row < rows && chunk * Rows::kChunk < columns;
     const T* source = from.data + (first + row) * from.stride + chunk * Rows::kChunk;
     cp_async(to.chunk(row, chunk), valid ? source : from.data, valid);
-  }
+  });
 }
 
 template <class T>
@@ -114,14 +117,13 @@ __device__ void store_rows(const float (&acc)[MT][D / 8][4], const Factor& facto
     }
   }
   __syncwarp();
-#pragma unroll
-  for (int i = threadIdx.x % kWarp; i < 16 * MT * Rows::kChunks; i += kWarp) {
-    const int row = lane.warp_row + i / Rows::kChunks, chunk = i % Rows::kChunks;
+  for_chunks<Rows, 16 * MT, kWarp>(threadIdx.x % kWarp, [&](int in_warp, int chunk) {
+    const int row = lane.warp_row + in_warp;
     if (first + row < rows && chunk * Rows::kChunk < columns) {
       T* target = to.data + (first + row) * to.stride + chunk * Rows::kChunk;
       *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(by.chunk(row, chunk));
     }
-  }
+  });
 }
 
 // Dropout's mask. Which of four neighbouring keys a query keeps is one draw of Philox4x32-7 (see

@@ -38,16 +38,18 @@ __device__ inline float drop(bool kept, float x, const Scores& scores) {
 }
 
 // The sum over D of x y for one row, by the four lanes that share it.
-template <class T>
+template <int D, class T>
 __device__ float row_dot(HeadRows<const T> x, HeadRows<const T> y, int row, int columns) {
   using Chunk = Vec<T, kLanes<T>>;
   float sum = 0;
-  for (int c = threadIdx.x % 4 * kLanes<T>; c < columns; c += 4 * kLanes<T>) {
+  for_chunks<Tile<T, D>, 1, 4>(threadIdx.x % 4, [&](int, int chunk) {
+    const int c = chunk * kLanes<T>;
+    if (c >= columns) return;
     const Chunk a = Chunk::load(x.data + row * x.stride + c);
     const Chunk b = Chunk::load(y.data + row * y.stride + c);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) sum = fmaf(widen(a.x[i]), widen(b.x[i]), sum);
-  }
+  });
   return quad_sum(sum);
 }
 
@@ -71,6 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_dq_kernel(const Bac
              o = head_of<const T>(args.o, b, h);
   const int past_end = scores.last_key(first) + 1;
   const int end = min(scores.last_key(first + Shape::kOwned - 1) + 1, scores.Tk);
+  __builtin_assume(end > 0);  // every query sees a key
 
   const MaskOf<DROPOUT> dropout(scores, bh);
 
@@ -94,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_dq_kernel(const Bac
       const bool valid = row < scores.Tq;  // for all four lanes that share a row, or for none
       const int64_t at = int64_t(bh) * scores.Tq + (valid ? row : first);
       lse_log2[i][half] = args.lse[at] * kLog2e;
-      delta[i][half] = row_dot(o, dout, valid ? row : first, scores.D);
+      delta[i][half] = row_dot<D>(o, dout, valid ? row : first, scores.D);
       if (valid && lane.in_column == 0) args.delta[at] = delta[i][half];
     }
   }
@@ -179,15 +182,14 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_dkdv_kernel(const B
     }
     cp_async_commit();
   };
-  if (begin < scores.Tq) {  // else there is no query at all
-    load_rows<Shape::kOwned>(K, k, first, scores.Tk, scores.D);
-    load_rows<Shape::kOwned>(V, v, first, scores.Tk, scores.D);
-    load(begin, 0);
-  }
+  load_rows<Shape::kOwned>(K, k, first, scores.Tk, scores.D);
+  load_rows<Shape::kOwned>(V, v, first, scores.Tk, scores.D);
+  load(begin, 0);
 
   const Lane<MT> lane;
   float dk[MT][D / 8][4] = {}, dv[MT][D / 8][4] = {};
-  for (int start = begin, stage = 0; start < scores.Tq; start += Shape::kRead, stage ^= 1) {
+  int start = begin, stage = 0;
+  do {
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and nobody reads the one before
     if (start + Shape::kRead < scores.Tq) load(start + Shape::kRead, stage ^ 1);
@@ -225,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_dkdv_kernel(const B
     });
     // dk += ds^T q
     product_nn(dk, ds, Q(stage));
-  }
+    start += Shape::kRead, stage ^= 1;
+  } while (start < scores.Tq);
 
   store_rows(
       dk, [&](int, int) { return scores.scale; }, K, head_of<T>(args.dk, b, h), first, scores.Tk,
@@ -242,6 +245,13 @@ int64_t attention_bwd(const Attention& x, View dout, const void* o, const void* 
   const int64_t heads = x.B * x.H;
   if (workspace == nullptr) return heads * x.Tq * int64_t(sizeof(float));
   if (heads * x.Tk == 0) return 0;
+  if (x.Tq == 0) {  // only k and v of their own are longer than q, and their gradients contiguous
+    for (const OutView& gradient : {dk, dv}) {
+      const size_t bytes = heads * x.Tk * x.D * sizeof(T);
+      check(cudaMemsetAsync(gradient.data, 0, bytes, executor.stream), "attention_bwd");
+    }
+    return 0;
+  }
   const BackwardArgs args{dout,
                           x.q,
                           x.k,
@@ -257,11 +267,9 @@ int64_t attention_bwd(const Attention& x, View dout, const void* o, const void* 
     with_dropout(x, [&](auto dropout) {
       using Queries = QueriesShape<T, D>;
       using Keys = KeysShape<T, D>;
-      if (x.Tq > 0) {
-        launch("attention_bwd_dq", attention_bwd_dq_kernel<T, D, dropout>,
-               heads * cdiv(x.Tq, int64_t(Queries::kOwned)), kThreads,
-               owned_and_read_bytes<Queries, T, D>(), executor, args);
-      }
+      launch("attention_bwd_dq", attention_bwd_dq_kernel<T, D, dropout>,
+             heads * cdiv(x.Tq, int64_t(Queries::kOwned)), kThreads,
+             owned_and_read_bytes<Queries, T, D>(), executor, args);
       const int rows_bytes = 4 * Keys::kRead * int(sizeof(float));
       launch("attention_bwd_dkdv", attention_bwd_dkdv_kernel<T, D, dropout>,
              heads * cdiv(x.Tk, int64_t(Keys::kOwned)), kThreads,

@@ -27,6 +27,17 @@ __host__ __device__ constexpr I cdiv(I a, I b) {
   return (a + b - 1) / b;
 }
 
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x, to two units in the last place; results below the normal numbers are 0. exp(x) is
+// exp2_fast(kLog2e * x) where x is 0 or a difference below it: the product's rounding is relative
+// to |x|, and weighs little where exp(x) is small.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- storage types
 
 __device__ inline float widen(float x) {

@@ -45,12 +45,12 @@ __device__ Softmax softmax_of(const T* row, int64_t V) {
 #pragma unroll
     for (float each : x) top = fmaxf(top, each);
     if (top > sum.m) {
-      sum.l *= expf(sum.m - top);
+      sum.l *= exp2_fast(kLog2e * (sum.m - top));
       sum.m = top;
     }
     const float shift = sum.shift();
 #pragma unroll
-    for (float each : x) sum.l += expf(each - shift);
+    for (float each : x) sum.l += exp2_fast(kLog2e * (each - shift));
   });
   return block_sum(sum);
 }
@@ -63,12 +63,14 @@ __device__ void store_gradient(const T* row, int64_t V, int64_t target, Softmax 
   const auto store_lanes = [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
-    const int64_t hit = target - v;
 #pragma unroll
-    for (int k = 0; k < lanes; ++k) {
-      const float p = expf(x[k] - softmax.m) * scale;
-      x[k] = (k == hit ? p - 1 : p) * dloss;
+    for (float& each : x) each = exp2_fast(kLog2e * (each - softmax.m)) * scale;
+    if (target >= v && target < v + lanes) {
+#pragma unroll
+      for (int k = 0; k < lanes; ++k) x[k] -= k == target - v ? 1 : 0;
     }
+#pragma unroll
+    for (float& each : x) each *= dloss;
     store(x, drow + v);
   };
   if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(drow)) % 16 == 0) {

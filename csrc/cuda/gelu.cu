@@ -49,6 +49,7 @@ __device__ void for_elements(int64_t n, F f) {
   if (i + L <= n) {
     f(i, Lanes<L>());
   } else {
+#pragma unroll 1  // fewer than L
     for (int64_t j = i; j < n; ++j) f(j, Lanes<1>());
   }
 }

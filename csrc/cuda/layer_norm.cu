@@ -230,24 +230,29 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
     });
   }
   if constexpr (Plan::TEAMS > 1) {
-    __shared__ float sum[2][Plan::HELD * Plan::TEAM];
+    // One team after the other adds its sums to those so far: a thread's columns beside its
+    // neighbours', so that no two of a warp meet in a bank.
+    __shared__ float sum[2][Plan::HELD][Plan::TEAM];
+    const int lane = threadIdx.x % Plan::TEAM;
     for (int turn = 0; turn < Plan::TEAMS; ++turn) {
       if (turn == team) {
-        for_columns<Plan, L>(C, [&](int i, int64_t c) {
+        for_columns<Plan, L>(C, [&](int i, int64_t) {
 #pragma unroll
           for (int k = 0; k < L; ++k) {
-            sum[0][c + k] = dw[i][k] + (turn > 0 ? sum[0][c + k] : 0);
-            sum[1][c + k] = db[i][k] + (turn > 0 ? sum[1][c + k] : 0);
+            if (turn > 0) {
+              dw[i][k] += sum[0][i * L + k][lane];
+              db[i][k] += sum[1][i * L + k][lane];
+            }
+            sum[0][i * L + k][lane] = dw[i][k];
+            sum[1][i * L + k][lane] = db[i][k];
           }
         });
       }
       __syncthreads();
     }
-    for (int c = threadIdx.x; c < C; c += kThreads) {
-      partial[c] = sum[0][c];
-      partial[C + c] = sum[1][c];
-    }
-  } else if constexpr (Plan::HELD > 0) {
+    if (team < Plan::TEAMS - 1) return;
+  }
+  if constexpr (Plan::HELD > 0) {
     for_columns<Plan, L>(C, [&](int i, int64_t c) {
       store(dw[i], partial + c);
       store(db[i], partial + C + c);

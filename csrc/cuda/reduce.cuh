@@ -29,7 +29,8 @@ __device__ inline Softmax plus(Softmax x, Softmax y) {
   Softmax both;
   both.m = fmaxf(x.m, y.m);
   const float shift = both.shift();
-  both.l = plus(__fmul_rn(x.l, expf(x.m - shift)), __fmul_rn(y.l, expf(y.m - shift)));
+  both.l = plus(__fmul_rn(x.l, exp2_fast(kLog2e * (x.m - shift))),
+                __fmul_rn(y.l, exp2_fast(kLog2e * (y.m - shift))));
   return both;
 }
 
