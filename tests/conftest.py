@@ -294,9 +294,9 @@ class Counts:
         for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
             name, _, least = expected.partition("=")
             if name == "coverage":
-                for kernel, found in emulation.kernels().items():
-                    if 100 * found.covered() < float(least):
-                        yield f"{kernel}: {found.covered():.1%} of its instructions were executed"
+                for kernel, covered in emulation.covered().items():
+                    if 100 * covered < float(least):
+                        yield f"{kernel}: {covered:.1%} of its instructions were executed"
             elif name == "launches":
                 launches = sum(kernel.launches for kernel in emulation.kernels().values())
                 if launches < int(least):

@@ -423,3 +423,19 @@ def test_in_place_rows_touch_nothing_else(V, dtype, kernel_backend):
     _, stats = kernel.cross_entropy_fwd(inside, targets, -1)
     kernel.cross_entropy_bwd_(torch.ones(5, device=DEVICE), inside, targets, stats, -1)
     assert bits_equal(inside.clone(), fused) and not whole[:, 20 + V : 20 + V + 3].any()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", (2000, 9001, 20000))
+def test_every_kernel(V, dtype, ran, kernel_backend):
+    whole = torch.randn(3, V + 1, device=DEVICE).to(DTYPES[dtype])
+    targets = targets_in(3, V)
+    for logits in (whole[:, :V].contiguous(), whole[:, 1:]):
+        inputs = {"logits": logits}
+        check_op("cross_entropy", inputs, backend=kernel_backend, ran=ran, targets=targets)
+    x, weight = (torch.randn(n, 8, device=DEVICE).to(DTYPES[dtype]) for n in (3, V))
+    check_op(
+        "linear_cross_entropy", {"x": x, "weight": weight}, backend=kernel_backend, ran=ran,
+        terms=1 / 3, targets=targets,
+    )  # fmt: skip

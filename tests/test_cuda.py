@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import CUDA, serving
 from test_attention import qkv_in
-from test_cross_entropy import targets_in
 from test_layer_norm import norm_inputs
 from util import DEVICE, DTYPES, bits_equal, check_op
 
@@ -19,7 +18,8 @@ def kernel_backend(request, monkeypatch):
 
 
 # Kernels differ by how many columns a thread holds, and whether it moves 16 bytes at a time; their
-# unrolled loops begin where a block has several rows. (attention's: test_every_kernel there)
+# unrolled loops begin where a block has several rows. (attention and
+# cross_entropy: test_every_kernel there)
 
 
 @pytest.mark.full
@@ -38,22 +38,6 @@ def test_every_layer_norm_kernel(C, dtype, ran, kernel_backend):
 def test_every_bias_gelu_kernel(C, dtype, ran, kernel_backend):
     x, bias = (torch.randn(*shape, device=DEVICE).to(DTYPES[dtype]) for shape in ((1400, C), (C,)))
     check_op("bias_gelu", {"x": x, "bias": bias}, backend=kernel_backend, ran=ran)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("V", (2000, 9001, 20000))
-def test_every_cross_entropy_kernel(V, dtype, ran, kernel_backend):
-    whole = torch.randn(3, V + 1, device=DEVICE).to(DTYPES[dtype])
-    targets = targets_in(3, V)
-    for logits in (whole[:, :V].contiguous(), whole[:, 1:]):
-        inputs = {"logits": logits}
-        check_op("cross_entropy", inputs, backend=kernel_backend, ran=ran, targets=targets)
-    x, weight = (torch.randn(n, 8, device=DEVICE).to(DTYPES[dtype]) for n in (3, V))
-    check_op(
-        "linear_cross_entropy", {"x": x, "weight": weight}, backend=kernel_backend, ran=ran,
-        terms=1 / 3, targets=targets,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,7 +66,7 @@ def _run_pytest(copy, tests, log, prepare):
     sys.path[:] = [*ours, *(path for path in sys.path if path not in original)]
     if prepare is not None:
         prepare()
-    status = pytest.main(["-q", "-x", "--tb=line", "--rootdir", str(copy), *tests])
+    status = pytest.main(["-q", "-x", "--full", "--tb=line", "--rootdir", str(copy), *tests])
     for name in ("gpt2", "gpt2.kernels.ops", "gpt2.kernels.triton", "util", "interpreter"):
         assert Path(sys.modules[name].__file__).is_relative_to(copy), sys.modules[name]
     sys.exit(int(status))

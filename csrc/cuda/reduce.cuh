@@ -52,7 +52,7 @@ __device__ A warp_sum(A x) {
   return x;
 }
 
-// Over a block of whole warps; all of its threads call it.
+// Over a block of whole warps; all of its threads call it. A() adds nothing.
 template <class A>
 __device__ A block_sum(A x) {
   __shared__ float memory[kWarp * sizeof(A) / sizeof(float)];
@@ -61,9 +61,9 @@ __device__ A block_sum(A x) {
   __syncthreads();  // the last call's results have been read
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = of_warp[0];
-  for (int warp = 1; warp < int(blockDim.x) / kWarp; ++warp) x = plus(x, of_warp[warp]);
-  return x;
+  // Every warp adds what the warps have left, in the same order.
+  const int lane = threadIdx.x % kWarp;
+  return warp_sum(lane < int(blockDim.x) / kWarp ? of_warp[lane] : A());
 }
 
 }  // namespace gpt2::cuda

@@ -16,6 +16,7 @@ class Coverage:
     def __init__(self):
         self.executed, self.kernels = {}, {}  # by (kernel name, hash of the PTX)
         self.launches = collections.Counter()
+        self.titles = {}  # names for people, where a kernel has several PTX texts
 
     def of(self, kernel) -> np.ndarray:
         """Where a launch of this kernel notes what it executes."""

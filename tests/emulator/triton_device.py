@@ -20,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
+from .coverage import coverage
 from .findings import UnsupportedPTX
 from .launch import MAX_SHARED, Launch, launch
 from .memory import Memory
@@ -84,6 +85,17 @@ def _module(text):
     return _modules[text]
 
 
+def _title(src):
+    """The kernel as its author sees it: the types of its pointers, and its own constants. Triton
+    makes several of it, as arguments happen to be 1 or multiples of 16."""
+    own = [
+        str(src.constants.get((i,))) if p.is_constexpr else src.signature[p.name]
+        for i, p in enumerate(src.fn.params)
+        if p.is_constexpr or src.signature[p.name][0] == "*"
+    ]
+    return f"{src.name}<{','.join(own)}>"
+
+
 class _Launcher:
     """Stands in for the C function that Triton compiles for a signature."""
 
@@ -91,12 +103,14 @@ class _Launcher:
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise UnsupportedPTX(f"{metadata.name} asks for scratch memory")
         self.device, self.types = device, list(src.signature.values())
+        self.title = _title(src)
 
     def __call__(
         self, x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *args
     ):  # fmt: skip
         module, name, shared = function
         kernel, memory = module.kernels[name], Memory()
+        coverage.titles[name, module.hash] = self.title
         values = [
             self._argument(kind, value, memory)
             for kind, value in zip(self.types, args, strict=True)
