@@ -29,9 +29,9 @@ __device__ void for_logits(const T* row, int64_t V, F f) {
   const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % L);
   const int64_t head = min(int64_t((L - misaligned) % L), V);
   const int64_t tail = head + (V - head) / L * L;
-  if (threadIdx.x < head) f(int64_t(threadIdx.x), Lanes<1>());
+  if (L > 1 && threadIdx.x < head) f(int64_t(threadIdx.x), Lanes<1>());
   for (int64_t v = head + threadIdx.x * L; v < tail; v += blockDim.x * L) f(v, Lanes<L>());
-  if (tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
+  if (L > 1 && tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
 }
 
 // m and l of a row, for all of its block.

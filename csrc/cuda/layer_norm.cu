@@ -84,6 +84,7 @@ __device__ void for_columns(int64_t C, F f) {
       if (c < C) f(i, c);
     }
   } else {
+#pragma unroll 1
     for (int64_t c = first; c < C; c += Plan::TEAM * L) f(0, c);
   }
 }
@@ -172,6 +173,8 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
   partial += blockIdx.x * 2 * C;
   const int team = threadIdx.x / Plan::TEAM;
   const int64_t first = int64_t(blockIdx.x) * Plan::TEAMS + team;
+  if constexpr (Plan::TEAMS == 1)
+    __builtin_assume(first < N);  // there are no more blocks than rows
   for (int64_t n = first; n < N; n += int64_t(gridDim.x) * Plan::TEAMS) {
     const float mean = stats[n], rstd = stats[N + n];
     Row<Plan, T, L> x_row, dy_row;
