@@ -9,6 +9,7 @@ import functools
 import torch
 
 from . import native
+from .gpu import unsuitable
 
 MAX_HEAD_SIZE = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,18 +46,7 @@ def _cached_device_reason(device_type: str, index: int | None) -> str | None:
 
     Tests replace it, after loading a library that takes CPU tensors: tests/cuda_backend.py.
     """
-    reason = _unsuitable(device_type, index)
+    reason = unsuitable(device_type, index)
     if reason is None:
         return native.load("cuda")
     return "; ".join(filter(None, [reason, native.missing("cuda")]))
-
-
-def _unsuitable(device_type: str, index: int | None) -> str | None:
-    if device_type != "cuda":
-        return f"needs a CUDA tensor, this one is on {device_type}"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU, this build of PyTorch is for ROCm"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
-    return None

@@ -40,15 +40,9 @@ __global__ void __launch_bounds__(kThreads, 2) attention_fwd_kernel(const Forwar
   const auto V = [&](int stage) { return Tile<T, D>{K(2 + stage).data}; };
 
   const Scores& scores = args.scores;
-  const int tiles = cdiv(scores.Tq, Shape::kOwned);
-  // Heavy rows first: what a wave of blocks leaves to the end is light.
-  const int bh = blockIdx.x / tiles, first = (tiles - 1 - int(blockIdx.x % tiles)) * Shape::kOwned;
-  const int b = bh / scores.H, h = bh % scores.H;
+  const auto [bh, b, h, first, past_end, end] = queries_of<Shape>(scores);
   const auto q = head_of<const T>(args.q, b, h), k = head_of<const T>(args.k, b, h),
              v = head_of<const T>(args.v, b, h);
-  const int past_end = scores.last_key(first) + 1;  // keys that every row of ours sees
-  const int end = min(scores.last_key(first + Shape::kOwned - 1) + 1, scores.Tk);
-  __builtin_assume(end > 0);  // every query sees a key
 
   const MaskOf<DROPOUT> dropout(scores, bh);
 

@@ -52,6 +52,24 @@ struct Scores {
   __device__ int last_key(int row) const { return row + Tk - Tq; }
 };
 
+// The queries that a block owns, and the keys that they see.
+struct Queries {
+  int bh, b, h;
+  int first;     // query
+  int past_end;  // keys below are seen by all of them
+  int end;       // and below this by some
+};
+
+template <class Shape>
+__device__ Queries queries_of(const Scores& scores) {
+  const int tiles = cdiv(scores.Tq, Shape::kOwned), bh = blockIdx.x / tiles;
+  // Heavy rows first: what a wave of blocks leaves to the end is light.
+  const int first = (tiles - 1 - int(blockIdx.x % tiles)) * Shape::kOwned;
+  const int end = min(scores.last_key(first + Shape::kOwned - 1) + 1, scores.Tk);
+  __builtin_assume(end > 0);  // every query sees a key
+  return {bh, bh / scores.H, bh % scores.H, first, scores.last_key(first) + 1, end};
+}
+
 inline Scores::Scores(const Attention& x)
     : H(static_cast<int>(x.H)),
       Tq(static_cast<int>(x.Tq)),

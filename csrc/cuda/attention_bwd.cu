@@ -65,15 +65,10 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_dq_kernel(const Bac
   const auto V = [&](int stage) { return K(2 + stage); };
 
   const Scores& scores = args.scores;
-  const int tiles = cdiv(scores.Tq, Shape::kOwned);
-  const int bh = blockIdx.x / tiles, first = (tiles - 1 - int(blockIdx.x % tiles)) * Shape::kOwned;
-  const int b = bh / scores.H, h = bh % scores.H;
+  const auto [bh, b, h, first, past_end, end] = queries_of<Shape>(scores);
   const auto dout = head_of<const T>(args.dout, b, h), q = head_of<const T>(args.q, b, h),
              k = head_of<const T>(args.k, b, h), v = head_of<const T>(args.v, b, h),
              o = head_of<const T>(args.o, b, h);
-  const int past_end = scores.last_key(first) + 1;
-  const int end = min(scores.last_key(first + Shape::kOwned - 1) + 1, scores.Tk);
-  __builtin_assume(end > 0);  // every query sees a key
 
   const MaskOf<DROPOUT> dropout(scores, bh);
 
@@ -265,15 +260,15 @@ int64_t attention_bwd(const Attention& x, View dout, const void* o, const void* 
                           Scores(x)};
   with_head_size(x.D, [&](auto D) {
     with_dropout(x, [&](auto dropout) {
-      using Queries = QueriesShape<T, D>;
-      using Keys = KeysShape<T, D>;
+      using OfQueries = QueriesShape<T, D>;
+      using OfKeys = KeysShape<T, D>;
       launch("attention_bwd_dq", attention_bwd_dq_kernel<T, D, dropout>,
-             heads * cdiv(x.Tq, int64_t(Queries::kOwned)), kThreads,
-             owned_and_read_bytes<Queries, T, D>(), executor, args);
-      const int rows_bytes = 4 * Keys::kRead * int(sizeof(float));
+             heads * cdiv(x.Tq, int64_t(OfQueries::kOwned)), kThreads,
+             owned_and_read_bytes<OfQueries, T, D>(), executor, args);
+      const int rows_bytes = 4 * OfKeys::kRead * int(sizeof(float));
       launch("attention_bwd_dkdv", attention_bwd_dkdv_kernel<T, D, dropout>,
-             heads * cdiv(x.Tk, int64_t(Keys::kOwned)), kThreads,
-             owned_and_read_bytes<Keys, T, D>() + rows_bytes, executor, args);
+             heads * cdiv(x.Tk, int64_t(OfKeys::kOwned)), kThreads,
+             owned_and_read_bytes<OfKeys, T, D>() + rows_bytes, executor, args);
     });
   });
   return 0;

@@ -11,6 +11,8 @@ import os
 
 import torch
 
+from ..gpu import unsuitable
+
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 MAX_ROW = 8192  # widest layer_norm row held in registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,14 +45,7 @@ _device_reason._dynamo_marked_constant = True  # see dispatch._say_once
 def _cached_device_reason(device_type: str, index: int | None) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return _import_error()
-    if device_type != "cuda":
-        return f"needs a CUDA tensor, this one is on {device_type}"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU, this build of PyTorch is for ROCm"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
-    return _import_error()
+    return unsuitable(device_type, index) or _import_error()
 
 
 def _import_error() -> str | None:
