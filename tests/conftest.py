@@ -48,8 +48,9 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cp
 BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
 # Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
 # emulated is sampled with --full, too.
-SAMPLE = {"triton": 12, "cuda": 60, "cpu": 36}
-FULL_SAMPLE = {"triton": 24, "cuda": 6} if EMULATE_TRITON else {"cuda": 6}
+SAMPLE = {"triton": 16, "cuda": 80, "cpu": 60}
+FULL_SAMPLE = {"triton": 24 if EMULATE_TRITON else 1, "cuda": 6, "cpu": 1}
+FULL_SAMPLE_AVX512 = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 3
 
 
 def pytest_addoption(parser):
@@ -92,7 +93,7 @@ def pytest_collection_modifyitems(config, items):
     dropped = set()
     for (_, _, backend), grid in grids.items():
         random.Random(0).shuffle(grid)
-        share = sample_of((backend or "triton").partition("-")[0], config.option.full)
+        share = sample_of(backend or "triton", config.option.full)
         dropped.update(grid[-(-len(grid) // share) :])
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])
@@ -110,7 +111,9 @@ def sample_of(backend, full):
     """Of a grid's cases on this backend, one in so many runs."""
     if ON_GPU:
         return 1 if full else SAMPLE["triton"]
-    return FULL_SAMPLE.get(backend, 1) if full else SAMPLE[backend]
+    if full and backend.startswith("cpu-avx512"):
+        return FULL_SAMPLE_AVX512
+    return (FULL_SAMPLE if full else SAMPLE)[backend.partition("-")[0]]
 
 
 @pytest.fixture(autouse=True)
