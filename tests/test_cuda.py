@@ -65,3 +65,17 @@ def test_a_failed_launch_is_an_error(kernel_backend):
     lengths = torch.tensor([6])
     with pytest.raises(RuntimeError, match=r"^decode: .*\[bounds\] .*decode_kernel"):
         torch.ops.gpt2_kernels_cuda.decode_attention(q, cache, cache, lengths, 1.0)
+
+
+@pytest.mark.full
+@pytest.mark.cuda_kernels
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU refuses what it does not have")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", (32, 64, 96, 128))
+def test_attention_fits_the_shared_memory_of_every_gpu(D, dtype, monkeypatch):
+    """99 KiB a block is what compute capability 8.6 has; 8.0 and 9.0 have more."""
+    with serving("cuda", monkeypatch) as device, kernels.use("cuda"):
+        qkv = torch.randn(1, 1, 3 * D).to(DTYPES[dtype]).requires_grad_()
+        kernels.causal_attention_qkv(qkv, 1).sum().backward()
+    assert len(device.launches) == 3
+    assert all(0 < launch.shared_bytes <= 99 << 10 for launch in device.launches)
