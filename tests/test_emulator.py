@@ -17,6 +17,8 @@ import torch
 from emulator.registers import DTYPES
 from emulator.snippet import HEADER, execute, kernel, run
 
+pytestmark = pytest.mark.usefixtures("own_coverage")
+
 INF, NAN = math.inf, math.nan
 MIN32, MAX32 = -(2**31), 2**31 - 1
 TINY, DENORMAL = 2.0**-126, 2.0**-149

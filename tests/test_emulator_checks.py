@@ -7,6 +7,8 @@ import pytest
 from emulator.memory import poison
 from emulator.snippet import HEADER, execute, kernel
 
+pytestmark = pytest.mark.usefixtures("own_coverage")
+
 TILE = ".shared .align 16 .b8 tile[512];"
 
 
