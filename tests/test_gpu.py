@@ -1,6 +1,7 @@
 """What only a GPU shows: streams, CUDA graphs, offsets beyond 2^31, races that repeat themselves
 rarely, and training that stays on course. The other test files run their cases on it as well."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -94,7 +95,7 @@ def test_side_streams(op):
     assert all(map(bits_equal, want, got))
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "bias_gelu"])
+@pytest.mark.parametrize("op", [op for op in OPS if op != "dropout"])
 def test_graph_replays_equal_eager(op):
     call, inputs = every_op()[op]
     static = [x.clone() for x in inputs]
@@ -112,6 +113,44 @@ def test_graph_replays_equal_eager(op):
         assert all(map(bits_equal, captured, result_and_gradients(call, static)))
 
 
+def test_a_training_step_in_a_graph():
+    """Forward, backward and AdamW captured once: replays give the losses of eager steps."""
+    config = Config(block_size=128, vocab_size=512, n_layer=2, n_embd=256, n_head=4)
+    batches = torch.randint(512, (6, 4, 129), device="cuda")
+    losses = {}
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = Model(config, fast=True).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+        batch = batches[0].clone()
+
+        def step(model=model, optimizer=optimizer, batch=batch):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                _, loss = model(batch[:, :-1], batch[:, 1:])
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # PyTorch asks for a few steps outside of the capture
+            losses[captured] = [step().clone() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+        for following in batches[1:]:
+            batch.copy_(following)
+            if captured:
+                graph.replay()
+                losses[captured].append(loss.clone())
+            else:
+                losses[captured].append(step().clone())
+    assert losses[True] == losses[False]
+
+
 def test_graph_replays_with_fresh_dropout():
     qkv = randn(2, 256, 2304)
     kernels.causal_attention_qkv(qkv, 12, dropout_p=0.5)
@@ -124,18 +163,43 @@ def test_graph_replays_with_fresh_dropout():
     assert not bits_equal(first, o)
 
 
+def beyond_2_to_the_31():
+    """Ops of which every row, or sequence, stands alone: (function, shape of one row)."""
+    row, targets = randn(768, dtype=torch.float32), torch.full((1,), 7, device="cuda")
+
+    def losses(x):  # their sum: the mean's gradient depends on how many there are
+        return kernels.cross_entropy(x, targets.expand(len(x))) * len(x)
+
+    return {
+        "attention": (lambda x: kernels.causal_attention_qkv(x, 12), (1024, 2304)),
+        "layer_norm": (lambda x: kernels.layer_norm(x, row, row), (768,)),
+        "add_layer_norm": (lambda x: torch.cat(kernels.add_layer_norm(x, x, row, row), -1), (768,)),
+        "gelu": (kernels.gelu, (3072,)),
+        "bias_gelu": (lambda x: kernels.bias_gelu(x, row), (768,)),
+        "cross_entropy": (losses, (50257,)),
+    }
+
+
 @pytest.mark.full
-def test_tensors_beyond_2_to_the_31_elements():
-    """The last rows of a tensor of 2^31 + elements are those of the rows alone."""
-    N, C = 2**31 // 768 + 33, 768
-    x, row = torch.zeros(N, C, device="cuda", dtype=torch.bfloat16), randn(C, dtype=torch.float32)
-    x[-40:] = randn(40, C)
-    for call in (
-        lambda x: kernels.layer_norm(x, row, row),
-        kernels.gelu,
-        lambda x: kernels.bias_gelu(x, row),
-    ):
-        assert bits_equal(call(x)[-40:], call(x[-40:]))
+@pytest.mark.parametrize(
+    "op", ["attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "cross_entropy"]
+)
+def test_tensors_beyond_2_to_the_31_elements(op):
+    """The last rows of a tensor of 2^31 + elements, and their gradients, are those of the rows
+    alone."""
+    call, shape = beyond_2_to_the_31()[op]
+    few = randn(4, *shape)
+    x = few.new_zeros(2**31 // math.prod(shape) + 5, *shape)
+    x[-4:] = few
+
+    def tail(x):
+        x.requires_grad_()
+        y = call(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        return dx[-4:].clone(), y[-4:].detach().clone() if y.dim() else dx[-4:]
+
+    alone = tail(few)
+    assert all(map(bits_on_device_equal, tail(x), alone))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
