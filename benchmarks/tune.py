@@ -1,0 +1,142 @@
+"""Which tile is fastest? Every candidate of one Triton kernel against the one in configs.py.
+
+    python benchmarks/tune.py attention_fwd --shapes 16x1024x12x64,4x4096x12x64 --dtype bfloat16
+    python benchmarks/tune.py layer_norm_bwd --json out.json
+
+The candidates stand among the peers, so that each is checked against float64 before it is timed,
+and the fastest is the first of its table; "triton" is what configs.py has now. One that does not
+compile, or needs more shared memory than there is, says so. Names are the fields of configs.py's
+tuples, in their order. The options after the kernel are those of the other scripts. A winner goes
+into configs.py with its reason, and the measurement into docs/log.md.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import attention
+import cross_entropy
+import gelu
+import harness
+import layer_norm
+from harness import Contender
+
+from gpt2 import kernels
+from gpt2.kernels.triton import attention as triton_attention
+from gpt2.kernels.triton import configs
+from gpt2.kernels.triton import cross_entropy as triton_cross_entropy
+from gpt2.kernels.triton import gelu as triton_gelu
+from gpt2.kernels.triton import layer_norm as triton_layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One kernel's candidates: `extents` are the values of each field, all combinations are tried;
+    `patches(candidate)` says which names of which module stand for it."""
+
+    script: object
+    op: int  # which of the script's OPS runs it
+    extents: tuple[tuple[int, ...], ...]
+    patches: Callable
+
+
+def attention_tile(kernel: str) -> Callable:
+    def patches(candidate):
+        now = configs.attention_config
+
+        def chosen(name, *rest):
+            return configs.AttentionTile(*candidate) if name == kernel else now(name, *rest)
+
+        return triton_attention, {"attention_config": chosen}
+
+    return patches
+
+
+def norm_tile(kernel: str) -> Callable:
+    """The last extent is the number of resident programs on an SM, which the backward has."""
+
+    def patches(candidate):
+        now, resident = configs.layer_norm_config, configs.resident_programs
+        tile, per_sm = configs.RowTile(*candidate[:2]), candidate[2:]
+
+        def chosen(name, C):
+            return tile if name == kernel else now(name, C)
+
+        def programs(device, tiles):
+            return min(tiles, resident(device, tiles) * per_sm[0] // 4 or 1)
+
+        return triton_layer_norm, {
+            "layer_norm_config": chosen, **({"resident_programs": programs} if per_sm else {}),
+        }  # fmt: skip
+
+    return patches
+
+
+def constants(module, *names: str) -> Callable:
+    return lambda candidate: (module, dict(zip(names, candidate, strict=True)))
+
+
+WARPS, STAGES = (4, 8), (1, 2, 3, 4)
+SWEEPS = {
+    "attention_fwd": Sweep(attention, 0, ((64, 128), (32, 64, 128), WARPS, STAGES[1:]),
+                           attention_tile("fwd")),
+    "attention_bwd_dq": Sweep(attention, 0, ((64, 128), (32, 64, 128), WARPS, STAGES[:3]),
+                              attention_tile("bwd_dq")),
+    "attention_bwd_dkdv": Sweep(attention, 0, ((32, 64, 128), (64, 128), WARPS, STAGES[:3]),
+                                attention_tile("bwd_dkdv")),
+    "layer_norm_fwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8)), norm_tile("fwd")),
+    "layer_norm_bwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8)),
+                            norm_tile("bwd")),
+    "gelu": Sweep(gelu, 0, ((1024, 2048, 4096, 8192), (2, 4, 8)),
+                  constants(triton_gelu, "GELU_BLOCK", "GELU_WARPS")),
+    "cross_entropy": Sweep(
+        cross_entropy, 0, ((1024, 2048, 4096, 8192, 16384), (4, 8, 16)),
+        constants(triton_cross_entropy, "CROSS_ENTROPY_BLOCK", "CROSS_ENTROPY_WARPS"),
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def with_tile(patches: Callable, candidate: tuple[int, ...]) -> Iterator[None]:
+    """Within it, the Triton backend serves, with this candidate."""
+    module, names = patches(candidate)
+    with kernels.use("triton"), mock.patch.multiple(module, **names):
+        yield
+
+
+def candidates(sweep: Sweep) -> harness.Op:
+    """The operation, with every candidate in the place of its peers."""
+    op = sweep.script.OPS[sweep.op]
+
+    def peers(device):
+        for candidate in itertools.product(*sweep.extents):
+            yield Contender(
+                str(candidate), op.call,
+                lambda candidate=candidate: with_tile(sweep.patches, candidate),
+            )  # fmt: skip
+
+    return dataclasses.replace(op, peers=peers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in SWEEPS:
+        if argv and argv[0] in ("-h", "--help"):
+            print(__doc__)
+            return 0
+        got = repr(argv[0]) if argv else "nothing"
+        print(f"tune.py: error: KERNEL must be one of {', '.join(SWEEPS)}, got {got}",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    sweep = SWEEPS[argv[0]]
+    shapes, dims = sweep.script.SHAPES, sweep.script.DIMS
+    only_triton = ["--backends", "triton", *argv[1:]]
+    return harness.main([candidates(sweep)], doc=__doc__, dims=dims, shapes=shapes,
+                        argv=only_triton)  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
