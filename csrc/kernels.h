@@ -49,6 +49,13 @@ struct Decode {
   double softmax_scale;
 };
 
+// x (M, K) times the transpose of a weight (N, K), for few rows of x; scale (N,) where the weight
+// is int8, else null.
+struct Gemv {
+  int64_t M, N, K;
+  const float* scale;
+};
+
 struct Ops {
   // o (B, Tq, H, D) and lse (B, H, Tq) S. Both return the bytes of workspace that they need, and
   // do nothing else where workspace is null.
@@ -57,6 +64,14 @@ struct Ops {
                            OutView dk, OutView dv, void* workspace, const Executor&);
   // o (B, H, D); workspace as above.
   int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Executor&);
+
+  // y (M, N); bias (N,) T, or null; wide (M, K rounded up to 64) S is workspace. The weight is (N,
+  // K) T, or int8 in packed rows of K rounded up to 64 (cpu/gemv.h). On a GPU PyTorch's products do
+  // it, and these are null.
+  void (*gemv)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
+               void* y, const Executor&);
+  void (*gemv_int8)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
+                    void* y, const Executor&);
 
   void (*gelu_fwd)(const void* x, void* y, int64_t n, const Executor&);
   void (*gelu_bwd)(const void* dy, const void* x, void* dx, int64_t n, const Executor&);

@@ -6,11 +6,6 @@
 namespace gpt2 {
 namespace {
 
-// As PyTorch's own, but free where there is nothing to do: a call into it costs a microsecond.
-Tensor as_contiguous(const Tensor& x) {
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
 Tensor as_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }

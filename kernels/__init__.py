@@ -15,8 +15,9 @@ if __name__ == "kernels":  # found on sys.path as ./kernels, from the root of th
 
     stand_aside()
 else:
+    from .decode_layers import DecodeLayers
     from .dispatch import BACKENDS, BackendUnavailable, report, use, why_not
-    from .linear import linear
+    from .linear import linear, linear_int8, quantize_int8
     from .ops import (
         add_layer_norm,
         bias_gelu,
@@ -32,6 +33,7 @@ else:
     __all__ = [
         "BACKENDS",
         "BackendUnavailable",
+        "DecodeLayers",
         "add_layer_norm",
         "bias_gelu",
         "causal_attention",
@@ -42,6 +44,8 @@ else:
         "layer_norm",
         "linear",
         "linear_cross_entropy",
+        "linear_int8",
+        "quantize_int8",
         "report",
         "use",
         "why_not",

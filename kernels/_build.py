@@ -61,10 +61,11 @@ _SOURCES = {
     "cpu/kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "cpu/kernels_avx512.cpp": _AVX512,
     "cpu/kernels_avx2.cpp": _AVX2,
-    "cpu/library.cpp": (),
-    "*.cpp": (),
+    **dict.fromkeys(("cpu/library.cpp", "cpu/ops_*.cpp", "*.cpp"), ()),
 }
-_PORTABLE = {"cpu/kernels_scalar.cpp": (), "cpu/library.cpp": (), "*.cpp": ()}
+_PORTABLE = dict.fromkeys(
+    ("cpu/kernels_scalar.cpp", "cpu/library.cpp", "cpu/ops_*.cpp", "*.cpp"), ()
+)
 
 LIBRARIES = {
     "cpu": Library(

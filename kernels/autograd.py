@@ -17,8 +17,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .linear import multiplies
 from .linear_cross_entropy import linear_cross_entropy_fwd
+from .product import multiplies
 
 _library = torch.library.Library("gpt2_kernels", "DEF")
 raw = SimpleNamespace()  # the one overload of each op: a call need not look for it
@@ -122,6 +122,25 @@ def _(qkv, n_head, softmax_scale, dropout_p, seed, backend):
 )
 def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
     return _like(qkv)
+
+
+# The weight is (N, K) of x's dtype, or with a scale int8, packed (linear.py). No gradient.
+@_launcher(
+    "gemv",
+    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
+)
+def _(x, weight, bias, scale, backend):
+    return _like(x, x.shape[0], weight.shape[0])
+
+
+# params and scales as csrc/cpu/ops_decode.cpp has them; kv is written to. No gradient.
+@_launcher(
+    "gemv",
+    "decode_layers(Tensor x, Tensor[] params, Tensor[] scales, Tensor norm, Tensor norm_bias, "
+    "Tensor(a!) kv, Tensor lengths, int n_head, float eps, str backend) -> Tensor",
+)
+def _(x, params, scales, norm, norm_bias, kv, lengths, n_head, eps, backend):
+    return _like(x)
 
 
 @_launcher(

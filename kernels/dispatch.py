@@ -25,7 +25,8 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 # neighbours there, which a kernel of its own never can.
 PRIORITY = {
     "attention": ("triton", "cuda", "cpu"),  # not measured
-    "decode_attention": ("cuda", "cpu"),  # triton has no kernel for it
+    "decode_attention": ("triton", "cuda", "cpu"),  # not measured
+    "gemv": ("cpu",),  # elsewhere PyTorch's own product serves, and nothing is missing
     "layer_norm": ("triton", "cuda", "cpu"),  # not measured
     "gelu": ("triton", "cuda", "cpu"),  # not measured
     "cross_entropy": ("triton", "cuda", "cpu"),  # not measured
@@ -75,6 +76,14 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
         reasons.append(f"{name}: {reason}")
     _say_once(op, "; ".join(reasons))
     return "reference"
+
+
+def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend with a kernel for this call, or None: for an op that PyTorch serves as a rule, so
+    that there is nothing to say, and nothing to raise where a backend without one is forced."""
+    names = PRIORITY[op] if _forced is None else (_forced,)
+    can_serve = (n for n in names if n != "reference" and why_not(n, op, device, dtype) is None)
+    return next(can_serve, None)
 
 
 def is_forced() -> bool:

@@ -1,72 +1,121 @@
-"""x weight^T + bias: PyTorch's own product, in the dtype that this machine multiplies fast.
+"""x weight^T + bias, as training and as decoding need it.
 
-A CPU without 16-bit matrix instructions has no fast 16-bit product in PyTorch: on two EPYC cores
-with AVX2, bfloat16 runs at 0.9 GFLOP/s and float32 at 55 (docs/log.md). There the operands are
-rounded to 16 bits as they would be anyway, multiplied in float32, and the result is rounded: the
-same numbers, or better ones.
+Many rows are PyTorch's product (product.py). A few rows without a gradient, on a CPU, are a
+kernel's (csrc/cpu/gemv.h): each weight is used once there, and the time is that of reading it.
+So is what int8 saves, a byte a weight in place of two or four:
+
+    weight[n, k] = scale[n] * number[n, k]      scale[n] = max_k |weight[n, k]| / 127
+
+    N rows of the weight   K features   M rows of x
 """
 
-import functools
+import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from . import autograd, dispatch, reference
+from .product import product
+
+FEW = 8  # rows: with more, products pay for themselves (docs/log.md)
+BLOCK = 64  # int8 numbers of a row that are packed together
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., C), weight (V, C), bias (V,): (..., V), in the autocast dtype under autocast.
+    """x (..., K), weight (N, K), bias (N,): (..., N), in the autocast dtype under autocast.
 
-    Shapes and errors are torch.nn.functional.linear's.
+    Shapes and errors are torch.nn.functional.linear's. On a CPU, up to 8 rows of x for which no
+    gradient is wanted are a kernel's: a row has the same bits there whatever rows stand beside it.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if multiplies(dtype, device):
-        return F.linear(x, weight, bias)
-    with torch.autocast(device, enabled=False):
-        operands = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
-        return F.linear(*operands).to(dtype)
+    if weight.dtype == x.dtype and (backend := _few(x, weight, bias)):
+        return _gemv(x, weight, bias, None, backend)
+    return product(x, weight, bias)
 
 
-def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """x weight^T, x (N, C) and weight (V, C): written to out (N, V), or, where oneDNN multiplies,
-    in memory of its own. For few rows and many columns PyTorch's choice on a CPU, MKL, is slow: 128
-    rows of logits at 65 GFLOP/s on two EPYC cores, oneDNN's at 106 (docs/log.md)."""
-    if onednn_multiplies(x, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return torch.mm(x, weight.t(), out=out)
+def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear with the weight of quantize_int8: packed (N, K rounded up to 64) int8, scale (N,).
+
+    x (..., K) of any floating dtype. A few rows, as for linear, read the numbers as they are; else
+    the weight is spelled out in x's dtype first. Gradients reach x and bias, not the weight. Raises
+    TypeError or ValueError, naming the argument.
+    """
+    _check_int8(x, packed, scale, bias)
+    if backend := _few(x, packed, bias):
+        return _gemv(x, packed, bias, scale, backend)
+    return product(x, reference.dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
 
 
-def onednn_multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether times_transposed() leaves `out` alone. Strided operands are not for oneDNN: they go
-    through its reference code, a thousand times slower."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.is_contiguous()
-        and weight.is_contiguous()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) as (packed, scale): int8 numbers (N, K rounded up to 64) of which the nearest
+    multiple of scale (N,), float32, is each weight's; the largest of a row is +-127.
+
+    packed holds 64 numbers of a row as 16 words: byte j of word i is number 16 j + i. Raises
+    TypeError where weight is no floating matrix, ValueError where it is not finite.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating tensor, got {got}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must have shape (N, K), got {tuple(weight.shape)}")
+    weight = weight.detach().float()
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite, got NaN or infinity")
+    N, K = weight.shape
+    largest = weight.abs().amax(dim=1) if K else weight.new_zeros(N)
+    scale = torch.where(largest > 0, largest / 127, 1.0)
+    numbers = weight.new_zeros(N, _padded(K), dtype=torch.int8)
+    numbers[:, :K] = (weight / scale[:, None]).round().clamp(-127, 127)
+    packed = numbers.view(N, -1, 4, 16).transpose(-1, -2).reshape(numbers.shape)
+    return packed, scale
 
 
-def multiplies(dtype: torch.dtype, device: str) -> bool:
-    """Whether PyTorch's products of this dtype are made for this machine."""
-    return device != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _on_cpu(dtype)
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """The backend whose kernel serves: of a few rows, for which nobody wants a gradient."""
+    if x.device.type != "cpu" or not x.dim() or not 0 < math.prod(x.shape[:-1]) <= FEW:
+        return None
+    if weight.dim() != 2 or weight.device != x.device or not weight.numel():
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        return None
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    return dispatch.kernel_for("gemv", x.device, x.dtype)
 
 
-def _on_cpu(dtype: torch.dtype) -> bool:
-    return _cached_on_cpu(dtype)
+def _gemv(x, weight, bias, scale, backend) -> Tensor:
+    if scale is None and x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must have x's features, got x {tuple(x.shape)} and weight "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
+    y = autograd.raw.gemv(x.reshape(-1, x.shape[-1]), weight, bias, scale, backend)
+    return y.view(*x.shape[:-1], len(weight))
 
 
-_on_cpu._dynamo_marked_constant = True  # see dispatch._say_once
+def _check_int8(x, packed, scale, bias) -> None:
+    for name, t in (("x", x), ("packed", packed), ("scale", scale)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, got {t.device}")
+    if not x.is_floating_point() or not x.dim():
+        raise TypeError(f"x must be a floating tensor (..., K), got {x.dtype} {tuple(x.shape)}")
+    expected = (len(scale) if scale.dim() else 0, _padded(x.shape[-1]))
+    if packed.dtype != torch.int8 or packed.shape != expected:
+        raise ValueError(
+            f"packed must be int8 of shape {expected}, got {packed.dtype} {tuple(packed.shape)}"
+        )
+    if scale.dtype != torch.float32 or scale.dim() != 1:
+        raise ValueError(f"scale must be float32 (N,), got {scale.dtype} {tuple(scale.shape)}")
+    if bias is not None and bias.shape != scale.shape:
+        raise ValueError(f"bias must have shape {tuple(scale.shape)}, got {tuple(bias.shape)}")
 
 
-@functools.cache
-def _cached_on_cpu(dtype: torch.dtype) -> bool:
-    try:
-        if dtype == torch.bfloat16:
-            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    except AttributeError:  # a build without oneDNN: nothing is known, nothing is changed
-        return True
+def _padded(K: int) -> int:
+    return -(-K // BLOCK) * BLOCK

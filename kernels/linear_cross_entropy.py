@@ -15,7 +15,7 @@ to be computed again, or kept. Unscaled they also stay clear of float16's underf
 import torch
 from torch import Tensor
 
-from .linear import onednn_multiplies, times_transposed
+from .product import onednn_multiplies, times_transposed
 
 MAX_CHUNK = 8192  # rows; larger products gain nothing
 

@@ -95,6 +95,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def linear_int8(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:  # (..., N)
+    """linear with a weight that is kept as int8: see linear.quantize_int8."""
+    return F.linear(x, dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
+
+
+def dequantize_int8(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K): scale (N,) times the numbers that packed (N, K rounded up to 64) holds,
+    byte 4 i + j of 64 being number 16 j + i; rounded to dtype."""
+    numbers = packed.view(len(packed), -1, 16, 4).transpose(-1, -2).reshape(packed.shape)[:, :K]
+    return (numbers * scale[:, None]).to(dtype)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
     """Mean of -log softmax(logits)[target] over the targets that count, at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -23,10 +23,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from gpt2.kernels.triton import HEAD_SIZES, attention, configs, cross_entropy, gelu, layer_norm
+from gpt2.kernels.triton import (
+    HEAD_SIZES,
+    attention,
+    configs,
+    cross_entropy,
+    decode_attention,
+    gelu,
+    layer_norm,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPS = ("attention", "layer_norm", "gelu", "cross_entropy")
+OPS = ("attention", "decode_attention", "layer_norm", "gelu", "cross_entropy")
 ROW_LENGTHS = (768, 1600, 8192)  # GPT-2's and XL's width, and the widest row there is
 
 
@@ -81,6 +89,12 @@ def launch_attention(dtype: torch.dtype, D: int) -> None:
         attention.attention_qkv_bwd(o, qkv, o, lse, 1, 0.125, dropout_p, seed)
 
 
+def launch_decode_attention(dtype: torch.dtype, D: int) -> None:
+    cache = torch.zeros(2, 512, 2, D, dtype=dtype)
+    lengths = torch.ones(2, dtype=torch.int64)
+    decode_attention.decode_attention(cache[:, :1], cache, cache, lengths, 0.125)
+
+
 def launch_layer_norm(dtype: torch.dtype, C: int) -> None:
     x, weight = torch.zeros(4, C, dtype=dtype), torch.zeros(C)
     stats = torch.zeros(2, 4)
@@ -105,6 +119,7 @@ def launch_cross_entropy(dtype: torch.dtype, V: int) -> None:
 
 LAUNCHES = {  # op: (what launches its kernels, the sizes that change them)
     "attention": (launch_attention, HEAD_SIZES),
+    "decode_attention": (launch_decode_attention, (64, 80, 256)),
     "layer_norm": (launch_layer_norm, ROW_LENGTHS),
     "gelu": (launch_gelu, (3072,)),
     "cross_entropy": (launch_cross_entropy, (50257,)),
@@ -141,7 +156,7 @@ def rows(archs, ops, dtypes, sizes=None):
             launch, every_size = LAUNCHES[op]
             for dtype in dtypes:
                 for size in every_size:
-                    if sizes and size not in sizes and op == "attention":
+                    if sizes and size not in sizes and "attention" in op:
                         continue
                     with CompileOnly(arch) as compiled:
                         launch(DTYPES[dtype], size)

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import CPU_SETS, CUDA, serving
+from conftest import CPU_SETS, CUDA, TRITON, serving
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, guarded, launches
 
 from gpt2 import kernels
 from gpt2.kernels import reference
 
 
-@pytest.fixture(params=[CUDA, *CPU_SETS])  # triton has no kernel for it yet
+@pytest.fixture(params=[TRITON, CUDA, *CPU_SETS])
 def backend(request, monkeypatch):
     with serving(request.param, monkeypatch):
         yield request.param.partition("-")[0]

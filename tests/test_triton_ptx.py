@@ -20,6 +20,7 @@ ONE_OF_EACH = [
     "test_layer_norm.py::test_layer_norm[triton-C769-N3-fp16-same]",
     "test_gelu.py::test_gelu[triton-1.0-2049-bf16]",
     "test_gelu.py::test_bias_gelu[triton-N5-C1025-fp32-same]",
+    "test_decode_attention.py::test_decode[triton-B3-T257-D64-bf16]",
     "test_cross_entropy.py::test_cross_entropy[triton-1.0-V257-N3-bf16-some]",
     "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[triton-33-bf16]",
 ]
@@ -27,7 +28,7 @@ OTHERS = "not bf16 and not fp16 and not fp32"
 PARTS = {
     "one-of-each": ONE_OF_EACH,
     **{f"attention-{k}": ["test_attention.py", "-k", k] for k in ("bf16", "fp16", "fp32", OTHERS)},
-    **{op: [f"test_{op}.py"] for op in ("layer_norm", "gelu", "cross_entropy")},
+    **{op: [f"test_{op}.py"] for op in ("layer_norm", "gelu", "cross_entropy", "decode_attention")},
 }
 
 

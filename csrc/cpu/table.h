@@ -6,6 +6,7 @@
 #include "attention_decode.h"
 #include "cross_entropy.h"
 #include "gelu.h"
+#include "gemv.h"
 #include "layer_norm.h"
 
 namespace gpt2::GPT2_ISA {
@@ -19,6 +20,8 @@ inline constexpr Ops ops = {
     .attention_fwd = attention_fwd<typename ProductsOf<V, T>::type, T>,
     .attention_bwd = attention_bwd<typename ProductsOf<V, T>::type, T>,
     .attention_decode = attention_decode<V, T>,
+    .gemv = gemv<V, T, T>,
+    .gemv_int8 = gemv<V, T, int8_t>,
     .gelu_fwd = gelu_fwd<Rows<V>, T>,
     .gelu_bwd = gelu_bwd<Rows<V>, T>,
     .bias_gelu_fwd = bias_gelu_fwd<Rows<V>, T>,

@@ -40,6 +40,13 @@ struct Vec8 {
     return load(whole);
   }
 
+  // Scalar: block[4 i + J / 2], i = J % 2 * 8 + lane
+  template <int J>
+  static GPT2_INLINE Vec8 packed(const int8_t* block) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + J % 2 * 32));
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - J / 2 * 8), 24))};
+  }
+
   GPT2_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   GPT2_INLINE void store(bf16* p) const {
     const __m256i u = _mm256_castps_si256(v);

@@ -38,6 +38,13 @@ struct Vec16 {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p))};
   }
 
+  // Scalar: block[4 lane + J]
+  template <int J>
+  static GPT2_INLINE Vec16 packed(const int8_t* block) {
+    const __m512i words = _mm512_loadu_si512(block);
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * J), 24))};
+  }
+
   GPT2_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   GPT2_INLINE void store(bf16* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed());

@@ -14,6 +14,7 @@ import torch
 from ..gpu import unsuitable
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
+MAX_DECODE_HEAD_SIZE = 256
 MAX_ROW = 8192  # widest layer_norm row held in registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,10 +24,12 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     reason = _device_reason(device.type, device.index)
     if reason is not None:
         return reason
-    if op == "decode_attention":
-        return "has no kernel for one query per sequence yet"
+    if op == "gemv":
+        return "PyTorch's own product serves"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of float32, bfloat16, float16"
+    if op == "decode_attention" and size > MAX_DECODE_HEAD_SIZE:
+        return f"head size {size} is larger than {MAX_DECODE_HEAD_SIZE}"
     if op == "attention" and size not in HEAD_SIZES:
         return f"head size {size} is not one of {', '.join(map(str, HEAD_SIZES))}"
     if op == "layer_norm" and size > MAX_ROW:

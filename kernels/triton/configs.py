@@ -145,6 +145,11 @@ def bias_gelu_config(C: int) -> BiasTile:
 CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS = 4096, 8
 
 
+# Keys that a program of decode_attention owns: a cache of 1024 rows gives 4 programs a head, 48 for
+# GPT-2 at batch 1. The pieces' sums are added in a loop, so that few are better at long caches.
+DECODE_PIECE, DECODE_BLOCK_N, DECODE_WARPS = 256, 64, 4
+
+
 def resident_programs(device: torch.device, tiles: int, columns: int = 1) -> int:
     """How many programs walk `tiles` row tiles: four for each SM, shared among column blocks.
 

@@ -148,6 +148,11 @@ inline __m256i narrow(__m512i x) {
   return load<__m256i>(y);
 }
 
+inline __m512 floats(__m512i x) {
+  const Ints lanes = as<Ints>(x);
+  return each([&](int i) { return static_cast<float>(lanes[i]); });
+}
+
 inline __m512 from_half(__m256i x) {
   __m128i halves[2];
   __builtin_memcpy(halves, &x, sizeof halves);
@@ -193,11 +198,14 @@ inline __m256i to_half(__m512 x) {
 #define _mm512_slli_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Words>(x) << (n))
 #define _mm512_srli_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Words>(x) >> (n))
 
+#define _mm512_srai_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Ints>(x) >> (n))
+
 #define _mm512_castps_si512(x) emulated::as<__m512i>(x)
 #define _mm512_castsi512_ps(x) emulated::as<__m512>(x)
 #define _mm512_castps512_ps256(x) emulated::half_of<0>(x)
 #define _mm512_extractf32x8_ps(x, half) emulated::half_of<half>(x)
 #define _mm512_cvtepu16_epi32(x) emulated::widen(x)
 #define _mm512_cvtepi32_epi16(x) emulated::narrow(x)
+#define _mm512_cvtepi32_ps(x) emulated::floats(x)
 #define _mm512_cvtph_ps(x) emulated::from_half(x)
 #define _mm512_cvtps_ph(x, rounding) emulated::to_half<(rounding)>(x)

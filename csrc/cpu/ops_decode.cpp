@@ -1,0 +1,142 @@
+// All of a GPT-2's blocks for one new token of a few sequences, in one call.
+//
+// A step of decoding is some eighty kernels of a few microseconds each: called one by one from
+// Python they cost half as much again as the memory that they read. These are the same kernels in
+// the same order, so that the bits are the same too.
+//
+//   s = s + x    x = proj(attention(qkv(norm_1(s))))    s = s + x    x = proj(gelu(fc(norm_2(s))))
+//
+//   B sequences   L layers   C features   H heads of D   T positions of the cache
+#include "../ops.h"
+
+#include <string.h>
+
+namespace gpt2 {
+namespace {
+
+// What params holds of a layer, in order. Norms and the bias before the GELU are S, the rest the
+// model's type; where there are scales, four to a layer, the linear weights are packed int8.
+enum Param {
+  kNorm1,
+  kNorm1Bias,
+  kQkv,
+  kQkvBias,
+  kProj,
+  kProjBias,
+  kNorm2,
+  kNorm2Bias,
+  kFc,
+  kFcBias,
+  kMlpProj,
+  kMlpProjBias,
+  kParams,
+};
+
+struct Step {
+  const Tensor& x;
+  const std::vector<Tensor>&params, &scales;
+  Tensor& kv;  // (L, B, T, 2, H, D)
+  int64_t n_head;
+  double eps;
+
+  int64_t B = x.size(0), C = x.size(1), T = kv.size(2);
+  const Ops& ops = ops_for(x);
+  Executor executor = here(x);
+  Tensor s = like({B, C}), next_s = like({B, C}), h = like({B, C}), qkv = like({B, 3 * C}),
+         o = like({B, C}), inner = like({B, 4 * C}), activated = like({B, 4 * C}),
+         added = like({B, C});
+  Tensor wide = gpt2::new_empty(x, {B, (4 * C + 63) / 64 * 64}, accumulator(x)),
+         stats = gpt2::new_empty(x, {2, B}, accumulator(x)),
+         seen = gpt2::new_empty(x, {B}, ScalarType::Long);
+
+  Tensor like(std::vector<int64_t> shape) const { return gpt2::new_empty(x, shape); }
+
+  const Tensor& param(int64_t layer, int64_t i) const { return params[layer * kParams + i]; }
+
+  // to = from W^T + bias, the layer's `linear`-th of four
+  void multiply(int64_t layer, int linear, const Tensor& from, Tensor& to) {
+    constexpr int kWeights[] = {kQkv, kProj, kFc, kMlpProj};
+    const int weight = kWeights[linear];
+    const bool packed = !scales.empty();
+    const float* scale = packed ? scales[layer * 4 + linear].const_data_ptr<float>() : nullptr;
+    const Gemv p = {.M = B, .N = to.size(1), .K = from.size(1), .scale = scale};
+    const void* bias = weight == kFc ? nullptr : param(layer, weight + 1).const_data_ptr();
+    (packed ? ops.gemv_int8 : ops.gemv)(p, from.const_data_ptr(),
+                                        param(layer, weight).const_data_ptr(), bias,
+                                        wide.mutable_data_ptr(), to.mutable_data_ptr(), executor);
+  }
+
+  // s += from, where there is anything to add it to; h = norm(s)
+  void add_norm(const Tensor& from, const Tensor& weight, const Tensor& bias, bool first = false) {
+    ops.layer_norm_fwd(from.const_data_ptr(), first ? nullptr : s.const_data_ptr(),
+                       weight.const_data_ptr(), bias.const_data_ptr(), eps, h.mutable_data_ptr(),
+                       first ? nullptr : next_s.mutable_data_ptr(), stats.mutable_data_ptr(), B, C,
+                       executor);
+    if (first) {
+      memcpy(s.mutable_data_ptr(), from.const_data_ptr(), B * C * x.element_size());
+    } else {
+      std::swap(s, next_s);
+    }
+  }
+
+  // o = attention of the new tokens, whose keys and values join the cache
+  void attend(int64_t layer, const int64_t* lengths, Tensor& workspace) {
+    const int64_t size = x.element_size(), row = 2 * C * size, D = C / n_head;
+    char* cache = static_cast<char*>(kv.mutable_data_ptr()) + layer * B * T * row;
+    const char* from = static_cast<const char*>(qkv.const_data_ptr());
+    for (int64_t b = 0; b < B; ++b) {
+      memcpy(cache + (b * T + lengths[b]) * row, from + (3 * b + 1) * C * size, row);
+    }
+    const Decode problem = {.B = B,
+                            .H = n_head,
+                            .T = T,
+                            .D = D,
+                            .q = {from, 3 * C, 3 * C, D},
+                            .k = {cache, T * 2 * C, 2 * C, D},
+                            .v = {cache + C * size, T * 2 * C, 2 * C, D},
+                            .lengths = seen.const_data_ptr<int64_t>(),
+                            .softmax_scale = 1 / sqrt(double(D))};
+    const int64_t bytes = ops.attention_decode(problem, nullptr, nullptr, executor);
+    if (workspace.numel() < bytes) workspace = gpt2::new_empty(x, {bytes}, ScalarType::Byte);
+    ops.attention_decode(problem, o.mutable_data_ptr(), workspace.mutable_data_ptr(), executor);
+  }
+
+  Tensor run(const Tensor& lengths_, const Tensor& norm, const Tensor& norm_bias) {
+    const int64_t* lengths = lengths_.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < B; ++b) seen.mutable_data_ptr<int64_t>()[b] = lengths[b] + 1;
+    Tensor workspace = gpt2::new_empty(x, {1}, ScalarType::Byte);
+    const int64_t layers = kv.size(0);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      add_norm(layer == 0 ? x : added, param(layer, kNorm1), param(layer, kNorm1Bias), layer == 0);
+      multiply(layer, 0, h, qkv);
+      attend(layer, lengths, workspace);
+      multiply(layer, 1, o, added);
+      add_norm(added, param(layer, kNorm2), param(layer, kNorm2Bias));
+      multiply(layer, 2, h, inner);
+      ops.bias_gelu_fwd(inner.const_data_ptr(), param(layer, kFcBias).const_data_ptr(),
+                        activated.mutable_data_ptr(), B, 4 * C, executor);
+      multiply(layer, 3, activated, added);
+    }
+    add_norm(layers == 0 ? x : added, norm, norm_bias, layers == 0);
+    return h;
+  }
+};
+
+Tensor decode_layers(Tensor x, std::vector<Tensor> params, std::vector<Tensor> scales, Tensor norm,
+                     Tensor norm_bias, Tensor kv, Tensor lengths, int64_t n_head, double eps) {
+  Step step{.x = x, .params = params, .scales = scales, .kv = kv, .n_head = n_head, .eps = eps};
+  return step.run(lengths, norm, norm_bias);
+}
+
+}  // namespace
+}  // namespace gpt2
+
+GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
+  m.def(
+      "decode_layers(Tensor x, Tensor[] params, Tensor[] scales, Tensor norm, Tensor norm_bias, "
+      "Tensor(a!) kv, Tensor lengths, int n_head, float eps) -> Tensor");
+}
+
+GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
+  m.impl("decode_layers", TORCH_BOX(&gpt2::decode_layers));
+}

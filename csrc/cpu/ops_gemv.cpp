@@ -1,0 +1,33 @@
+// The operator of gemv.h, which the CPU's library alone has.
+#include "../ops.h"
+
+namespace gpt2 {
+namespace {
+
+Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optional<Tensor> scale_) {
+  const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
+  const Tensor bias = bias_ ? as_contiguous(*bias_) : x,
+               scale = scale_ ? as_contiguous(*scale_) : x;
+  const Gemv p = {.M = x.size(0),
+                  .N = weight.size(0),
+                  .K = x.size(1),
+                  .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
+  Tensor y = gpt2::new_empty(x, {p.M, p.N});
+  Tensor wide = gpt2::new_empty(x, {p.M, (p.K + 63) / 64 * 64}, accumulator(x));
+  const Ops& ops = ops_for(x);
+  (scale_ ? ops.gemv_int8 : ops.gemv)(p, x.const_data_ptr(), weight.const_data_ptr(),
+                                      bias_ ? bias.const_data_ptr() : nullptr,
+                                      wide.mutable_data_ptr(), y.mutable_data_ptr(), here(x));
+  return y;
+}
+
+}  // namespace
+}  // namespace gpt2
+
+GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
+  m.def("gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor");
+}
+
+GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
+  m.impl("gemv", TORCH_BOX(&gpt2::gemv));
+}

@@ -1,0 +1,130 @@
+"""Attention of one new token per sequence over a cache, split over its keys.
+
+    o = softmax(scale q k^T over the first lengths[b] keys) v
+
+One query against one head's keys is a pass over memory with little else: a program per head would
+leave most of the GPU idle. So a program takes PIECE keys and leaves
+
+    m = max_j s[j]      l = sum_j exp(scale (s[j] - m))      acc = sum_j exp(scale (s[j] - m)) v[j]
+
+and a second kernel adds the pieces of a head in their order, each scaled by exp(scale (m_i - m)).
+Where pieces begin depends on nothing but the position: a row has the same bits in any batch and in
+a cache of any size. The grid covers the whole cache, pieces beyond a length return at once, and
+nothing about the lengths is known on the host: a CUDA graph replays it for every token.
+
+    B batch   T rows of the cache   H heads   D head size   bh = b * H + h
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention import _rows
+from .configs import DECODE_BLOCK_N, DECODE_PIECE, DECODE_WARPS
+from .lang import LOG2E, LOWEST, NEG_INF, load_rows
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,                             # (B, 1, H, D), contiguous in D
+    k_ptr, v_ptr,                      # (B, T, H, D), contiguous in D
+    acc_ptr,                           # (B * H, pieces, D), float32
+    stats_ptr,                         # (B * H, pieces, 2), float32: m, l
+    lengths_ptr,                       # (B,), int64
+    stride_qb, stride_qh,
+    stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh,
+    H, pieces,
+    scale_log2,                        # softmax_scale * log2(e)
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,             # keys read per step
+    PIECE: tl.constexpr,               # keys owned by this program
+):  # fmt: skip
+    """One piece of one head: m, l and acc of its keys, by the online softmax."""
+    at = tl.program_id(0).to(tl.int64)
+    piece, bh = at % pieces, at // pieces
+    b, h = bh // H, bh % H
+    length = tl.load(lengths_ptr + b)
+    if piece * PIECE >= length:
+        return
+    offs_d = tl.arange(0, BLOCK_D)
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d, mask=offs_d < D, other=0.0)
+    q = q.to(tl.float32)
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+
+    m = tl.full((), LOWEST, tl.float32)
+    l = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    end = tl.minimum((piece + 1) * PIECE, length)
+    for start in range(piece * PIECE, end, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        # s = q k^T
+        k = load_rows(k_ptr, offs_n, stride_kt, end, D, BLOCK_D, True)
+        s = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
+        s = tl.where(offs_n < end, s, NEG_INF)
+        m_new = tl.maximum(m, tl.max(s, axis=0))
+        p = tl.exp2((s - m_new) * scale_log2)
+        alpha = tl.exp2((m - m_new) * scale_log2)
+        l = l * alpha + tl.sum(p, axis=0)
+        m = m_new
+        # acc = acc alpha + p v
+        v = load_rows(v_ptr, offs_n, stride_vt, end, D, BLOCK_D, True)
+        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+
+    tl.store(acc_ptr + at * D + offs_d, acc, mask=offs_d < D)
+    tl.store(stats_ptr + 2 * at, m)
+    tl.store(stats_ptr + 2 * at + 1, l)
+
+
+@triton.jit
+def _decode_sum_kernel(
+    acc_ptr, stats_ptr, lengths_ptr,   # as above
+    o_ptr,                             # (B * H, D)
+    H, pieces, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """o = sum_i a_i acc_i / sum_i a_i l_i, carried as the online softmax carries tiles; zeros
+    where a sequence has no keys."""
+    bh = tl.program_id(0).to(tl.int64)
+    used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)
+    offs_d = tl.arange(0, BLOCK_D)
+    m = tl.full((), LOWEST, tl.float32)
+    l = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for piece in range(0, used):
+        at = bh * pieces + piece
+        m_i = tl.load(stats_ptr + 2 * at)
+        l_i = tl.load(stats_ptr + 2 * at + 1)
+        acc_i = tl.load(acc_ptr + at * D + offs_d, mask=offs_d < D, other=0.0)
+        m_new = tl.maximum(m, m_i)
+        alpha, beta = tl.exp2((m - m_new) * scale_log2), tl.exp2((m_i - m_new) * scale_log2)
+        l = l * alpha + l_i * beta
+        acc = acc * alpha + acc_i * beta
+        m = m_new
+    o = tl.where(used > 0, acc / l, 0.0)
+    tl.store(o_ptr + bh * D + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+def decode_attention(q, k_cache, v_cache, lengths, softmax_scale):
+    """o (B, 1, H, D) contiguous, in q's dtype."""
+    (B, _, H, D), T = q.shape, k_cache.shape[1]
+    q, k, v = _rows(q), _rows(k_cache), _rows(v_cache)
+    o = torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device)
+    pieces = triton.cdiv(T, DECODE_PIECE)
+    acc = torch.empty((B * H, pieces, D), dtype=torch.float32, device=q.device)
+    stats = torch.empty((B * H, pieces, 2), dtype=torch.float32, device=q.device)
+    lengths = lengths.contiguous()
+    scale_log2 = softmax_scale * LOG2E.value
+    block = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "PIECE": DECODE_PIECE}
+    if acc.numel():
+        _decode_kernel[(B * H * pieces,)](
+            q, k, v, acc, stats, lengths, q.stride(0), q.stride(2),
+            *k.stride()[:3], *v.stride()[:3], H, pieces, scale_log2,
+            **block, BLOCK_N=DECODE_BLOCK_N, num_warps=DECODE_WARPS,
+        )  # fmt: skip
+    if o.numel():
+        _decode_sum_kernel[(B * H,)](
+            acc, stats, lengths, o, H, pieces, scale_log2, **block, num_warps=1
+        )
+    return o
