@@ -6,8 +6,9 @@ test:  ## what a user runs
 full:  ## the whole grid, the AVX-512 kernels over an emulation where the machine has none
 	GPT2_TEST_AVX512=1 OMP_NUM_THREADS=1 pytest tests/ --full -n auto
 
-bench:  ## every op, every backend and peer on this machine
-	for op in attention layer_norm gelu cross_entropy train_step; do python benchmarks/$$op.py || exit 1; done
+bench: OUT = runs/bench
+bench:  ## every op, every backend and peer on this machine: runs/bench/report.md
+	python benchmarks/run_all.py --out $(OUT)
 
 lint:
 	ruff check . && ruff format --check .

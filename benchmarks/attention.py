@@ -11,12 +11,14 @@ causal_attention_qkv is the same on GPT-2's packed projection, with the packing 
 
 import math
 import sys
+from dataclasses import replace
 
 import harness
 import torch
 import torch.nn.functional as F
 from clock import FLOP, Work
-from harness import BACKWARD, Contender, Op, compiled
+from harness import BACKWARD, Contender, Op
+from peers import autotuned, compiled, flash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2 import kernels
@@ -25,7 +27,7 @@ from gpt2.kernels import reference
 DIMS = "BxTxHxD"
 SHAPES = {
     "cpu": "1x256x12x64,1x1024x12x64",
-    "cuda": "32x512x12x64,16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64",
+    "cuda": "16x1024x12x64,8x2048x12x64,4x4096x12x64,32x512x12x64,2x8192x12x64,1x16384x12x64",
 }
 SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -68,12 +70,24 @@ def flex(device):
 
 
 def peers(device, wrap=lambda call: call):
-    yield Contender("eager", wrap(eager))
-    yield compiled("compiled", wrap(eager))
+    """The likely fastest first, the slowest to compile last: time may end in between."""
     for name, backend in SDPA.items():
         yield Contender(name, wrap(sdpa), lambda backend=backend: sdpa_kernel(backend))
+    for peer in flash("flash_attn_func", lambda f, q, k, v: f(q, k, v, causal=True), device):
+        yield replace(peer, call=peer.call and wrap(peer.call))
+    yield Contender("eager", wrap(eager))
     flexible = flex(device)
-    yield Contender("flex", flexible.call and wrap(flexible.call), why_not=flexible.why_not)
+    yield replace(flexible, call=flexible.call and wrap(flexible.call))
+    yield compiled("compiled", wrap(eager))
+    yield autotuned(wrap(eager), device)
+
+
+def packed_peers(device):
+    """On a GPU only those that compute as they are: packing is all that is new to the others."""
+    slow = () if device.type == "cpu" else ("eager", "compiled", "max-autotune", "flex")
+    for peer in peers(device, unpacked):
+        why_not = "measured without the packing" if peer.name in slow else peer.why_not
+        yield replace(peer, why_not=why_not)
 
 
 def unpacked(call):
@@ -87,8 +101,10 @@ def work(shape, step, _):
 
 
 def corners(x):
-    """First and last sequence and head: float64 scores of all of them would not fit."""
-    return x[[0, -1]][..., [0, -1], :]
+    """First and last sequence and head, of long sequences only the last: the float64 scores of all
+    of them would not fit."""
+    ends = [0, -1] if x.shape[1] <= 8192 else [-1]
+    return x[ends][..., ends, :]
 
 
 def ours_packed(qkv):
@@ -116,7 +132,7 @@ OPS = [
         call=ours_packed,
         truth=unpacked(reference.causal_attention),
         plain=unpacked(eager),
-        peers=lambda device: peers(device, unpacked),
+        peers=packed_peers,
         work=work,
         part=corners,
         size=lambda s: s.D,

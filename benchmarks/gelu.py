@@ -11,13 +11,14 @@ import sys
 import harness
 import torch.nn.functional as F
 from clock import BYTE, Work
-from harness import FORWARD, Contender, Op, compiled
+from harness import FORWARD, Contender, Op
+from peers import autotuned, compiled
 
 from gpt2 import kernels
 from gpt2.kernels import reference
 
 DIMS = "NxC"
-SHAPES = {"cpu": "256x3072,2048x3072", "cuda": "16384x3072,65536x3072,32768x6400"}
+SHAPES = {"cpu": "256x3072,2048x3072", "cuda": "65536x3072,16384x3072,32768x6400"}
 
 
 def gelu(x):
@@ -32,6 +33,7 @@ def against(call):
     def peers(device):
         yield Contender("eager", call)
         yield compiled("compiled", call)
+        yield autotuned(call, device)
 
     return peers
 

@@ -8,46 +8,33 @@ Two limits are measured in the same run, and each result is given as a share of 
 bandwidth of a plain copy, and the rate of a large matrix product in the same dtype.
 """
 
-import contextlib
 import functools
 import importlib.util
 import itertools
-import json
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace as Shape
 
 import torch
 import torch._functorch.config
-from clock import Clock, environment, limits, peak_memory
-from options import DTYPES, parse
-from report import Result, label, plot, show, significant
 
 if importlib.util.find_spec("gpt2") is None:  # not installed: run from the tree
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clock import Clock, limits, peak_memory
+from contest import Contender, ContextLost, Wrong, contest, released
+from machine import environment
+from options import DTYPES, parse
+from record import Case, Record
+from report import label, plot, show, significant
+
 from gpt2 import kernels
 
-SCHEMA = 1
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-
-
-class Wrong(Exception):
-    """A contender's result is further from the truth than rounding explains."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One way to compute an operation: a backend of ours, or a peer."""
-
-    name: str
-    call: Callable | None
-    context: Callable = contextlib.nullcontext  # entered around its runs, outside the clock
-    why_not: str | None = None
-    kind: str = "peer"
+LOST = 3  # exit code: the CUDA context is gone
+PIECE = 2**27  # elements that are compared at once
 
 
 @dataclass(frozen=True)
@@ -67,20 +54,10 @@ class Op:
     size: Callable = lambda shape: 0  # the extent that dispatch asks about
 
 
-def compiled(name: str, call: Callable) -> Contender:
-    return Contender(name, torch.compile(call, dynamic=False))
-
-
-def liger(function: str, call: Callable) -> Contender:
-    """call(liger's function, *inputs), where Liger is installed."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError as error:
-        return Contender("liger", None, why_not=str(error))
-    return Contender("liger", lambda *inputs: call(getattr(functional, function), *inputs))
-
-
-def backends(op: Op, shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Contender]:
+def backends(
+    op: Op, shape: Shape, device: torch.device, dtype: torch.dtype, only: list[str] | None
+) -> list[Contender]:
+    """Ours, or those of `only`: to ask another whether it can serve might build its library."""
     return [
         Contender(
             name,
@@ -90,6 +67,7 @@ def backends(op: Op, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
             "backend",
         )
         for name in kernels.BACKENDS
+        if only is None or name in only
     ]
 
 
@@ -144,10 +122,11 @@ def check(op: Op, contender: Contender, inputs, grads, truth, bounds) -> float:
     """The largest error among results and gradients; Wrong where one exceeds its bound."""
     with contender.context():
         values = list(stepper(FORWARD, contender.call, inputs, grads)())
-        run = stepper(op.passes[-1], contender.call, inputs, grads)
-        if op.passes[-1] == BACKWARD:
-            run()  # whose saved tensors must survive it: the second is checked
-        values += run()
+        if op.passes[-1] != FORWARD:
+            run = stepper(op.passes[-1], contender.call, inputs, grads)
+            if op.passes[-1] == BACKWARD:
+                run()  # whose saved tensors must survive it: the second is checked
+            values += run()
     worst = 0.0
     for i, (value, exact, bound) in enumerate(zip(values, truth, bounds, strict=True)):
         error = _error(op.part(value), exact)
@@ -166,7 +145,10 @@ def exact_and_bounds(op: Op, inputs, grads):
     double = [x.double() if x.is_floating_point() else x for x in part]
 
     def values(call, inputs, grads):
-        return [*stepper(FORWARD, call, inputs, grads)(), *stepper(BOTH, call, inputs, grads)()]
+        outputs = stepper(FORWARD, call, inputs, grads)()
+        if op.passes[-1] == FORWARD:
+            return outputs
+        return [*outputs, *stepper(BOTH, call, inputs, grads)()]
 
     truth = values(op.truth, double, [g.double() for g in part_grads])
     plain = values(op.plain, part, part_grads)
@@ -178,68 +160,44 @@ def exact_and_bounds(op: Op, inputs, grads):
     return truth, bounds
 
 
-def measure(op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict, only) -> list:
-    """The Results of every contender for one operation at one shape: checked, then timed."""
+def measure(
+    op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict, record: Record
+) -> Case:
+    """Every contender for one operation at one shape: checked, then timed."""
     torch.compiler.reset()
     device = clock.device
-    contenders = [*backends(op, shape, device, dtype), *op.peers(device)]
-    contenders = [c for c in contenders if only[c.kind] is None or c.name in only[c.kind]]
-    inputs, grads = draw(op, shape, device, dtype)
-    truth, bounds = exact_and_bounds(op, inputs, grads)
-    results, errors = [], {}
+    case = Case(op.name, vars(shape), str(dtype).removeprefix("torch."), op.passes)
+    contenders = [*backends(op, shape, device, dtype, record.only["backend"]), *op.peers(device)]
+    contenders = record.wanted(case, contenders)
+    inputs, grads, truth, bounds, no_truth = None, None, None, None, None
+    able = [c for c in contenders if c.why_not is None]
+    if able and not record.late():
+        record.begin(case, able, case.steps)
+        try:
+            inputs, grads = draw(op, shape, device, dtype)
+            truth, bounds = exact_and_bounds(op, inputs, grads)
+        except Exception as error:
+            no_truth = f"nothing to check against: {type(error).__name__}: {error}"
+        released(device)
 
-    def report(contender, steps, **values):
-        name = str(dtype).removeprefix("torch.")
-        results.extend(
-            Result(op.name, step, vars(shape), name, contender.name, contender.kind, **values)
-            for step in steps
-        )
+    def work(step):
+        return op.work(shape, step, torch.finfo(dtype).bits // 8)
 
-    for contender in contenders:
-        if contender.why_not:
-            report(contender, op.passes, status="unavailable", reason=contender.why_not)
-            continue
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                errors[contender] = check(op, contender, inputs, grads, truth, bounds)
-            except Exception as error:  # one contender's trouble must not end the run
-                report(contender, op.passes, **trouble(contender, error, said))
-    del truth
+    def checked(contender):
+        if no_truth:
+            raise RuntimeError(no_truth)
+        return check(op, contender, inputs, grads, truth, bounds)
 
-    for step in op.passes:
-        work = op.work(shape, step, torch.finfo(dtype).bits // 8)
-        times = {}
-        # On a CPU all take turns; on a GPU each has the memory to itself
-        for group in [list(errors)] if device.type == "cpu" else [[c] for c in errors]:
-            try:
-                times |= timed(step, group, inputs, grads, clock)
-            except Exception as error:
-                for contender in group:
-                    report(contender, [step], **trouble(contender, error))
-        for contender, (median, p20, p80, peak) in sorted(times.items(), key=lambda t: t[1][0]):
-            rate = work.rate(median, device)
-            report(
-                contender,
-                [step],
-                median_ms=median,
-                p20_ms=p20,
-                p80_ms=p80,
-                rate=rate,
-                unit=work.unit(device),
-                percent_of_limit=100 * rate / limit[work.unit(device)],
-                times_faster_than={
-                    c.name: t[0] / median for c, t in times.items() if c.kind == "peer"
-                },
-                max_error=errors[contender],
-                peak_memory_bytes=peak,
-            )
-    return sorted(results, key=lambda r: (op.passes.index(r.step), r.status != "ok"))
+    def clocked(step, group):
+        return timed(step, group, inputs, grads, clock)
+
+    contest(record, case, contenders, clock, limit, work, checked, clocked)
+    return case
 
 
-def timed(step: str, contenders, inputs, grads, clock: Clock) -> dict[Contender, tuple]:
-    """Median, 20th and 80th percentile in ms, and peak memory in bytes: a backward's includes
-    what the forward saved for it."""
+def timed(step: str, contenders, inputs, grads, clock: Clock) -> dict[Contender, dict]:
+    """Times in ms and peak memory in bytes, as a Result has them: a backward's includes what the
+    forward saved for it."""
     runs, peaks = {}, {}
     for contender in contenders:
         with contender.context():
@@ -247,22 +205,8 @@ def timed(step: str, contenders, inputs, grads, clock: Clock) -> dict[Contender,
             peaks[contender] = peak_memory(whole, clock.device)
             run = stepper(step, contender.call, inputs, grads)
         runs[contender] = run, contender.context
-    return {contender: (*ms, peaks[contender]) for contender, ms in clock(runs).items()}
-
-
-def trouble(contender: Contender, error: Exception, warned=()) -> dict:
-    """Status, and reason in one line: what was raised, then what had been warned of."""
-    known = isinstance(error, (Wrong, kernels.BackendUnavailable))
-    said = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
-    raised = str(error) if known else f"{type(error).__name__}: {error}"
-    reason = " ".join("; ".join([raised, *said]).split())
-    if isinstance(error, Wrong):
-        status = "wrong"
-    elif contender.kind == "peer" or known:
-        status = "unavailable"
-    else:
-        status = "error"
-    return {"status": status, "reason": reason if len(reason) <= 160 else reason[:157] + "..."}
+    times = clock(runs)
+    return {c: times[c] | {"peak_memory_bytes": peaks[c]} for c in contenders}
 
 
 def main(ops: list[Op], *, doc: str, dims: str, shapes: dict, argv=None) -> int:
@@ -275,47 +219,50 @@ def main(ops: list[Op], *, doc: str, dims: str, shapes: dict, argv=None) -> int:
 
 def run(
     script: str, cases: list[Callable], backends: list[str], peers: list[str],
-    *, doc: str, dims: str, shapes: dict, argv=None,
+    *, doc: str, dims: str, shapes: dict, argv=None, more=None, own=(),
 ) -> int:  # fmt: skip
-    """Prints, writes and draws what each case(shape, dtype, clock, limit, only) measures.
+    """Prints, writes and draws what each case(shape, dtype, clock, limit, record) measures; the
+    options that more(parser) adds reach it by the names in own.
 
-    The exit code is 1 where a backend of ours is wrong or fails.
+    The exit code is 1 where a backend of ours is wrong or fails, 3 where the GPU is lost to this
+    process: what is left can be measured by another, with --resume.
     """
-    options = parse(argv, doc, dims, shapes, backends, peers)
+    options = parse(argv, doc, dims, shapes, backends, peers, more)
     torch._functorch.config.donated_buffer = False  # a compiled backward is run more than once
     clock = Clock(options.device, options.quick)
     about = environment(options.device)
-    only = {"backend": options.backends, "peer": options.peers}
+    record = Record(
+        options.json, script, about, only={"backend": options.backends, "peer": options.peers},
+        seconds=options.seconds, resume=options.resume,
+    )  # fmt: skip
     where = f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}"
     if about["threads"]:
         where += f", {about['threads']} threads"
     print(f"{where}, commit {about['commit']}{'+' if about['dirty'] else ''}")
+    extra = {name: getattr(options, name) for name in own}
 
-    results, measured = [], {}
-    for dtype in options.dtype:
-        measured[dtype] = limits(clock, DTYPES[dtype], options.quick)
-        copy, product = (f"{significant(x)} {unit}" for unit, x in measured[dtype].items())
-        print(f"limits, {dtype}: copy {copy}, matrix product {product}")
-        for case, shape in itertools.product(cases, options.shapes):
-            found = case(shape, DTYPES[dtype], clock, measured[dtype], only)
-            print(f"\n{show(found)}", flush=True)
-            results += found
-    if options.json:
-        document = {
-            "schema": SCHEMA,
-            "script": script,
-            "environment": about,
-            "limits": measured,
-            "results": [asdict(r) for r in results],
-        }
-        partial = options.json.with_name(f"{options.json.name}.partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(options.json)
+    lost = None
+    try:
+        for dtype in options.dtype:
+            if dtype not in record.limits:
+                record.limits[dtype] = limits(clock, DTYPES[dtype], options.quick)
+            limit = record.limits[dtype]
+            copy, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
+            print(f"limits, {dtype}: copy {copy}, matrix product {product}")
+            for measured, shape in itertools.product(cases, options.shapes):
+                case = measured(shape, DTYPES[dtype], clock, limit, record, **extra)
+                print(f"\n{show(record.settle(case))}", flush=True)
+    except ContextLost as error:
+        lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
+    record.add()  # nothing is running any more
     if options.plot:
-        plot(results, options.plot, where)
-    failed = [r for r in results if r.kind == "backend" and r.status in ("wrong", "error")]
+        plot(record.results, options.plot, where)
+    failed = [r for r in record.results if r.kind == "backend" and r.status in ("wrong", "error")]
     for r in failed:
         print(f"FAILED {r.contender} {r.op} {label(r.shape)}: {r.reason}", file=sys.stderr)
+    if lost:
+        print(lost, file=sys.stderr)
+        return LOST
     return 1 if failed else 0
 
 
@@ -324,4 +271,9 @@ def as_tuple(x):
 
 
 def _error(value, exact) -> float:
-    return (value.double() - exact).abs().max().item()
+    """The largest error, NaN if there is one; in pieces, as three copies in float64 may not fit."""
+    if not value.dim():
+        return (value.double() - exact).abs().item()
+    rows = max(1, PIECE // max(1, value[0].numel()))
+    pieces = zip(value.split(rows), exact.split(rows), strict=True)
+    return torch.stack([(v.double() - e).abs().max() for v, e in pieces]).max().item()

@@ -12,13 +12,14 @@ import sys
 import harness
 import torch.nn.functional as F
 from clock import BYTE, Work
-from harness import FORWARD, Contender, Op, compiled, liger
+from harness import FORWARD, Contender, Op
+from peers import autotuned, compiled, liger
 
 from gpt2 import kernels
 from gpt2.kernels import reference
 
 DIMS = "NxC"
-SHAPES = {"cpu": "512x768,2048x768", "cuda": "16384x768,65536x768,65536x1024,32768x1600"}
+SHAPES = {"cpu": "512x768,2048x768", "cuda": "65536x768,16384x768,65536x1024,32768x1600"}
 
 
 def layer_norm(x, weight, bias):
@@ -43,11 +44,14 @@ def peers(device):
     yield compiled("compiled", layer_norm)
     yield compiled("formula-compiled", formula)
     yield liger("liger_layer_norm", lambda norm, x, weight, bias: norm(x, weight, bias, 1e-5))
+    yield Contender("quack", None, why_not="its LayerNorm has no backward")
+    yield autotuned(layer_norm, device)
 
 
 def add_peers(device):
     yield Contender("eager", add_layer_norm)
     yield compiled("compiled", add_layer_norm)
+    yield autotuned(add_layer_norm, device)
 
 
 def traffic(forward, backward):

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace as Shape
 
@@ -23,12 +25,33 @@ def parse_shape(text: str, dims: str) -> Shape:
     return Shape(**dict(zip(letters, map(int, sizes), strict=True)))
 
 
+def writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return path
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parse(argv, doc: str, dims: str, default_shapes: dict, backends: list[str], peers: list[str]):
+def parse(
+    argv, doc: str, dims: str, default_shapes: dict, backends: list[str], peers: list[str],
+    more: Callable | None = None,
+):  # fmt: skip
+    """The options of a script; more(parser) adds its own. Bad ones: one line and exit code 2."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def names(known):
@@ -47,12 +70,6 @@ def parse(argv, doc: str, dims: str, default_shapes: dict, backends: list[str], 
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    def writable(text):
-        path = Path(text)
-        if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
-        return path
-
     example = default_shapes["cpu"].split(",")[0]
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where present")
     parser.add_argument(
@@ -66,7 +83,17 @@ def parse(argv, doc: str, dims: str, default_shapes: dict, backends: list[str], 
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results here")
     parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the results here")
     parser.add_argument("--quick", action="store_true", help="first shape only, few repetitions")
+    parser.add_argument(
+        "--seconds", type=positive, metavar="S", help="begin nothing new after so long"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after what the --json file holds already"
+    )
+    if more:
+        more(parser)
     options = parser.parse_args(argv)
+    if options.resume and not options.json:
+        parser.error("--resume needs --json: the file to go on from")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: an interpreted kernel has no speed to measure")
     if options.device == "cuda" and not torch.cuda.is_available():

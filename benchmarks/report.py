@@ -16,7 +16,7 @@ class Result:
     dtype: str
     contender: str
     kind: str
-    status: str = "ok"  # ok, unavailable, wrong, error
+    status: str = "ok"  # ok, unavailable, wrong, error, skipped
     reason: str | None = None
     median_ms: float | None = None
     p20_ms: float | None = None
@@ -27,6 +27,7 @@ class Result:
     times_faster_than: dict = field(default_factory=dict)  # per peer
     max_error: float | None = None
     peak_memory_bytes: int | None = None  # beyond the inputs, saved tensors included; GPU only
+    details: dict = field(default_factory=dict)  # of a training step: tokens/s, where time goes
 
 
 def show(results: list[Result]) -> str:

@@ -6,7 +6,8 @@ typed by hand.
     python benchmarks/table.py --check    # write nothing; exit code 1 if either is out of date
 
 For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers.
-README has the ratio of the two alone.
+README has the ratio of the two alone. Before them, in docs/benchmarks.md, every goal (goals.py)
+beside its newest measurement.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from goals import GOALS, judged, targets
 from report import label, significant
 
 SCHEMA = 1
@@ -22,6 +24,7 @@ BEGIN, END = (
     "<!-- benchmarks: begin, written by benchmarks/table.py -->",
     "<!-- benchmarks: end -->",
 )
+GOALS_TITLE = "**Goals**, and the newest measurement of each"
 HEADER = ("shape", "pass", "ours", "median", "rate", "of limit", "best peer", "ratio", "max error")
 
 
@@ -82,6 +85,30 @@ def summary(documents: list[dict]) -> str:
             lines.append((op, dtype, *(span(by_pass.get(step, [])) for step in passes)))
         blocks.append(markdown(lines))
     return "\n\n".join(blocks)
+
+
+def goal_table(documents: list[dict]) -> str:
+    """Markdown: every goal, what was measured last, and whether that is it."""
+    head = ("operation", "pass", "dtype", "shape", "on", "goal", "measured", "best peer",
+            "ratio", "of limit", "met")  # fmt: skip
+    lines = [head, ("---",) * len(head)]
+    for goal in GOALS:
+        verdict = judged(goal, documents)
+        ours, best = verdict.ours, verdict.best
+        threads = f"{goal.threads} thread{'s' if goal.threads != 1 else ''}"
+        where_to = "H200" if goal.device == "h200" else f"AVX-512, {threads}"
+        measured = ["not measured", "", "", ""]
+        if ours:
+            measured = [
+                f"{significant(ours['median_ms'])} ms, {significant(ours['rate'])} {ours['unit']}",
+                best["contender"] if best else "",
+                f"{best['median_ms'] / ours['median_ms']:.2f}×" if best else "",
+                f"{ours['percent_of_limit']:.0f} %",
+            ]
+        lines.append((goal.op, goal.step, goal.dtype, label(goal.shape), where_to,
+                      "; ".join(targets(goal)), *measured,
+                      verdict.met() if ours else ""))  # fmt: skip
+    return markdown(lines)
 
 
 def span(ratios: list[float]) -> str:
@@ -167,7 +194,8 @@ def main(argv=None) -> int:
     root = options.root
     try:
         documents = [load(path) for path in sorted((root / "benchmarks/results").glob("*.json"))]
-        tables = {"README.md": summary(documents), "docs/benchmarks.md": render(documents)}
+        details = f"{GOALS_TITLE}\n\n{goal_table(documents)}\n\n{render(documents)}"
+        tables = {"README.md": summary(documents), "docs/benchmarks.md": details}
         old = {name: (root / name).read_text() for name in tables}
         new = {name: replaced(old[name], tables[name], root / name) for name in tables}
     except (BadInput, OSError) as error:

@@ -23,8 +23,9 @@ from torch import nn
 
 from . import files
 from .config import Config
-from .errors import InputError
+from .errors import InputError, brief
 from .model import Model
+from .weights import some
 
 FILE = "checkpoint.safetensors"  # in the folder of a run
 _OPTIMIZER = "optimizer."
@@ -44,8 +45,15 @@ def save(
         tensors[name] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{key}.{name}"] = value
+    write(path, model.config, tensors, **progress)
+
+
+def write(
+    path: str | Path, config: Config, tensors: dict[str, torch.Tensor], **progress: Any
+) -> None:
+    """Writes path whole: these tensors, under these names."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"gpt2": json.dumps({"config": asdict(model.config), **progress})}
+    metadata = {"gpt2": json.dumps({"config": asdict(config), **progress})}
     files.write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -57,13 +65,13 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
     """
     with _open(path) as file:
         try:
-            progress = json.loads((file.metadata() or {})["gpt2"])
+            progress = files.parse_json((file.metadata() or {})["gpt2"])
             config = Config(**progress.pop("config"))
             if not isinstance(progress["step"], int) or progress["step"] < 0:
                 raise ValueError(f"step must be a number of steps, got {progress['step']!r}")
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(
-                f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {e})"
+                f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {brief(e)})"
             ) from e
         if config.n_layer > len(file.keys()):
             raise InputError(
@@ -73,7 +81,7 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
         try:
             with torch.device("meta"):  # shapes without memory
                 model = Model(config)
-        except (RuntimeError, OverflowError) as e:
+        except (RuntimeError, OverflowError, TypeError) as e:  # sizes beyond 64 bits
             raise InputError(f"checkpoint {str(path)!r} describes no model: {config}") from e
         _weights(path, file, model)
     return config, progress
@@ -98,6 +106,18 @@ def load(
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def state(path: str | Path, config: Config) -> dict[str, torch.Tensor]:
+    """The weights that path holds, by their plain names, tied ones once, as they are stored."""
+    with _open(path) as file:
+        with torch.device("meta"):
+            model = Model(config)
+        keys = {id(parameter): key for key, parameter in _weights(path, file, model).items()}
+        return {
+            name: file.get_tensor(keys[id(parameter)])
+            for name, parameter in model.named_parameters()
+        }
+
+
 def plain(name: str) -> str:
     """The name of a parameter without what torch.compile and DDP put before it."""
     return _WRAPPERS.sub("", name)
@@ -109,7 +129,7 @@ def _open(path: str | Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as e:
-        raise InputError(f"checkpoint {str(path)!r} cannot be read: {e}") from e
+        raise InputError(f"checkpoint {str(path)!r} cannot be read: {brief(e)}") from e
 
 
 def _weights(path: str | Path, file: safe_open, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,7 +142,7 @@ def _weights(path: str | Path, file: safe_open, model: nn.Module) -> dict[str, n
     if missing or unexpected:
         raise InputError(
             f"checkpoint {str(path)!r} must hold exactly the model's weights; "
-            f"missing: {_some(missing)}; unknown: {_some(unexpected)}"
+            f"missing: {some(missing)}; unknown: {some(unexpected)}"
         )
     for key, name in keys.items():
         _check_tensor(path, file, key, parameters[name].shape)
@@ -149,7 +169,7 @@ def _optimizer_state(
             _check_tensor(path, file, key, shape)
             state[i][part] = file.get_tensor(key)
     if keys:
-        raise InputError(f"checkpoint {str(path)!r} holds unknown {_some(list(keys))}")
+        raise InputError(f"checkpoint {str(path)!r} holds unknown {some(list(keys))}")
     return state
 
 
@@ -157,11 +177,6 @@ def _check_tensor(path: str | Path, file: safe_open, key: str, shape: Sequence[i
     stored = file.get_slice(key)
     if tuple(stored.get_shape()) != tuple(shape) or stored.get_dtype() not in _FLOATS:
         raise InputError(
-            f"checkpoint {str(path)!r} must hold {key} as floats of shape {tuple(shape)}, "
-            f"got {stored.get_dtype()} of shape {tuple(stored.get_shape())}"
+            f"checkpoint {str(path)!r} must hold {brief(key)} as floats of shape {tuple(shape)}, "
+            f"got {stored.get_dtype()} of shape {brief(tuple(stored.get_shape()))}"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more

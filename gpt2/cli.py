@@ -1,4 +1,4 @@
-"""The command line: gpt2 train, sample, prepare, tokenizer.
+"""The command line: gpt2 train, sample, convert, prepare, tokenizer.
 
 What the user got wrong is one line on stderr and exit code 2. A bug keeps its traceback. PyTorch
 is imported by the commands that need it, so that --help answers at once.
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, add_flags, help in (
         (_train, _add_train_flags, "train a model"),
         (_sample, _add_sample_flags, "write text with a trained model"),
+        (_convert, _add_convert_flags, "turn a model into another format"),
         (_prepare, _add_prepare_flags, "turn text into token shards"),
         (_tokenizer, _add_tokenizer_flags, "learn a BPE from text"),
     ):
@@ -77,7 +78,12 @@ def _train(flags: argparse.Namespace) -> int:
     tokenizer.json and checkpoint.safetensors. Ctrl-C saves before it stops."""
     chosen = {k: v for k, v in vars(flags).items() if k not in ("command", "resume")}
     if flags.resume is None:
-        options = TrainConfig(**chosen)
+        if chosen.get("init") is None:
+            options = TrainConfig(**chosen)
+        else:
+            from . import finetune
+
+            options = finetune.options(**chosen)
         from .train import train
 
         return train(options)
@@ -171,6 +177,54 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-samples", type=int, default=1, metavar="N", help="[default: 1]")
     add("--device", default="auto", metavar="NAME", help="[default: cuda where there is one]")
     add("--tokenizer-dir", metavar="PATH", help="folder with GPT-2's vocab.bpe and encoder.json")
+
+
+def _convert(flags: argparse.Namespace) -> None:
+    """Turn a model into another format, to the bit. MODEL is a folder of Hugging Face's, or a name
+    (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2); the folder of a run; nanoGPT's ckpt.pt; or
+    llm.c's model.bin. The optimizer's state is left behind."""
+    from .convert import convert
+
+    model = convert(
+        flags.model,
+        flags.dest,
+        flags.to,
+        dtype=flags.dtype,
+        vocab_size=flags.vocab_size,
+        tokenizer=flags.tokenizer,
+        max_shard_size=flags.max_shard_size,
+    )
+    if "nanogpt" in (model.format, flags.to) and model.format != flags.to:
+        print(
+            "gpt2: nanoGPT computes GELU by erf, not tanh: logits differ a little", file=sys.stderr
+        )
+    print(f"{flags.dest}: {model.config}")
+
+
+def _add_convert_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="what to convert; its format is seen")
+    add("dest", metavar="DEST", help="new folder (hf, run) or new file (nanogpt, llmc)")
+    add(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="hf: Hugging Face's; run: ours, for gpt2 sample and --init; nanogpt; llmc",
+    )
+    add("--dtype", metavar="NAME", help="float32, bfloat16, float16 [default: the model's]")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="the first N tokens alone: 50257 takes off nanoGPT's padding [default: all]",
+    )
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="of a run: byte, gpt2, or a file, such as another run's tokenizer.json "
+        "[default: the model's own, or gpt2]",
+    )
+    add("--max-shard-size", metavar="SIZE", help="of a file of hf's, such as 5GB [default: 50GB]")
 
 
 def _prepare(flags: argparse.Namespace) -> None:

@@ -90,8 +90,7 @@ def load(
     """
     paths = [] if source in (None, "-") else sources.files(source)
     if any(path.suffix == ".bin" for path in paths):
-        if isinstance(tokenizer, str) or tokenizer is None:
-            tokenizer = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir)
+        tokenizer = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir)
         train, val = _shard_splits(source, paths, tokenizer.vocab_size, val_fraction)
     else:
         texts = sources.documents(source)
@@ -121,8 +120,12 @@ def _cut(tokens: np.ndarray, val_fraction: float) -> tuple[Split, Split]:
     return Split([tokens[:end]]), Split([tokens[end:]])
 
 
-def _shard_tokenizer(path: Path, spec: str | None, folder: str | None) -> Tokenizer:
+def _shard_tokenizer(path: Path, spec: Tokenizer | str | None, folder: str | None) -> Tokenizer:
     beside = path.with_name(tokenizers.FILE)
+    if isinstance(spec, Tokenizer):
+        if beside.is_file() and tokenizers.load(beside, folder).tokens != spec.tokens:
+            raise InputError(f"data {str(path)!r} must be made with the model's tokenizer")
+        return spec
     if spec is None and beside.is_file():
         return tokenizers.load(beside, folder)
     return tokenizers.named(spec or "gpt2", folder)

@@ -11,3 +11,9 @@ class InputError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """Training met a loss or a gradient that is not finite, and stopped before using it."""
+
+
+def brief(thing: object) -> str:
+    """What a message says of something that came from outside: one line, no longer than that."""
+    text = " ".join(str(thing).split())
+    return text if len(text) <= 200 else f"{text[:200]}…"

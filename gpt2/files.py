@@ -5,12 +5,14 @@ replaces the old file in one step, and flushing its folder makes that last. What
 writer lies in the temporary folder, also what a library writes there under names of its own.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -88,3 +90,25 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_json(text: str) -> Any:
+    """What text says in JSON. Raises ValueError for anything else: NaN, a key twice in an object,
+    and what is nested too deeply to be read, too."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} twice")
+    return found
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

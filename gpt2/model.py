@@ -6,8 +6,10 @@ PyTorch meaning with fast=False. Parameters, state dict and code are the same.
     B batch   T time   H heads   D head size   C = H * D features   V vocabulary
 """
 
+import functools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,16 +29,22 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, h: Tensor, ops) -> Tensor:
+    def forward(self, h: Tensor, ops, attend=None) -> Tensor:
         qkv = project(self.c_attn, h, ops)  # (B, T, 3C)
+        if attend is not None:  # over what a cache holds, too
+            return project(self.c_proj, attend(qkv, ops), ops)
         dropout_p = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout_p else None
         o = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout_p, seed=seed)  # (B, T, C)
         return F.dropout(project(self.c_proj, o, ops), self.dropout, self.training)
 
 
-def project(layer: nn.Linear, h: Tensor, ops) -> Tensor:
-    return ops.linear(h, layer.weight, layer.bias)
+def project(layer: nn.Module, h: Tensor, ops, *, bias: bool = True) -> Tensor:
+    """layer(h), where the layer is nn.Linear or quantize.Int8Linear; or without its bias."""
+    b = layer.bias if bias else None
+    if isinstance(layer, nn.Linear):
+        return ops.linear(h, layer.weight, b)
+    return ops.linear_int8(h, layer.weight, layer.scale, b)
 
 
 class MLP(nn.Module):
@@ -47,7 +55,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, h: Tensor, ops) -> Tensor:
-        h = ops.bias_gelu(ops.linear(h, self.c_fc.weight), self.c_fc.bias)  # (B, T, 4C)
+        h = project(self.c_fc, h, ops, bias=False)
+        h = ops.bias_gelu(h, self.c_fc.bias)  # (B, T, 4C)
         return F.dropout(project(self.c_proj, h, ops), self.dropout, self.training)  # (B, T, C)
 
 
@@ -65,9 +74,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, s: Tensor | None, ops) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, s: Tensor | None, ops, attend=None) -> tuple[Tensor, Tensor]:
         h, s = add_norm(self.ln_1, x, s, ops)
-        h, s = add_norm(self.ln_2, self.attn(h, ops), s, ops)
+        h, s = add_norm(self.ln_2, self.attn(h, ops, attend), s, ops)
         return self.mlp(h, ops), s
 
 
@@ -128,37 +137,53 @@ class Model(nn.Module):
             raise ValueError(
                 f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}"
             )
-        ops = kernels if self.fast else reference
-        h = self._hidden(idx, ops)  # (B, T, C)
+        ops = self._ops()
+        h = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return project(self.lm_head, h, ops), None  # (B, T, V)
+            return self.logits_of(h), None  # (B, T, V)
         if not self.fast:  # the kernels' wrappers look at targets themselves
             targets = check_ids("targets", targets, self.config.vocab_size, ignore_index=-1)
         if return_logits is None:
             return_logits = not self.training
-        if not return_logits:
+        if not return_logits and isinstance(self.lm_head, nn.Linear):
             return None, ops.linear_cross_entropy(h, self.lm_head.weight, targets)
-        logits = project(self.lm_head, h, ops)  # (B, T, V)
-        return logits, ops.cross_entropy(logits, targets)
+        logits = self.logits_of(h)  # (B, T, V)
+        loss = ops.cross_entropy(logits, targets)
+        return (logits if return_logits else None), loss
 
-    def _hidden(self, idx: Tensor, ops) -> Tensor:
-        """What the head sees: (B, T, C)."""
+    def hidden(self, idx: Tensor, past=None) -> Tensor:
+        """What the head sees of idx (B, T), int64: (B, T, C). past is a form of a cache (cache.py),
+        after whose tokens these come; with one, nothing is dropped out."""
+        ops = self._ops()
         idx = check_ids("idx", idx, self.config.vocab_size)
         wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
-        positions = torch.arange(idx.shape[1], device=idx.device)
+        positions = (
+            torch.arange(idx.shape[1], device=idx.device) if past is None else past.positions
+        )
         x = F.dropout(wte(idx) + wpe(positions), self.config.dropout, self.training)  # (B, T, C)
         s = None
-        for block in blocks:
-            x, s = block(x, s, ops)
+        for layer, block in enumerate(blocks):
+            attend = None if past is None else functools.partial(past.attend, layer)
+            x, s = block(x, s, ops, attend)
         h, _ = add_norm(ln_f, x, s, ops)
         return h
 
-    def _check_shape(self, name: str, idx: Tensor) -> None:
+    def logits_of(self, h: Tensor) -> Tensor:
+        """The head: h (..., C) to logits (..., V)."""
+        return project(self.lm_head, h, self._ops())
+
+    def _ops(self):
+        return kernels if self.fast else reference
+
+    def _check_tokens(self, name: str, idx: Tensor) -> None:
         if not isinstance(idx, Tensor) or idx.dtype != torch.int64:
             got = idx.dtype if isinstance(idx, Tensor) else type(idx).__name__
             raise TypeError(f"{name} must be an int64 tensor, got {got}")
         if idx.dim() != 2:
             raise ValueError(f"{name} must have shape (B, T), got {tuple(idx.shape)}")
+
+    def _check_shape(self, name: str, idx: Tensor) -> None:
+        self._check_tokens(name, idx)
         if idx.shape[1] > self.config.block_size:
             raise ValueError(
                 f"{name} must be at most block_size={self.config.block_size} tokens long, "
@@ -177,7 +202,10 @@ class Model(nn.Module):
         """idx (B, T), T >= 1, continued by max_new_tokens sampled tokens: (B, T + max_new_tokens).
 
         temperature 0 is greedy; top_k and top_p cut the distribution before it is sampled; the same
-        seed gives the same tokens. Beyond block_size the model sees the last block_size tokens.
+        seed gives the same tokens, whatever else is in the batch, and equal prompts differ. With
+        fast=True keys and values are cached: a token costs one token's work. Beyond block_size the
+        model sees the last block_size tokens, and as positions are absolute, each costs a run over
+        them all. generation.tokens takes prompts of different lengths, and stops.
         """
         return torch.cat(
             [idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed)], dim=1
@@ -193,37 +221,43 @@ class Model(nn.Module):
         seed: int | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of generate, (B, 1) each, as they are sampled."""
-        if idx.dim() != 2 or idx.shape[1] == 0:
-            raise ValueError(f"idx must have shape (B, T) with T >= 1, got {tuple(idx.shape)}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(idx.device).manual_seed(seed)
-        return self._stream(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        from . import generation  # not above: it builds on the model
 
-    @torch.no_grad()
-    def _stream(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
-        was_training = self.training
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                idx = idx[:, -self.config.block_size :]
-                self._check_shape("idx", idx)
-                ops = kernels if self.fast else reference
-                h = self._hidden(idx, ops)
-                logits = project(self.lm_head, h[:, -1], ops)  # (B, V)
-                token = sample(logits, temperature, top_k, top_p, generator)
-                idx = torch.cat([idx, token], dim=1)
-                yield token
-        finally:
-            self.train(was_training)
+        self._check_tokens("idx", idx)
+        if idx.shape[1] == 0:
+            raise ValueError(f"idx must have shape (B, T) with T >= 1, got {tuple(idx.shape)}")
+        sampling = generation.Sampling(temperature, top_k, top_p)
+        prompts = idx.tolist()
+        return (
+            token[:, None]
+            for token in generation.tokens(self, prompts, max_new_tokens, sampling, seed=seed)
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, fast: bool = False, dropout: float | None = 0.0
+    ) -> "Model":
+        """The model of a folder in Hugging Face's format, or a published one: gpt2, gpt2-medium,
+        gpt2-large, gpt2-xl, distilgpt2 (through huggingface_hub; a folder so called is `./gpt2`).
+
+        In eval mode, in PyTorch's default dtype, on the CPU. dropout is the new model's, for
+        training; None takes the rates of config.json, which must be one. Raises InputError,
+        naming file, key and value, for a configuration that this model does not compute, and
+        unless the weights are exactly its own: before memory is taken for them.
+        """
+        from . import interop  # not above: interop builds on the model
+
+        return interop.load(name_or_folder, fast=fast, dropout=dropout)
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "50GB") -> None:
+        """Writes config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them.
+
+        Weights beyond max_shard_size (bytes, or such as "5GB") go into several files and an index.
+        Each file appears whole; those of a model that lay there before are replaced.
+        """
+        from . import interop
+
+        interop.save(self, folder, max_shard_size=max_shard_size)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters, shared ones once; position embeddings count if asked for."""
@@ -233,26 +267,3 @@ class Model(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Of one training step, forward and backward: 6 N + 12 L C T (Chowdhery et al., PaLM)."""
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T
-
-
-def sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token id per row: logits (B, V) to (B, 1), int64."""
-    if temperature == 0.0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        # Keep the likeliest tokens up to the first that brings their sum to top_p.
-        ordered, order = probs.sort(dim=-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from . import files
+from .errors import InputError, brief
 
 FILE = "tokenizer.json"  # in the folder of a run, or of shards
 EOT = "<|endoftext|>"
@@ -101,12 +102,15 @@ def char(alphabet: Iterable[str]) -> Tokenizer:
     if not alphabet:
         raise InputError("alphabet must hold at least one character, got none")
     codes = np.array([ord(c) for c in alphabet])
-    table = np.full(codes[-1] + 2, -1)  # code point -> id; the last entry stands for all beyond
-    table[codes] = np.arange(len(alphabet))
+    used = np.unique(codes >> 8)  # pages of 256 code points: one table of all would be megabytes
+    page = np.zeros(0x1100, dtype=np.int64)
+    page[used] = np.arange(1, len(used) + 1)  # page 0 is that of characters without an id
+    table = np.full((len(used) + 1, 256), -1)
+    table[page[codes >> 8], codes & 255] = np.arange(len(alphabet))
 
     def to_ids(text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-        ids = table[np.minimum(codes, len(table) - 1)]
+        ids = table[page[codes >> 8], codes & 255]
         if ids.size and ids.min() < 0:
             unknown = text[int(np.argmin(ids))]
             raise InputError(
@@ -207,7 +211,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 def from_json(text: str, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer that to_json described. Raises InputError for anything else."""
     try:
-        state = json.loads(text)
+        state = files.parse_json(text)
         match state["name"]:
             case "char":
                 return char(state["alphabet"])
@@ -220,8 +224,21 @@ def from_json(text: str, folder: str | Path | None = None) -> Tokenizer:
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f"not a tokenizer's JSON ({type(e).__name__}: {e})") from e
-    raise InputError(f"tokenizer name must be char, byte, gpt2 or bpe, got {state['name']!r}")
+        raise InputError(f"not a tokenizer's JSON ({type(e).__name__}: {brief(e)})") from e
+    name = brief(repr(state["name"]))
+    raise InputError(f"tokenizer name must be char, byte, gpt2 or bpe, got {name}")
+
+
+def describe(path: str | Path) -> tuple[str, int]:
+    """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        is_gpt2 = files.parse_json(text) == {"name": "gpt2"}
+        return text, 50257 if is_gpt2 else from_json(text).vocab_size
+    except OSError as e:
+        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
 
 
 def to_tiktoken(tokenizer: Tokenizer) -> str:
@@ -295,7 +312,7 @@ def _printed_bytes(token: str) -> bytes:
 def _published_ranks(folder: Path) -> list[bytes]:
     """GPT-2's 50,256 tokens in the order of their ids, checked against its list of merges."""
     try:
-        ids = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        ids = files.parse_json((folder / "encoder.json").read_text(encoding="utf-8"))
         merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
         ids.pop(EOT)
         ranks = [_printed_bytes(token) for token in sorted(ids, key=ids.get)]

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, files, optim, report, sampling
+from . import checkpoint, data, files, finetune, optim, report, sampling
 from . import tokenizer as tokenizers
 from .config import Config
-from .errors import InputError, NonFiniteError
+from .errors import InputError, NonFiniteError, brief
 from .machine import peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
@@ -40,7 +40,10 @@ def train(options: TrainConfig) -> int:
     """
     folder = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     files.check_new_folder("out", folder)
-    trainer = Trainer(options)
+    start = None if options.init is None else finetune.start(options)
+    trainer = Trainer(options, start and start.tokenizer)
+    if start is not None:
+        trainer.start_from(start)
     files.make_folder("out", folder)
     files.write_atomic(folder / tokenizers.FILE, trainer.corpus.tokenizer.to_json())
     return trainer.run(folder)
@@ -93,6 +96,13 @@ class Trainer:
         )
         self.step = 0  # optimizer steps done
         self.elapsed_s = 0.0  # by the processes before this one
+
+    def start_from(self, start: finetune.Start) -> None:
+        """Takes these weights in place of random ones."""
+        state = start.state()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(state[name])
 
     def load(self, path: Path, progress: dict[str, Any]) -> None:
         """Goes to where the checkpoint at path was saved."""
@@ -281,11 +291,14 @@ def _signals() -> Iterator[list[int]]:
 
 def _read_options(path: Path) -> TrainConfig:
     try:
-        return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["train"])
+        settings = files.parse_json(path.read_text(encoding="utf-8"))
+        if settings.keys() == {"model"}:
+            raise InputError("got converted weights, which --init trains")
+        return TrainConfig.from_dict(settings["train"])
     except OSError as e:
         raise InputError(f"resume must be the folder of a run, got {str(path.parent)!r}") from e
-    except (ValueError, KeyError, TypeError) as e:  # InputError and broken JSON are ValueErrors
-        raise InputError(f"{str(path)!r} must hold a run's options: {e}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:  # InputError is a ValueError
+        raise InputError(f"{str(path)!r} must hold a run's options: {brief(e)}") from e
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ from .errors import InputError
 # What a run keeps to its end; the rest may change where it goes on from a checkpoint.
 FIXED = {
     *("tokenizer", "val_fraction", "block_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("seed", "out"),
+    *("init", "seed", "out"),
 }
 
 
@@ -52,6 +52,13 @@ class TrainConfig:
         0.1, "part of the tokens, at the end, to validate on", above=0, below=1
     )
 
+    init: str | None = _model(
+        None,
+        "weights to start from: the folder of a run, a folder or name of Hugging Face's (gpt2, …), "
+        "or another file that `gpt2 convert` reads; sizes that are not given are the model's, a "
+        "smaller block_size crops it, lr is 3e-5 unless given [default: random weights]",
+        metavar="MODEL",
+    )
     block_size: int = _model(64, "tokens that the model sees at a time", at_least=1)
     n_layer: int = _model(3, "blocks", at_least=1)
     n_head: int = _model(4, "attention heads in a block", at_least=1)

@@ -9,6 +9,7 @@ backward runs where its forward did. Gradients are first derivatives only; a sec
     N rows   C features   V vocabulary
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -193,7 +194,7 @@ class AttentionQKV(torch.autograd.Function):
 
 
 def _stats(x: Tensor) -> Tensor:
-    return _like(x, 2, x.shape[:-1].numel(), dtype=_accumulator(x))  # mean, rstd
+    return _like(x, 2, math.prod(x.shape[:-1]), dtype=_accumulator(x))  # mean, rstd
 
 
 @_launcher(

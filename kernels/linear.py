@@ -71,7 +71,11 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """The backend whose kernel serves: of a few rows, for which nobody wants a gradient."""
-    if x.device.type != "cpu" or not x.dim() or not 0 < math.prod(x.shape[:-1]) <= FEW:
+    if torch.compiler.is_compiling():  # before a look at the rows: their number may vary there
+        return None
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    if not x.dim() or not 0 < math.prod(x.shape[:-1]) <= FEW:
         return None
     if weight.dim() != 2 or weight.device != x.device or not weight.numel():
         return None
@@ -80,8 +84,6 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
-        return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     return dispatch.kernel_for("gemv", x.device, x.dtype)
 

@@ -5,7 +5,9 @@ kernel is caught and not timed, that every row holds what performance numbers ar
 without, and that README's tables come out of the results.
 """
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +33,9 @@ TINY = {
     "layer_norm": "7x33",
     "gelu": "7x33",
     "cross_entropy": "9x101x16",
+    "decode_attention": "2x17x2x16",
 }
+SLOW = ("layer_norm", "gelu", "decode_attention")  # of what the others show
 ON_CPU = ["--device", "cpu", "--backends", "reference", "--quick"]
 
 
@@ -47,7 +51,7 @@ def run(*command, **env):
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(s, marks=pytest.mark.full if s in ("layer_norm", "gelu") else ()) for s in TINY],
+    [pytest.param(s, marks=pytest.mark.full if s in SLOW else ()) for s in TINY],
 )
 def test_script(script, tmp_path):
     """Every script, every peer of this machine but torch.compile, which test_compiled_peer runs."""
@@ -123,6 +127,8 @@ def test_interpreted_kernels_are_not_timed():
         (["--json", "/nowhere/out.json"], "'/nowhere/out.json' cannot be written"),
         (["--plot", "/"], "'/' cannot be written"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--seconds", "0"], "'0' is not a positive number"),
+        (["--resume"], "--resume needs --json"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, list) else "",
 )
@@ -134,9 +140,9 @@ def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch):
     assert exit.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def square_op(call, peers=()):
+def square_op(call, peers=(), **changes):
     """x² at (N, C), computed by `call` in our name."""
-    return harness.Op(
+    op = harness.Op(
         name="square",
         kernel="gelu",
         inputs=lambda s, randn, _: [randn(s.N, s.C)],
@@ -146,12 +152,13 @@ def square_op(call, peers=()):
         peers=lambda device: [harness.Contender("eager", lambda x: x * x), *peers],
         work=lambda s, step, size: clock.Work(2 * s.N * s.C * size, clock.BYTE),
     )
+    return dataclasses.replace(op, **changes)
 
 
-def bench(op, monkeypatch, tmp_path):
+def bench(op, monkeypatch, tmp_path, *more):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "out.json"
-    argv = [*ON_CPU, "--json", str(path)]
+    argv = [*ON_CPU, "--json", str(path), *more]
     code = harness.main([op], doc="", dims="NxC", shapes={"cpu": "4x8"}, argv=argv)
     assert list(tmp_path.iterdir()) == [path]  # nothing partial stays behind
     rows = json.loads(path.read_text())["results"]
@@ -226,6 +233,59 @@ def test_a_failing_backend_fails_the_run(monkeypatch, tmp_path):
     assert code == 1 and rows["reference", "forward"]["status"] == "error"
 
 
+def test_an_operation_without_gradients(monkeypatch, tmp_path):
+    """Its value is checked, and a wrong one is caught."""
+    forward = {"passes": ("forward",)}
+    code, rows = bench(square_op(WrongGradient.apply, **forward), monkeypatch, tmp_path)
+    assert code == 0 and rows.keys() == {("reference", "forward"), ("eager", "forward")}
+    code, rows = bench(square_op(lambda x: x * x + 1, **forward), monkeypatch, tmp_path)
+    assert code == 1 and rows["reference", "forward"]["status"] == "wrong"
+
+
+def test_what_no_time_is_left_for_is_skipped(monkeypatch, tmp_path):
+    op = square_op(broken, peers=[harness.Contender("absent", None, why_not="not installed")])
+    code, rows = bench(op, monkeypatch, tmp_path, "--seconds", "1e-9")
+    assert code == 0
+    assert {(r["status"], r["reason"]) for (name, _), r in rows.items() if name != "absent"} == {
+        ("skipped", "out of time")
+    }
+    assert rows["absent", "forward"]["status"] == "unavailable"
+
+
+def test_without_a_truth_nothing_is_timed(monkeypatch, tmp_path):
+    code, rows = bench(square_op(lambda x: x * x, truth=broken), monkeypatch, tmp_path)
+    assert code == 1
+    reason = "RuntimeError: nothing to check against: ValueError: out of luck and of lines"
+    found = {(r["contender"], r["status"], r["reason"]) for r in rows.values()}
+    assert found == {("reference", "error", reason), ("eager", "unavailable", reason)}
+
+
+def test_errors_are_found_in_every_piece(monkeypatch):
+    """Large results are compared piece by piece."""
+    monkeypatch.setattr(harness, "PIECE", 8)
+    exact = torch.zeros(5, 4, dtype=torch.float64)
+    for i in (0, 2, 4):
+        value = torch.zeros(5, 4)
+        value[i, 3] = 0.5
+        assert harness._error(value, exact) == 0.5
+        value[i, 3], value[3, 0] = torch.nan, 9.0
+        assert math.isnan(harness._error(value, exact))
+    assert harness._error(torch.tensor(2.0), torch.tensor(1.5, dtype=torch.float64)) == 0.5
+
+
+def test_resumed_after_what_is_there(monkeypatch, tmp_path):
+    """What has a result is not measured again; ratios are over both."""
+    op = square_op(lambda x: x * x)
+    _, first = bench(op, monkeypatch, tmp_path, "--peers", "none")
+    assert {name for name, _ in first} == {"reference"}
+    code, rows = bench(dataclasses.replace(op, call=broken), monkeypatch, tmp_path, "--resume")
+    assert code == 0 and {name for name, _ in rows} == {"reference", "eager"}
+    ours = rows["reference", "forward"]
+    assert ours["median_ms"] == first["reference", "forward"]["median_ms"]
+    ratio = rows["eager", "forward"]["median_ms"] / ours["median_ms"]
+    assert ours["times_faster_than"] == {"eager": pytest.approx(ratio)}
+
+
 def test_ratios_and_rates(monkeypatch, tmp_path):
     _, rows = bench(square_op(lambda x: x * x), monkeypatch, tmp_path)
     ours, eager = rows["reference", "forward"], rows["eager", "forward"]
@@ -261,7 +321,7 @@ def test_cpu_clock_takes_turns():
     ticks.sample_s = 0  # one run per sample
     times = ticks({name: (lambda name=name: order.append(name), nullcontext) for name in "ab"})
     assert "".join(order[4:]) == "abba" * 3 + "ab"
-    assert all(p20 <= median <= p80 for median, p20, p80 in times.values())
+    assert all(t["p20_ms"] <= t["median_ms"] <= t["p80_ms"] for t in times.values())
     order.clear()
     ticks.slow_s = 0
     ticks({name: (lambda name=name: order.append(name), nullcontext) for name in "ab"})

@@ -307,64 +307,6 @@ def test_compiled_model_still_names_bad_ids(accelerated):
             compiled(idx)
 
 
-# ---- generation
-
-
-def test_generate(backend):
-    model, idx = model_in(fast=backend != "reference"), ids(2, 5)
-    with kernels.use(backend):
-        out = model.generate(idx, 7, seed=1)
-        assert out.shape == (2, 12) and torch.equal(out[:, :5], idx)
-        assert torch.equal(out, model.generate(idx, 7, seed=1))
-        assert not torch.equal(out, model.generate(idx, 7, seed=2))
-        streamed = torch.cat([idx, *model.stream(idx, 7, seed=1)], dim=1)
-    assert torch.equal(out, streamed)
-    assert model.training, "left as it was"
-
-
-def test_greedy_is_the_likeliest_token():
-    model, idx = model_in(), ids(2, 5)
-    want = idx
-    for _ in range(60):  # beyond block_size the window slides
-        model.eval()
-        logits, _ = model(want[:, -SMALL.block_size :])
-        want = torch.cat([want, logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(model.generate(idx, 60, temperature=0.0), want)
-    assert torch.equal(model.generate(idx, 60, top_k=1), want)
-
-
-def test_generate_does_not_look_at_dropout():
-    model = model_in(Config(**{**vars(SMALL), "dropout": 0.9}))
-    idx = ids(1, 5)
-    a, b = (model.generate(idx, 20, temperature=0.0) for _ in range(2))
-    assert torch.equal(a, b)
-
-
-def test_sampling_cuts():
-    """top_k and top_p against their definitions, by the frequencies of many samples."""
-    from gpt2.model import sample
-
-    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(20000, -1)
-
-    def frequencies(temperature=1.0, top_k=None, top_p=None):
-        generator = torch.Generator().manual_seed(0)
-        tokens = sample(logits, temperature, top_k, top_p, generator)
-        return torch.bincount(tokens[:, 0], minlength=4) / len(tokens)
-
-    def near(p):
-        return pytest.approx(p, abs=0.02)
-
-    assert frequencies().tolist() == near([0.5, 0.25, 0.15, 0.1])
-    assert frequencies(top_k=2).tolist() == near([2 / 3, 1 / 3, 0, 0])
-    assert frequencies(top_k=9).tolist() == near([0.5, 0.25, 0.15, 0.1])
-    assert frequencies(top_p=0.5).tolist() == near([1, 0, 0, 0])
-    assert frequencies(top_p=0.6).tolist() == near([2 / 3, 1 / 3, 0, 0])
-    assert frequencies(top_p=1e-9).tolist() == near([1, 0, 0, 0])
-    assert frequencies(top_k=2, top_p=0.7).tolist() == near([2 / 3, 1 / 3, 0, 0])
-    hot = frequencies(temperature=0.5)
-    assert hot.tolist() == near([0.725, 0.181, 0.065, 0.029])
-
-
 # ---- errors
 
 
@@ -400,24 +342,6 @@ def test_bad_input_is_named(idx, error, message):
 def test_targets_of_another_shape():
     with pytest.raises(ValueError, match=r"targets must have idx's shape \(1, 5\), got \(1, 4\)"):
         Model(SMALL)(torch.zeros(1, 5).long(), torch.zeros(1, 4).long())
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
-        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
-        ({"temperature": math.nan}, "temperature must be finite"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
-        ({"idx": torch.zeros(1, 0).long()}, "T >= 1"),
-    ],
-)
-def test_bad_sampling_arguments_are_named(kwargs, message):
-    kwargs = {"idx": torch.zeros(1, 1).long(), "max_new_tokens": 1, **kwargs}
-    with pytest.raises(ValueError, match=message):
-        Model(SMALL).generate(**kwargs)
 
 
 @pytest.mark.parametrize(

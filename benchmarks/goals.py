@@ -1,0 +1,184 @@
+"""What the kernels are to reach, as data, and how far they are: ratios to the best of all peers in
+the same run, shares of a limit that is measured in it, and a few absolute figures.
+
+The goals for a GPU are for one H200 in bfloat16, those for a CPU for AVX-512.
+"""
+
+from dataclasses import dataclass, field
+
+COMPILED = ("compiled", "formula-compiled", "max-autotune")
+NAMES = {COMPILED: "torch.compile", ("eager",): "eager", ("liger",): "Liger",
+         ("transformers",): "transformers", ("llm.c",): "llm.c"}  # fmt: skip
+BEST = ()  # whichever peer is the fastest
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One operation, pass, dtype and shape on one kind of device, and its targets."""
+
+    op: str
+    step: str
+    dtype: str
+    shape: dict
+    device: str  # "h200" or "avx512"
+    threads: int | None = None  # of a CPU
+    ratios: dict = field(default_factory=dict)  # peers, BEST for all -> so many times as fast
+    share: float | None = None  # at least so many percent of the limit
+    rate: float | None = None  # at least so many TFLOP/s
+    ms: float | None = None  # at most so many
+    details: dict = field(default_factory=dict)  # at least so much of a result's `details`
+    memory: float | None = None  # at most so many bytes, beyond the inputs
+    unmeasured: str = ""  # a target that no script measures
+
+
+def gpu(op, step, shape, **targets) -> Goal:
+    return Goal(op, step, "bfloat16", shape, "h200", **targets)
+
+
+def attention(B, T, H=12) -> dict:
+    return {"B": B, "T": T, "H": H, "D": 64}
+
+
+def cpu(op, step, dtype, shape, ratio, threads=1) -> Goal:
+    return Goal(op, step, dtype, shape, "avx512", threads, {BEST: ratio})
+
+
+ROWS = {"N": 65536, "C": 768}
+HIDDEN = {"N": 65536, "C": 3072}
+LOGITS = {"N": 16384, "V": 50257, "C": 768}
+FORWARD = {512: (32, 300, 1.3), 1024: (16, 400, 1.35), 2048: (8, 470, 1.25), 4096: (4, 520, 1.2),
+           8192: (2, 550, 1.15), 16384: (1, 550, 1.15)}  # fmt: skip
+BACKWARD = {1024: (16, 300, 1.35), 2048: (8, 380, 1.2), 4096: (4, 440, 1.15), 8192: (2, 480, 1.1)}
+
+GPU = [
+    *(gpu("causal_attention", "forward", attention(B, T), rate=rate, ratios={BEST: ratio})
+      for T, (B, rate, ratio) in FORWARD.items()),
+    *(gpu("causal_attention", "backward", attention(B, T), rate=rate, ratios={BEST: ratio})
+      for T, (B, rate, ratio) in BACKWARD.items()),
+    gpu("layer_norm", "forward", ROWS, ms=0.049, ratios={COMPILED: 1.15}, share=95),
+    gpu("add_layer_norm", "forward", ROWS, ms=0.099, ratios={COMPILED: 1.15}, share=95),
+    gpu("layer_norm", "backward", ROWS, ms=0.078, ratios={("eager",): 3, COMPILED: 1.3}, share=90),
+    gpu("add_layer_norm", "backward", ROWS, ms=0.104, ratios={("eager",): 3, COMPILED: 1.3},
+        share=90),
+    gpu("gelu", "forward", HIDDEN, ratios={BEST: 1}, share=97),
+    gpu("gelu", "backward", HIDDEN, ratios={BEST: 1}, share=97),
+    gpu("linear_gelu", "forward", HIDDEN, ratios={BEST: 1.15},
+        unmeasured="≤ 1.03× the bare product"),
+    gpu("cross_entropy", "forward+backward", LOGITS, ratios={("eager",): 4}, share=93),
+    gpu("linear_cross_entropy", "forward+backward", LOGITS, ratios={("liger",): 1.5}, share=95,
+        memory=16384 * 50257 * 2 / 8),
+    gpu("train_step", "step", {"B": 64, "T": 1024}, ratios={COMPILED: 1.3, ("llm.c",): 1.15},
+        details={"tokens_per_s": 600e3, "largest_batch": 600}),
+    gpu("train_step_xl", "step", {"T": 1024}, ratios={COMPILED: 1.2},
+        unmeasured="≥ 55,000 tokens/s"),
+    gpu("generate", "step", {"B": 1}, ratios={("transformers",): 20, COMPILED: 2},
+        unmeasured="≥ 5,000 tokens/s"),
+]  # fmt: skip
+
+# (B, T, H) -> forward and backward in float32
+ON_CPU = {(4, 64, 12): (2.4, 2.5), (4, 256, 12): (2.4, 2.2), (1, 1024, 12): (1.9, 1.8),
+          (1, 4096, 4): (1.5, 1.4)}  # fmt: skip
+CPU = [
+    *(cpu("causal_attention", step, "float32", attention(*shape), ratios[i])
+      for shape, ratios in ON_CPU.items() for i, step in enumerate(("forward", "backward"))),
+    *(cpu("causal_attention", step, "bfloat16", attention(*shape), 2.5)
+      for shape in ON_CPU for step in ("forward", "backward")),
+    cpu("gelu", "forward", "float32", {"N": 2048, "C": 3072}, 4),
+    cpu("gelu", "backward", "float32", {"N": 2048, "C": 3072}, 4),
+    cpu("layer_norm", "forward", "float32", {"N": 2048, "C": 768}, 1.3),
+    cpu("layer_norm", "backward", "float32", {"N": 2048, "C": 768}, 1.5),
+    cpu("cross_entropy", "forward+backward", "float32", {"N": 256, "V": 50257, "C": 768}, 3),
+    cpu("train_step", "step", "float32", {"B": 1, "T": 1024}, 1.25, threads=2),
+    cpu("train_step", "step", "bfloat16", {"B": 1, "T": 1024}, 1.5, threads=2),
+]  # fmt: skip
+GOALS = [*GPU, *CPU]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal beside the newest measurement: `ours` and `best` are results, None where none is.
+    missed: the targets that are not reached; unknown: those that were not measured."""
+
+    goal: Goal
+    ours: dict | None = None
+    best: dict | None = None
+    missed: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    def met(self) -> str:
+        if self.ours is None:
+            return "not measured"
+        if self.missed:
+            return f"no: {', '.join(self.missed)}"
+        return f"open: {', '.join(self.unknown)}" if self.unknown else "yes"
+
+
+def targets(goal: Goal) -> list[str]:
+    """In words, in the order in which judged() looks at them."""
+    words = [
+        f"≥ {ratio:g}× {NAMES.get(peers, 'best peer')}" for peers, ratio in goal.ratios.items()
+    ]
+    if goal.share:
+        words.append(f"≥ {goal.share:g} % of limit")
+    if goal.rate:
+        words.append(f"≥ {goal.rate:g} TFLOP/s")
+    if goal.ms:
+        words.append(f"≤ {goal.ms * 1e3:g} µs")
+    words += [f"≥ {least:,.0f} {name.replace('_per_', '/').replace('_', ' ')}"
+              for name, least in goal.details.items()]  # fmt: skip
+    if goal.memory:
+        words.append(f"≤ {goal.memory / 2**20:.0f} MiB")
+    return [*words, *([goal.unmeasured] if goal.unmeasured else [])]
+
+
+def judged(goal: Goal, documents: list[dict]) -> Verdict:
+    """The goal beside the newest document that has its case."""
+    found = [d for d in documents if matches(goal, d["environment"]) and cases(goal, d)["backend"]]
+    if not found:
+        return Verdict(goal)
+    mine = cases(goal, max(found, key=lambda d: d["environment"]["date"]))
+    ours = min(mine["backend"], key=ms_of)
+    best = min(mine["peer"], key=ms_of, default=None)
+    reached = []  # True, False, or None: not measured
+    for names, ratio in goal.ratios.items():
+        against = [r for r in mine["peer"] if not names or r["contender"] in names]
+        rival = min(map(ms_of, against), default=None)
+        reached.append(None if rival is None else rival / ours["median_ms"] >= ratio)
+    if goal.share:
+        reached.append(ours["percent_of_limit"] >= goal.share)
+    if goal.rate:
+        reached.append(ours["rate"] >= goal.rate)
+    if goal.ms:
+        reached.append(ours["median_ms"] <= goal.ms)
+    for name, least in goal.details.items():
+        value = ours.get("details", {}).get(name)
+        reached.append(None if value is None else value >= least)
+    if goal.memory:
+        peak = ours["peak_memory_bytes"]
+        reached.append(None if peak is None else peak <= goal.memory)
+    if goal.unmeasured:
+        reached.append(None)
+    words = list(zip(targets(goal), reached, strict=True))
+    missed, unknown = (tuple(w for w, r in words if r is state) for state in (False, None))
+    return Verdict(goal, ours, best, missed, unknown)
+
+
+def matches(goal: Goal, about: dict) -> bool:
+    """Whether the goal is for this machine."""
+    if goal.device == "avx512":
+        return "AVX512" in about.get("cpu_capability", "") and about["threads"] == goal.threads
+    return goal.device in about["device_name"].lower()
+
+
+def cases(goal: Goal, document: dict) -> dict[str, list[dict]]:
+    """The timed results of the goal's case, by kind."""
+    rows = [
+        r for r in document["results"]
+        if r["status"] == "ok" and (r["op"], r["step"], r["dtype"], r["shape"])
+        == (goal.op, goal.step, goal.dtype, goal.shape)
+    ]  # fmt: skip
+    return {kind: [r for r in rows if r["kind"] == kind] for kind in ("backend", "peer")}
+
+
+def ms_of(row: dict) -> float:
+    return row["median_ms"]

@@ -1,0 +1,171 @@
+"""Processes that may crash, hang or take too long, each at no cost but its own.
+
+A job has a share of the time that is left. It is killed, with all it has started, when it has made
+no progress for stall_s seconds, which is how long its longest silent piece of work may take; and
+when the deadline of the whole run has come. Progress is a change of its JSON file. What was running
+when it died becomes results that say so, and the job goes on without (record.py).
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import record
+
+OUT_OF_TIME = "out of time"
+LOST = 3  # exit code of a script whose CUDA context is gone: harness.LOST
+RESTARTS = 20
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """command gets "--seconds S", and "--resume" when it is started again, if it `resumes`."""
+
+    name: str
+    command: tuple[str, ...]
+    json: Path | None = None  # it writes here as it goes
+    share: float = 1.0  # of the time left, against the shares of the jobs still to come
+    most_s: float = float("inf")
+    stall_s: float = 60.0
+    resumes: bool = True
+
+
+@dataclass
+class Outcome:
+    """How a job ended. status: ok, failed, skipped; skipped is what there was no time for."""
+
+    job: str
+    status: str = "ok"
+    reasons: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    json: str | None = None
+
+    def fail(self, *reasons: str) -> None:
+        self.status = "failed"
+        self.reasons += reasons
+
+    def skip(self, *reasons: str) -> None:
+        self.status = "skipped" if self.status == "ok" else self.status
+        self.reasons += reasons
+
+
+def budget(jobs: list[Job], deadline: float) -> float:
+    """Seconds for the first of the jobs that are left."""
+    left = deadline - time.monotonic()
+    return min(jobs[0].most_s, left * jobs[0].share / sum(job.share for job in jobs))
+
+
+def run(job: Job, seconds: float, deadline: float, log: Path, env: dict | None = None) -> Outcome:
+    """Runs it, and again without what killed it. Output goes to the end of `log`; deadline is in
+    time.monotonic()'s seconds."""
+    outcome, start = Outcome(job.name, json=str(job.json) if job.json else None), time.monotonic()
+    if job.resumes and job.json:
+        job.json.unlink(missing_ok=True)  # what is found there later is this run's
+    for again in range(RESTARTS + 1):
+        left = seconds - (time.monotonic() - start)
+        command = list(job.command)
+        if job.resumes:
+            command += ["--seconds", f"{max(1.0, left):.0f}", *(["--resume"] if again else [])]
+        with log.open("ab") as output:
+            output.write(f"$ {' '.join(command)}\n".encode())
+            output.flush()
+            code, killed = _watched(command, job, deadline, output, env)
+        if killed is None and code == 0:
+            break
+        if killed is None and code == 1 and job.resumes and _complete(job.json):
+            break  # its results say what failed
+        what = killed or _death(code, log)
+        died = _blamed(job, what) if job.resumes and job.json else []
+        if killed == OUT_OF_TIME:
+            outcome.skip(f"{OUT_OF_TIME}{': killed' if not died else ''}", *died)
+            break
+        outcome.fail(*(died or [what]))
+        if not died and code != LOST:
+            break
+        if left < 1:
+            outcome.skip(OUT_OF_TIME)
+            break
+    _summarise(job, outcome)
+    outcome.seconds = round(time.monotonic() - start, 1)
+    return outcome
+
+
+def _watched(command, job: Job, deadline: float, output, env) -> tuple[int, str | None]:
+    """(exit code, why it was killed or None)."""
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        cwd=ROOT, env=env, start_new_session=True,
+    )  # fmt: skip
+    progress, seen = time.monotonic(), None
+    try:
+        while process.poll() is None:
+            time.sleep(0.05)
+            now, stamp = time.monotonic(), _stamp(job.json)
+            if stamp != seen:
+                progress, seen = now, stamp
+            if now >= deadline:
+                return 0, OUT_OF_TIME
+            if now - progress >= job.stall_s:
+                return 0, f"no progress in {job.stall_s:.0f} s, killed"
+        return process.returncode, None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+        process.wait()
+
+
+def _stamp(path: Path | None) -> int | None:
+    with contextlib.suppress(OSError, AttributeError):
+        return path.stat().st_mtime_ns
+    return None
+
+
+def _death(code: int, log: Path) -> str:
+    if code == LOST:
+        return "the CUDA context was lost"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"died by {signal.Signals(-code).name}"
+    last = log.read_text(errors="replace").strip().splitlines()[-1][:160]
+    return f"exit code {code}: {last}"
+
+
+def _blamed(job: Job, what: str) -> list[str]:
+    """Results for what was running. Too slow for the time left is no failure."""
+    status = "skipped" if what == OUT_OF_TIME else "error"
+    return record.blame(job.json, lambda kind: (status, what))
+
+
+def failing(row: dict) -> bool:
+    return row["kind"] == "backend" and row["status"] in ("wrong", "error")
+
+
+def _complete(path: Path) -> bool:
+    """Whether a script that reports failures has run to its end: a traceback has the same code."""
+    document = record.read(path)
+    return "running" not in document and any(map(failing, document.get("results", [])))
+
+
+def _summarise(job: Job, outcome: Outcome) -> None:
+    """What the results themselves say of failures, and of what there was no time for."""
+    if not job.resumes or job.json is None:
+        return
+    rows = record.read(job.json).get("results", [])
+    for reason in dict.fromkeys(record.line(r) for r in rows if failing(r)):
+        if reason not in outcome.reasons:
+            outcome.fail(reason)
+    late = sum(r["status"] == "skipped" for r in rows)
+    if late:
+        outcome.skip(f"{late} results skipped: {OUT_OF_TIME}")
+    if not rows and outcome.status == "ok":
+        outcome.fail("it has left no results")
+
+
+def python(script: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, str(ROOT / "benchmarks" / script), *arguments)

@@ -1,0 +1,127 @@
+"""The models whose training steps are compared, all from the weights of one plain gpt2.Model.
+
+B batch   T time   C features   V vocabulary
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from gpt2 import Model
+
+
+class NanoBlock(nn.Module):
+    """nanoGPT's block: bias everywhere, SDPA, PyTorch's own LayerNorm and GELU."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.c_attn, self.attn_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.c_fc, self.mlp_proj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x):  # (B, T, C)
+        B, T, C = x.shape
+        heads = (t.view(B, T, self.n_head, -1).transpose(1, 2)
+                 for t in self.c_attn(self.ln_1(x)).split(C, dim=2))  # fmt: skip
+        o = F.scaled_dot_product_attention(*heads, is_causal=True)
+        x = x + self.attn_proj(o.transpose(1, 2).reshape(B, T, C))
+        h = F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + self.mlp_proj(h)
+
+
+class NanoGPT(nn.Module):
+    """loss = model(idx, targets): the whole logits, then F.cross_entropy."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(NanoBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+
+    def forward(self, idx, targets):
+        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+        for block in self.h:
+            x = block(x)
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def nanogpt(plain: Model) -> nn.Module:
+    model = NanoGPT(plain.config)
+    renamed = {}
+    for name, value in plain.state_dict().items():
+        name = name.removeprefix("transformer.").replace("attn.c_attn", "c_attn")
+        name = name.replace("attn.c_proj", "attn_proj").replace("mlp.c_proj", "mlp_proj")
+        renamed[name.replace("mlp.c_fc", "c_fc")] = value
+    del renamed["lm_head.weight"]  # tied
+    model.load_state_dict(renamed)
+    return model
+
+
+def transformers(plain: Model) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {name: getattr(plain.config, name) for name in ("vocab_size", "n_embd", "n_layer")}
+    config = GPT2Config(
+        **sizes, n_head=plain.config.n_head, n_positions=plain.config.block_size,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    linears = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D stores (in, out)
+    model.load_state_dict(
+        {
+            name: value.t() if name.endswith(linears) else value
+            for name, value in plain.state_dict().items()
+        }
+    )
+    return model
+
+
+class WithLoss(nn.Module):
+    """loss = model(idx, targets), whatever the model returns."""
+
+    def __init__(self, model: nn.Module, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, idx, targets):
+        return self.loss(self.model, idx, targets)
+
+
+def second(model, idx, targets):
+    return model(idx, targets)[1]
+
+
+def shifted(model, idx, targets):
+    """transformers shifts the labels itself: position i is judged by label i + 1."""
+    logits = model(input_ids=idx).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def ours(plain: Model, fast: bool) -> nn.Module:
+    model = Model(plain.config, fast=fast)
+    model.load_state_dict(plain.state_dict())
+    return WithLoss(model, second)
+
+
+def autotuned(plain: Model) -> nn.Module:
+    """All that torch.compile has, CUDA graphs among it: a step is launched as a whole."""
+    return torch.compile(ours(plain, False), dynamic=False, mode="max-autotune")
+
+
+def makers(plain: Model) -> dict[str, Callable[[], nn.Module]]:
+    """How to make each model, on the CPU: name -> () -> module, loss = module(idx, targets)."""
+    return {
+        "fast": lambda: ours(plain, True),
+        "plain": lambda: ours(plain, False),
+        "nanogpt": lambda: WithLoss(nanogpt(plain), lambda m, i, t: m(i, t)),
+        "transformers": lambda: WithLoss(transformers(plain), shifted),
+        "compiled": lambda: torch.compile(ours(plain, False), dynamic=False),
+        "max-autotune": lambda: autotuned(plain),
+    }

@@ -1,0 +1,107 @@
+"""What run_all.py runs, and in which order: what matters most comes first, as time may end."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import Job, python
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+OPS = ("attention", "layer_norm", "gelu", "cross_entropy", "decode_attention")
+TESTED = [f"tests/test_{op}.py" for op in OPS]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A script with one dtype. share is of the time left; stall_s, how long one contender may
+    compile or run before it is taken for hanging; quick, the shape of a quick run."""
+
+    script: str
+    dtype: str
+    share: float
+    quick: str
+    stall_s: float = 90.0
+    options: tuple[str, ...] = ()
+
+
+ON_GPU = [
+    Bench("attention", "bfloat16", 30, "16x1024x12x64"),
+    Bench("layer_norm", "bfloat16", 10, "16384x768"),
+    Bench("train_step", "bfloat16", 30, "16x1024", 240.0, ("--profile",)),
+    Bench("cross_entropy", "bfloat16", 12, "8192x50257x768"),
+    Bench("gelu", "bfloat16", 6, "16384x3072"),
+    Bench("decode_attention", "bfloat16", 8, "8x1024x12x64"),
+    Bench("attention", "float32", 4, "16x1024x12x64", options=("--shapes", "16x1024x12x64")),
+    Bench("layer_norm", "float32", 2, "16384x768", options=("--shapes", "16384x768")),
+]
+# The shapes of the goals for CPUs (goals.py)
+ATTENTION = ("--shapes", "4x64x12x64,4x256x12x64,1x1024x12x64,1x4096x4x64")
+LOGITS = ("--shapes", "256x50257x768")
+ON_CPU = [
+    bench
+    for dtype in ("float32", "bfloat16")
+    for bench in (
+        Bench("attention", dtype, 25, "1x256x12x64", 900.0, ATTENTION),
+        Bench("layer_norm", dtype, 5, "512x768", 900.0, ("--shapes", "2048x768")),
+        Bench("train_step", dtype, 30, "1x64", 1800.0, ("--shapes", "1x1024", "--profile")),
+        Bench("cross_entropy", dtype, 10, "32x50257x768", 900.0, LOGITS),
+        Bench("gelu", dtype, 5, "256x3072", 900.0, ("--shapes", "2048x3072")),
+        Bench("decode_attention", dtype, 3, "1x256x12x64", 900.0),
+    )
+]
+MINUTES = {("cuda", False): 8, ("cuda", True): 3, ("cpu", False): 60, ("cpu", True): 10}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """builds run side by side, then tests, then benches; each (out, slug) -> jobs."""
+
+    builds: Callable
+    tests: Callable
+    benches: Callable
+
+
+def planned(device: str, quick: bool, only: list[str] | None, tests: bool) -> Plan:
+    benches = ON_GPU if device == "cuda" else ON_CPU
+    if quick:
+        benches = [b for b in benches if b.dtype == ("bfloat16" if device == "cuda" else "float32")]
+    if only:
+        benches = [b for b in benches if b.script in only]
+    return Plan(
+        builds=lambda out, slug: builds(device),
+        tests=lambda out, slug: correctness(device, out, slug, quick) if tests else [],
+        benches=lambda out, slug: [bench_job(b, device, out, slug, quick) for b in benches],
+    )
+
+
+def builds(device: str) -> list[Job]:
+    build = (sys.executable, "-m", "gpt2.kernels", "build")
+    jobs = [Job("build", build, stall_s=300, most_s=300, resumes=False)]
+    if device == "cuda":
+        jobs.append(Job("build --cuda", (*build, "--cuda"), stall_s=300, most_s=300, resumes=False))
+    return jobs
+
+
+def correctness(device: str, out: Path, slug: str, quick: bool) -> list[Job]:
+    """On a GPU each op's own sample, then what only a GPU shows; on a CPU the C++ kernels."""
+    seconds = 30 if quick else 60
+    runs = {"tests-ops": TESTED if device == "cuda" else [*TESTED, "-m", "cpu_kernels"]}
+    if device == "cuda":
+        runs["tests-gpu"] = ["tests/test_gpu.py"]
+    jobs = []
+    for name, tests in runs.items():
+        path = out / f"{slug}-{name}.json"
+        command = python("correctness.py", "--json", str(path), "--seconds", str(seconds), "--")
+        command += tuple(tests)
+        jobs.append(Job(name, command, path, most_s=seconds, stall_s=90.0, resumes=False))
+    return jobs
+
+
+def bench_job(bench: Bench, device: str, out: Path, slug: str, quick: bool) -> Job:
+    name = f"{bench.script}-{SHORT[bench.dtype]}"
+    path = out / f"{slug}-{name}.json"
+    more = ("--quick", "--shapes", bench.quick) if quick else bench.options
+    command = python(f"{bench.script}.py", "--device", device, "--dtype", bench.dtype,
+                     "--json", str(path), *more)  # fmt: skip
+    return Job(name, command, path, bench.share, stall_s=bench.stall_s)

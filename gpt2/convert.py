@@ -1,0 +1,145 @@
+"""Weights from one format into another: `gpt2 convert`, and what `gpt2 train --init` reads.
+
+    hf       Hugging Face's folder, or a published name     interop.py
+    run      the folder of one of our runs                  checkpoint.py
+    nanogpt  nanoGPT's ckpt.pt                              nanogpt.py
+    llmc     llm.c's model.bin                              llmc.py
+
+What is kept: every weight, to the bit and in its dtype, and of the configuration what both formats
+hold: the sizes, and dropout (llm.c has none, and reads as 0). An optimizer's state is not.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, files, hub, interop, llmc, nanogpt, weights
+from . import tokenizer as tokenizers
+from .config import Config
+from .errors import InputError
+from .weights import State
+
+FORMATS = ("hf", "run", "nanogpt", "llmc")
+DTYPES = ("float32", "bfloat16", "float16")
+_CKPT = "ckpt.pt"
+_GPT2_JSON, _GPT2_SIZE = '{"name": "gpt2"}\n', 50257
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in a file: what it is, and its weights when they are asked for."""
+
+    name: str  # as it was given
+    format: str
+    path: Path
+    config: Config
+    state: Callable[[], State]
+
+
+def read(source: str | Path, *, dropout: float | None = None) -> Source:
+    """The model that source names, in whichever format it is.
+
+    A folder of Hugging Face's has three rates of dropout; None wants them to be one.
+    Raises InputError, naming the file, where it is in none, broken, or no model of ours.
+    """
+    name, path = str(source), Path(source)
+    if hub.is_published(name):
+        path = hub.download(name, interop.FILES)
+    elif (path / checkpoint.FILE).is_file():
+        file = path / checkpoint.FILE
+        config, _ = checkpoint.read(file)
+        return Source(name, "run", path, config, lambda: checkpoint.state(file, config))
+    elif (path / _CKPT).is_file():
+        path = path / _CKPT
+    if path.is_dir():
+        config = interop.read_config(path, dropout=dropout)
+        return Source(name, "hf", path, config, lambda: interop.read_state(path, config))
+    if path.is_file() and llmc.is_one(path):
+        config = llmc.read_config(path)
+        return Source(name, "llmc", path, config, lambda: llmc.read_state(path, config))
+    if path.is_file() and nanogpt.is_one(path):
+        config, state = nanogpt.read(path)
+        return Source(name, "nanogpt", path, config, lambda: state)
+    raise InputError(
+        f"model must be {', '.join(hub.PUBLISHED)}, a folder of Hugging Face's or of a run, "
+        f"nanoGPT's ckpt.pt or llm.c's model.bin, got {name!r}"
+    )
+
+
+def convert(
+    source: str | Path,
+    dest: str | Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    tokenizer: str | None = None,
+    max_shard_size: str | None = None,
+) -> Source:
+    """Writes the model of source to dest, a new file or folder in the format `to`.
+
+    Returns what was read, with the configuration that was written.
+
+    dtype rounds the weights to float32, bfloat16 or float16. vocab_size keeps the first tokens
+    alone, where a vocabulary was padded. tokenizer is what a run will read text with: byte, gpt2
+    or a file (default: the source's own, else GPT-2's). max_shard_size is for hf.
+    Raises InputError, with nothing written, for what does not fit.
+    """
+    _check_choice("to", to, FORMATS)
+    _check_choice("dtype", dtype, (None, *DTYPES))
+    if tokenizer is not None and to != "run":
+        raise InputError(f"tokenizer must be absent: format {to} has none, got {tokenizer!r}")
+    if max_shard_size is not None and to != "hf":
+        raise InputError(f"max_shard_size must be absent for format {to}, got {max_shard_size!r}")
+    shard_bytes = interop.parse_bytes(max_shard_size or interop.MAX_SHARD_SIZE)
+    (files.check_new_folder if to in ("hf", "run") else files.check_new)("dest", dest)
+    model = read(source)
+    config, state = weights.crop(model.config, model.state(), vocab_size=vocab_size)
+    if dtype is not None:
+        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    if to == "hf":
+        interop.write(config, state, dest, max_shard_size=shard_bytes)
+    elif to == "run":
+        _write_run(config, state, Path(dest), _tokenizer_json(model, config, tokenizer))
+    elif to == "nanogpt":
+        nanogpt.write(config, state, Path(dest))
+    else:
+        llmc.write(config, state, Path(dest))
+    return replace(model, config=config)
+
+
+def _write_run(config: Config, state: State, folder: Path, tokenizer_json: str) -> None:
+    """A folder that `gpt2 sample` and `--init` read. It has no options of a training run, so that
+    `--resume` refuses it."""
+    files.make_folder("dest", folder)
+    files.write_atomic(folder / tokenizers.FILE, tokenizer_json)
+    files.write_atomic(
+        folder / "config.json", json.dumps({"model": asdict(config)}, indent=2) + "\n"
+    )
+    checkpoint.write(folder / checkpoint.FILE, config, state, step=0)
+
+
+def _tokenizer_json(model: Source, config: Config, spec: str | None) -> str:
+    """tokenizer.json of the run that model becomes. GPT-2's BPE need not be here for it."""
+    if spec is not None and spec != "gpt2":
+        named = tokenizers.named(spec)
+        text, size = named.to_json(), named.vocab_size
+    elif spec is None and model.format == "run":
+        text, size = tokenizers.describe(model.path / tokenizers.FILE)
+    else:
+        text, size = _GPT2_JSON, _GPT2_SIZE
+    if size != config.vocab_size:
+        raise InputError(
+            f"tokenizer must fit the model's vocab_size {config.vocab_size}, got {size} ids; "
+            f"--tokenizer names another, --vocab-size crops the model's"
+        )
+    return text
+
+
+def _check_choice(name: str, value: str | None, choices: tuple) -> None:
+    if value not in choices:
+        expected = ", ".join(c for c in choices if c is not None)
+        raise InputError(f"{name} must be one of {expected}, got {value!r}")

@@ -1,0 +1,291 @@
+"""The next tokens of a batch of prompts: logits step by step, and what is chosen from them.
+
+With fast=True the keys and values of past tokens are kept (cache.py): the prompts are read once,
+and a step computes one token of each sequence. With fast=False every step runs the model over all
+that it can see, which says what the cache must give. Beyond block_size both see the last block_size
+tokens; GPT-2's positions are absolute, so that every one of them changes with each step, no key can
+be kept, and a token costs a run over block_size tokens.
+
+    B sequences   T tokens   V vocabulary
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .cache import Cache, Decode, Prefill
+
+CHUNK = 16384  # tokens of a prefill that are in the model at a time: bounds its memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. temperature 0 is greedy; top_k leaves the k likeliest; top_p then the
+    likeliest up to the first that brings their sum to p. Raises ValueError, naming the field."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """One token id per row: logits (B, V), uniform (B,) in [0, 1), to (B,) int64.
+
+        The token at which the sum of probabilities, likeliest first where they are cut, else in
+        the order of ids, passes `uniform`: a row's choice depends on nothing but the row.
+        """
+        if self.temperature == 0.0:
+            return logits.argmax(dim=-1)
+        logits, ids = logits.float() / self.temperature, None
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits, ids = logits.topk(self.top_k)
+        elif self.top_p is not None:
+            logits, ids = logits.sort(dim=-1, descending=True)
+        probs = logits.double().softmax(dim=-1)
+        total = probs.cumsum(dim=-1)
+        if self.top_p is not None:
+            probs = probs.masked_fill(total - probs >= self.top_p, 0.0)
+            total = probs.cumsum(dim=-1)
+        # The first whose total exceeds it, so one of probability 0 never
+        choice = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
+        choice = choice.clamp_(max=logits.shape[-1] - 1)
+        return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+class Uniform:
+    """Numbers in [0, 1) for each sequence, from its own seed alone: on any device, in any batch."""
+
+    DRAWN = 256  # at a time
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.device, self.drawn, self.used = device, None, self.DRAWN
+
+    def __call__(self) -> Tensor:
+        """The next number of each: (B,) float64, with 24 bits, so that times a sum is below it."""
+        if self.used == self.DRAWN:
+            drawn = [torch.rand(self.DRAWN, generator=g) for g in self.generators]
+            self.drawn, self.used = torch.stack(drawn).double().to(self.device), 0
+        self.used += 1
+        return self.drawn[:, self.used - 1]
+
+
+def seeds_of(prompts: Sequence[Sequence[int]], seed: int | None) -> list[int]:
+    """A seed for each prompt: `seed`, and one more for each equal prompt before it in the batch.
+
+    So a prompt's text depends on the seed alone, whatever else is in the batch, and several of the
+    same prompt differ. None draws one from PyTorch's generator.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
+    before: dict[tuple, int] = {}
+    seeds = []
+    for prompt in map(tuple, prompts):
+        before[prompt] = before.get(prompt, -1) + 1
+        seeds.append((seed + before[prompt]) % 2**63)
+    return seeds
+
+
+class Rows:
+    """Sequences of different lengths, right-padded, that grow."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device):
+        self.counts = [len(p) for p in prompts]  # what `lengths` holds, without asking the device
+        self.lengths = torch.tensor(self.counts, device=device)
+        ids = torch.zeros(len(prompts), max(self.counts), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.as_tensor(prompt)
+        self.ids = ids.to(device)
+
+    @property
+    def longest(self) -> int:
+        return max(self.counts)
+
+    def last(self) -> Tensor:
+        """The last token of each: (B, 1)."""
+        return self.ids.gather(1, self.lengths[:, None] - 1)
+
+    def append(self, tokens: Tensor, growing: list[bool]) -> None:
+        """tokens (B,), one more for each sequence that grows."""
+        if self.longest == self.ids.shape[1]:
+            self.ids = torch.cat([self.ids, torch.zeros_like(self.ids)], dim=1)
+        self.ids.scatter_(1, self.lengths[:, None], tokens[:, None])
+        self.lengths = self.lengths + (1 if all(growing) else self.lengths.new_tensor(growing))
+        self.counts = [n + grows for n, grows in zip(self.counts, growing, strict=True)]
+
+    def window(self, size: int) -> tuple[Tensor, Tensor]:
+        """The last `size` tokens of each sequence, right-padded, and how many they are, (B,)."""
+        lengths = self.lengths.clamp(max=size)
+        width = min(self.longest, size)
+        columns = torch.arange(width, device=self.ids.device) + (self.lengths - lengths)[:, None]
+        return self.ids.gather(1, columns.clamp_(max=self.ids.shape[1] - 1)), lengths
+
+
+def last_of(h: Tensor, lengths: Tensor) -> Tensor:
+    """The last row of each sequence: h (B, T, C), lengths (B,), to (B, C)."""
+    return h[torch.arange(len(h), device=h.device), lengths - 1]
+
+
+def recomputed(model, rows: Rows) -> Tensor:
+    """The logits (B, V) after the last block_size tokens of each sequence, from those alone."""
+    ids, lengths = rows.window(model.config.block_size)
+    return model.logits_of(last_of(model.hidden(ids), lengths))
+
+
+def decode_layers(model, weight: Tensor, B: int) -> kernels.DecodeLayers | None:
+    """The model's blocks as one call, where there is one: on a CPU, for a few sequences."""
+    if not kernels.DecodeLayers.serve(weight, B):
+        return None
+
+    def linear(layer):
+        return kernels.DecodeLayers.Linear(layer.weight, layer.bias, getattr(layer, "scale", None))
+
+    def norm(layer):
+        return kernels.DecodeLayers.Norm(layer.weight, layer.bias)
+
+    layers = [
+        kernels.DecodeLayers.Layer(
+            norm(block.ln_1), linear(block.attn.c_attn), linear(block.attn.c_proj),
+            norm(block.ln_2), linear(block.mlp.c_fc), linear(block.mlp.c_proj),
+        )
+        for block in model.transformer["h"]
+    ]  # fmt: skip
+    ln_f = model.transformer["ln_f"]
+    return kernels.DecodeLayers(layers, norm(ln_f), n_head=model.config.n_head, eps=ln_f.eps)
+
+
+class Cached:
+    """The same logits from a cache, while the sequences fit into it."""
+
+    def __init__(self, model, rows: Rows, room: int):
+        self.model, self.rows = model, rows
+        weight = model.transformer["wte"].weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        B = len(rows.counts)
+        self.cache = Cache(model.config, B, room, device=weight.device, dtype=dtype)
+        self.steps, self.graph, self.graphs = 0, None, weight.is_cuda and not autocast
+        self.layers = decode_layers(model, weight, B)
+
+    def logits(self) -> Tensor:
+        """(B, V); the cache takes in the tokens that have come since the last call."""
+        self.steps += 1
+        if self.steps == 1:
+            return self._prefill()
+        token, lengths = self.rows.last(), self.rows.lengths - 1
+        if not self.graphs:
+            return self._decode(token, lengths)
+        if self.steps == 2:  # compiles, outside of the capture
+            return self._decode(token, lengths)
+        if self.graph is None:
+            self._capture(token, lengths)
+        self.token.copy_(token)
+        self.lengths.copy_(lengths)
+        self.graph.replay()
+        return self.output
+
+    def _prefill(self) -> Tensor:
+        ids, lengths = self.rows.window(self.cache.room)
+        B, T = ids.shape
+        step = max(1, CHUNK // B)
+        last = None
+        for start in range(0, T, step):
+            chunk = ids[:, start : start + step]
+            h = self.model.hidden(chunk, Prefill(self.cache, start, chunk.shape[1]))
+            ends = (lengths - start).clamp(1, chunk.shape[1])
+            here = (lengths > start)[:, None]
+            last = last_of(h, ends) if last is None else torch.where(here, last_of(h, ends), last)
+        return self.model.logits_of(last)
+
+    def _decode(self, token: Tensor, lengths: Tensor) -> Tensor:
+        model = self.model
+        if self.layers is not None:
+            wte, wpe = model.transformer["wte"], model.transformer["wpe"]
+            x = wte(token[:, 0]) + wpe(lengths)  # (B, C)
+            return model.logits_of(self.layers(x, self.cache.kv, lengths))
+        return model.logits_of(model.hidden(token, Decode(self.cache, lengths))[:, 0])
+
+    def _capture(self, token: Tensor, lengths: Tensor) -> None:
+        """One step as a CUDA graph over `token` and `lengths`: no launch waits for Python."""
+        self.token, self.lengths = token.clone(), lengths.clone()
+        torch.cuda.synchronize(token.device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(token.device), torch.cuda.graph(self.graph):
+            self.output = self._decode(self.token, self.lengths)
+
+
+def tokens(
+    model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    *,
+    seed: int | None = None,
+    stop: Collection[int] = (),
+) -> Iterator[Tensor]:
+    """What follows each prompt, a token of each sequence at a time: (B,) int64, where the model is.
+
+    A sequence that has met one of the ids in stop gives -1 from then on; the stream ends when all
+    have, or with max_new_tokens. The same seed gives the same tokens whatever else is in the batch
+    (see seeds_of), as far as the model's own products do: a matrix product may round differently in
+    a batch. Raises ValueError, naming the argument, before anything is computed.
+    """
+    if not prompts or not all(len(p) for p in prompts):
+        raise ValueError(f"prompts must be lists of at least one token, got {prompts!r}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    V = model.config.vocab_size
+    for prompt in prompts:
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < V:
+                raise ValueError(f"prompts must hold ids from 0 to {V - 1}, got {token}")
+    return _tokens(model, prompts, max_new_tokens, sampling, seeds_of(prompts, seed), set(stop))
+
+
+@torch.no_grad()
+def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop):
+    device = model.transformer["wte"].weight.device
+    rows, uniform = Rows(prompts, device), Uniform(seeds, device)
+    room = min(model.config.block_size, rows.longest + max_new_tokens)
+    cached = None
+    if model.fast and rows.longest <= room:
+        cached = Cached(model, rows, room)
+    growing = [True] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(max_new_tokens):
+            if cached is not None and rows.longest <= room:
+                logits = cached.logits()
+            else:
+                logits = recomputed(model, rows)
+            token = sampling.pick(logits, uniform())
+            if stop and not all(growing):
+                finished = token.new_tensor([not grows for grows in growing], dtype=torch.bool)
+                yield token.masked_fill(finished, -1)
+                token = token.masked_fill(finished, 0)
+            else:
+                yield token
+            rows.append(token, growing)
+            if stop:
+                growing = [
+                    grows and t not in stop
+                    for grows, t in zip(growing, token.tolist(), strict=True)
+                ]
+                if not any(growing):
+                    return
+    finally:
+        model.train(was_training)

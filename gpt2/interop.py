@@ -1,0 +1,328 @@
+"""Hugging Face's GPT-2: a folder with config.json and model.safetensors, or the name of one.
+
+Two things differ from our own names and layouts: published files may leave out the prefix
+`transformer.`, and the four linear weights of a block are stored (in, out). What transformers can
+configure and this model cannot compute is refused by name, not ignored. Safetensors alone are read,
+never a pickle.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import files, hub, weights
+from .config import Config
+from .errors import InputError, brief
+from .model import Model
+from .weights import HEAD, WTE, State
+
+CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_SIZE = "50GB"
+FILES = (CONFIG, "model*.safetensors", INDEX)  # of a repository, those that are read
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+
+_DEFAULTS = {  # transformers' own, where a config.json leaves a size out
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+}
+_OTHER_NAMES = {
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
+_FIXED = {  # what the model computes; the first value is transformers' default
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+_PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+_MASK = re.compile(r"(?:^|\.)h\.\d+\.attn\.(?:masked_)?bias$")  # buffers of older versions
+_TRANSPOSED = re.compile(r"\.(?:c_attn|c_proj|c_fc)\.weight$")
+_MAX_JSON_BYTES = 2**20  # config.json has a thousand bytes, the index of gpt2-xl 40,000
+
+
+def load(name_or_folder: str | Path, *, fast: bool = False, dropout: float | None = 0.0) -> Model:
+    """What Model.from_pretrained returns."""
+    folder = Path(name_or_folder)
+    if hub.is_published(name_or_folder):
+        folder = hub.download(str(name_or_folder), FILES)
+    elif not folder.is_dir():
+        raise InputError(
+            f"name or folder must be one of {', '.join(hub.PUBLISHED)}, or a folder with {CONFIG} "
+            f"and {FILE}, got {str(name_or_folder)!r}"
+        )
+    config = read_config(folder, dropout=dropout)
+    return weights.to_model(config, read_state(folder, config), fast=fast)
+
+
+def read_config(folder: Path, *, dropout: float | None = None) -> Config:
+    """The configuration that folder's config.json describes.
+
+    dropout None takes transformers' three rates, which must be one. Raises InputError, naming key,
+    value and what is supported, for what this model does not compute.
+    """
+    found = _read_json(folder / CONFIG)
+    for key, supported in _FIXED.items():
+        value = found.get(key, supported[0])
+        if not any(type(value) is type(s) and value == s for s in supported):
+            expected = " or ".join(map(repr, supported))
+            raise InputError(
+                f"{str(folder / CONFIG)!r}: {key} must be {expected}, got {brief(repr(value))}"
+            )
+    sizes = {key: _size(folder, found, key) for key in _DEFAULTS}
+    if dropout is None:
+        dropout, *others = [found.get(key, 0.1) for key in _PDROPS]
+        if any(other != dropout for other in others):
+            raise InputError(
+                f"{str(folder / CONFIG)!r}: resid_pdrop, embd_pdrop and attn_pdrop must be one "
+                f"dropout, got {brief([dropout, *others])}"
+            )
+    try:
+        config = Config(sizes.pop("n_positions"), **sizes, dropout=dropout)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{str(folder / CONFIG)!r}: {brief(e)}") from e
+    if found.get("n_inner") not in (None, 4 * config.n_embd):
+        raise InputError(
+            f"{str(folder / CONFIG)!r}: n_inner must be null or 4 n_embd = {4 * config.n_embd}, "
+            f"got {brief(repr(found['n_inner']))}"
+        )
+    return config
+
+
+def read_state(folder: Path, config: Config) -> State:
+    """The weights that folder holds, as they are stored, linear ones turned to (out, in).
+
+    Raises InputError, naming file and tensor, before a tensor is read: for what is missing, or
+    unexpected, or has another shape, or is not made of floats.
+    """
+    what = repr(str(folder))
+    with ExitStack() as stack:
+        stored = _open(folder, stack)
+        keys = _names(what, stored)
+        expected = weights.check_names(what, config, keys.keys() - {HEAD})
+        for name, key in keys.items():
+            shape = expected[WTE if name == HEAD else name]
+            tensor = stored[key].get_slice(key)
+            weights.check_tensor(
+                what,
+                key,
+                shape[::-1] if _TRANSPOSED.search(name) else shape,
+                tuple(tensor.get_shape()),
+                tensor.get_dtype(),
+            )
+        state = {name: stored[key].get_tensor(key) for name, key in keys.items()}
+    if HEAD in state:
+        weights.check_tied(what, state[WTE], state.pop(HEAD))
+    return {name: turned(name, state[name]) for name in expected}
+
+
+def turned(name: str, tensor: Tensor) -> Tensor:
+    """A weight of ours as they store it, and the other way round."""
+    return tensor.T.contiguous() if _TRANSPOSED.search(name) else tensor
+
+
+def save(model: Model, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+    """What Model.save_pretrained does."""
+    write(model.config, weights.of_model(model), folder, max_shard_size=max_shard_size)
+
+
+def write(
+    config: Config,
+    state: State,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
+    """A folder that transformers load: GPT-2's `<|endoftext|>` ends a text, where it is an id.
+
+    Every file is whole or absent. Where the folder held a model before, the new one counts when
+    its last file is there, and the old one's other files are removed.
+    """
+    limit = parse_bytes(max_shard_size)
+    files.make_folder("folder", folder)
+    folder = Path(folder)
+    parts = _shards({name: turned(name, tensor) for name, tensor in state.items()}, limit)
+    names = [FILE]
+    if len(parts) > 1:
+        names = [_SHARD.format(i + 1, len(parts)) for i in range(len(parts))]
+        (folder / INDEX).unlink(missing_ok=True)  # rather none than one of other shards
+    for name, part in zip(names, parts, strict=True):
+        files.write_atomic(
+            folder / name, lambda path, part=part: save_file(part, path, {"format": "pt"})
+        )
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    described = _describe(config, dtypes.pop() if len(dtypes) == 1 else None)
+    _write_json(folder / CONFIG, described)
+    if len(parts) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        where = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    for path in (folder / FILE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+        if path.name not in (*names, INDEX if len(parts) > 1 else None):
+            path.unlink(missing_ok=True)
+
+
+def _describe(config: Config, dtype: str | None) -> dict[str, Any]:
+    """config.json."""
+    eot = 50256 if config.vocab_size >= 50257 else None
+    described = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        **dict.fromkeys(_PDROPS, config.dropout),
+        "tie_word_embeddings": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+    }
+    return described | ({"dtype": dtype} if dtype else {})
+
+
+def _shards(state: State, limit: int) -> list[State]:
+    """The weights in order, in as few parts as hold at most limit bytes or a single weight."""
+    parts: list[State] = [{}]
+    room = limit
+    for name, tensor in state.items():
+        if tensor.nbytes > room and parts[-1]:
+            parts.append({})
+            room = limit
+        parts[-1][name] = tensor
+        room -= tensor.nbytes
+    return parts
+
+
+def parse_bytes(size: int | str) -> int:
+    """A number of bytes: itself, or as transformers write it, such as "5GB" (powers of ten)."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", size) if isinstance(size, str) else None
+    if match:
+        size = int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(
+            f"max_shard_size must be a number of bytes above 0, or such as '5GB', got {size!r}"
+        )
+    return size
+
+
+def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
+    """Our name of each weight -> its key in the file; masks are left out."""
+    found: dict[str, str] = {}
+    for key in keys:
+        if _MASK.search(key):
+            continue
+        name = key if key.startswith(("transformer.", HEAD)) else f"transformer.{key}"
+        if name in found:
+            raise InputError(f"{what} must hold {brief(name)} once, got it with and without prefix")
+        found[name] = key
+    if WTE not in found and HEAD in found:  # tied: one is as good as the other
+        found[WTE] = found.pop(HEAD)
+    return found
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
+    """The file that holds each key: model.safetensors, or the shards that its index names."""
+    if (folder / FILE).is_file():
+        file = _open_file(folder / FILE, stack)
+        return dict.fromkeys(file.keys(), file)
+    if not (folder / INDEX).is_file():
+        raise InputError(_no_safetensors(folder))
+    where = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise InputError(f"{str(folder / INDEX)!r} must hold a weight_map from tensors to files")
+    listed: dict[str, set[str]] = {}
+    for key, name in where.items():
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(
+                f"{str(folder / INDEX)!r} must name .safetensors files in its folder, "
+                f"got {brief(repr(name))}"
+            )
+        listed.setdefault(name, set()).add(key)
+    shards = {name: _open_file(folder / name, stack) for name in listed}
+    for name, shard in shards.items():
+        if odd := sorted(listed[name] ^ set(shard.keys())):
+            raise InputError(
+                f"{str(folder / INDEX)!r} must list exactly the tensors of {name}, "
+                f"differs in: {weights.some(odd)}"
+            )
+    return {key: shards[name] for key, name in where.items()}
+
+
+def _open_file(path: Path, stack: ExitStack) -> safe_open:
+    if not path.is_file():
+        raise InputError(f"{str(path)!r} must be a file, got none")
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{str(path)!r} cannot be read: {brief(e)}") from e
+
+
+def _no_safetensors(folder: Path) -> str:
+    """Why a folder without safetensors cannot be read, and what the user can do."""
+    if (folder / "checkpoint.safetensors").is_file():
+        run = shlex.quote(str(folder))
+        return f"{str(folder)!r} is the folder of a run; first: gpt2 convert {run} FOLDER --to hf"
+    if any(folder.glob("pytorch_model*.bin")):
+        code = (
+            f"from transformers import GPT2LMHeadModel as M; f = {str(folder)!r}; "
+            "M.from_pretrained(f).save_pretrained(f)"
+        )
+        return (
+            f"{str(folder)!r} must hold {FILE}, got a pickle, which is not read here; "
+            f"convert it: python -c {shlex.quote(code)}"
+        )
+    return f"{str(folder)!r} must hold {FILE} or {INDEX}, got neither"
+
+
+def _size(folder: Path, found: dict[str, Any], key: str) -> Any:
+    """A size under either of its names, or transformers' default."""
+    values = [found[k] for k in (key, _OTHER_NAMES.get(key)) if k in found]
+    if len(values) == 2 and values[0] != values[1]:
+        raise InputError(
+            f"{str(folder / CONFIG)!r}: {key} and {_OTHER_NAMES[key]} must be the same, "
+            f"got {brief(values)}"
+        )
+    return values[0] if values else _DEFAULTS[key]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise ValueError(f"at most {_MAX_JSON_BYTES} bytes are read, got {size}")
+        found = files.parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is expected, got {type(found).__name__}")
+    except OSError as e:
+        raise InputError(f"{str(path)!r} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"{str(path)!r} must be JSON: {brief(e)}") from e
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    files.write_atomic(path, json.dumps(content, indent=2) + "\n")

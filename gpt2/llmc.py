@@ -1,0 +1,108 @@
+"""llm.c's `model.bin`: a header of 256 int32, then every weight in one dtype.
+
+    magic 20240326, version (3: float32, 5: bfloat16), T, V, L, H, C, padded V, zeros
+    wte (padded V, C), wpe (T, C), then each kind of weight, of all layers one after the other
+
+Linear weights are (out, in), as ours. The token embedding is padded to a multiple of 128 rows that
+no text reaches: zeros when written, left out when read.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import files, weights
+from .config import Config
+from .errors import InputError
+from .weights import WTE, State
+
+MAGIC, HEADER_BYTES, PADDING = 20240326, 256 * 4, 128
+VERSIONS = {3: torch.float32, 5: torch.bfloat16}
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file begins as llm.c's do."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC.to_bytes(4, "little")
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in the header. Raises InputError, naming the file, unless the header is
+    llm.c's and the file has exactly the size that follows from it."""
+    return _read_header(path)[0]
+
+
+def read_state(path: Path, config: Config) -> State:
+    """The weights, memory-mapped, in the file's dtype."""
+    _, rows, dtype = _read_header(path)
+    numbers = np.memmap(path, "<f4" if dtype == torch.float32 else "<i2", "c", HEADER_BYTES)
+    state, start = {}, 0
+    for name, shape in _order(config, rows):
+        size = int(np.prod(shape))
+        state[name] = torch.from_numpy(numbers[start : start + size]).view(dtype).view(shape)
+        start += size
+    state[WTE] = state[WTE][: config.vocab_size]
+    return {name: state[name] for name in weights.shapes(config)}
+
+
+def write(config: Config, state: State, path: Path) -> None:
+    """Writes path whole. Raises InputError unless all weights have one dtype that llm.c has."""
+    dtypes = {tensor.dtype for tensor in state.values()}
+    version = next((v for v, dtype in VERSIONS.items() if dtypes == {dtype}), None)
+    if version is None:
+        got = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise InputError(f"llm.c's weights must all be float32 or all bfloat16, got {got}")
+    rows = -(-config.vocab_size // PADDING) * PADDING
+    header = np.zeros(256, dtype="<i4")
+    header[:8] = (
+        *(MAGIC, version, config.block_size, config.vocab_size),
+        *(config.n_layer, config.n_head, config.n_embd, rows),
+    )
+
+    def write_file(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            header.tofile(file)
+            for name, (n, *_) in _order(config, rows):
+                tensor = state[name].contiguous()
+                tensor.view(torch.uint8).numpy().tofile(file)
+                np.zeros((n - len(tensor)) * tensor[0].nbytes, np.uint8).tofile(file)
+
+    files.write_atomic(path, write_file)
+
+
+def _read_header(path: Path) -> tuple[Config, int, torch.dtype]:
+    """The configuration, the rows of the padded embedding, the dtype."""
+    what = f"llm.c's {str(path)!r}"
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256:
+        raise InputError(f"{what} must have a header of 256 int32, got {len(header)}")
+    magic, version, T, V, L, H, C, rows = map(int, header[:8])
+    if magic != MAGIC:
+        raise InputError(f"{what} must have the magic {MAGIC}, got {magic}")
+    if version not in VERSIONS:
+        raise InputError(f"{what} must have version 3 (float32) or 5 (bfloat16), got {version}")
+    try:
+        config = Config(T, V, L, H, C)
+    except ValueError as e:
+        raise InputError(f"{what}: {e}") from e
+    if rows < V:
+        raise InputError(f"{what} must have a padded vocabulary of at least {V}, got {rows}")
+    count = rows * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    size, expected = path.stat().st_size, HEADER_BYTES + count * VERSIONS[version].itemsize
+    if size != expected:
+        raise InputError(f"{what} must have {expected} bytes, as its header says, got {size}")
+    return config, rows, VERSIONS[version]
+
+
+def _order(config: Config, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight in the file's order: by kind, then by layer."""
+    expected = {**weights.shapes(config), WTE: (rows, config.n_embd)}
+    first = "transformer.h.0."
+    for name, shape in expected.items():
+        if not name.startswith("transformer.h."):
+            yield name, shape
+        elif name.startswith(first):
+            for i in range(config.n_layer):
+                yield f"transformer.h.{i}.{name.removeprefix(first)}", shape

@@ -1,0 +1,151 @@
+"""nanoGPT's ckpt.pt: a dictionary with `model`, its state dict, and `model_args`, its sizes.
+
+It is a pickle, the only one read here: by PyTorch's unpickler for weights, which calls nothing that
+a file names beyond what makes tensors, and only once the file is seen to ask for nothing but that.
+A model without biases is one with biases of zero. nanoGPT computes GELU by erf, this model by
+tanh, as GPT-2 does: weights are kept to the bit, the logits differ a little.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from pickletools import genops
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import files, weights
+from .config import Config
+from .errors import InputError, brief
+from .weights import DTYPES, HEAD, WTE, State
+
+_SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MASK = re.compile(r"\.attn\.bias$")  # a buffer, where PyTorch had no fused attention
+_GLOBALS = re.compile(
+    r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"
+)  # what the pickle of tensors, numbers and texts names
+_MAX_PICKLE_BYTES = 2**22  # that of gpt2-xl with its optimizer has about 300,000
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is an archive, as torch.save writes it."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def read(path: Path) -> tuple[Config, State]:
+    """The configuration and the weights, memory-mapped.
+
+    Raises InputError, naming the file, where it is broken, asks for more than tensors, or does not
+    hold exactly the weights of its configuration.
+    """
+    what = f"nanoGPT's {str(path)!r}"
+    checkpoint = _load(what, path)
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")
+    ):
+        raise InputError(f"{what} must hold model and model_args, got {brief(_keys(checkpoint))}")
+    config, biases = _config(what, checkpoint["model_args"])
+    found = {}
+    for key, tensor in checkpoint["model"].items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"{what} must hold tensors by name, got {brief(repr(key))}")
+        if not _MASK.search(key):
+            found[key.removeprefix("_orig_mod.")] = tensor
+    expected = weights.check_names(what, config, found.keys() - {HEAD}, biases)
+    for name, tensor in found.items():
+        shape = expected[WTE if name == HEAD else name]
+        dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
+        weights.check_tensor(what, name, shape, tuple(tensor.shape), dtype)
+    stored = sum(tensor.nbytes for name, tensor in found.items() if name != HEAD)
+    if stored > path.stat().st_size or not all(t.is_contiguous() for t in found.values()):
+        raise InputError(f"{what} must hold every weight whole, got views of each other")
+    if HEAD in found:
+        weights.check_tied(what, found[WTE], found[HEAD])
+    dtype = found[WTE].dtype
+    return config, {
+        name: found[name] if name in found else torch.zeros(shape, dtype=dtype)
+        for name, shape in weights.shapes(config).items()
+    }
+
+
+def write(config: Config, state: State, path: Path) -> None:
+    """Writes path whole: nanoGPT's sample.py and train.py load it with init_from = 'resume'.
+
+    Training there begins anew, at iteration 0 with an AdamW that has not stepped.
+    """
+    # copies: of a view, torch.save would write all of the memory that it is a part of
+    tensors = [state[name].clone().contiguous() for name in weights.shapes(config)]
+    model = dict(zip(weights.shapes(config), tensors, strict=True))
+    groups = [
+        {"params": [t for t in tensors if t.dim() >= 2], "weight_decay": 0.1},
+        {"params": [t for t in tensors if t.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))  # nanoGPT's defaults
+    checkpoint = {
+        "model": {**model, HEAD: model[WTE]},
+        "optimizer": optimizer.state_dict(),
+        "model_args": {
+            **{size: getattr(config, size) for size in _SIZES},
+            "dropout": config.dropout,
+            "bias": True,
+        },
+        "iter_num": 0,
+        "best_val_loss": 1e9,
+        "config": {},
+    }
+    files.write_atomic(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def _config(what: str, args: dict[Any, Any]) -> tuple[Config, bool]:
+    """The configuration, and whether the file has biases."""
+    if unknown := [key for key in args if key not in (*_SIZES, "dropout", "bias")]:
+        raise InputError(f"{what} must not have model_args of a fork, got {brief(unknown)}")
+    if missing := [key for key in _SIZES if key not in args]:
+        raise InputError(f"{what} must have {missing[0]} among its model_args, got none")
+    biases = args.get("bias", True)
+    if not isinstance(biases, bool):
+        raise InputError(f"{what}: bias must be True or False, got {brief(repr(biases))}")
+    try:
+        sizes = {size: args[size] for size in _SIZES}
+        return Config(**sizes, dropout=args.get("dropout", 0.0)), biases
+    except (TypeError, ValueError) as e:
+        raise InputError(f"{what}: {brief(e)}") from e
+
+
+def _load(what: str, path: Path) -> Any:
+    try:
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:  # what PyTorch and zipfile raise for broken files is of every kind
+        raise InputError(f"{what} cannot be read: {brief(e) or type(e).__name__}") from e
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for an archive that is larger than its file, or a pickle that names
+    anything that tensors are not made of."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("an archive of torch.save is expected, got a compressed one")
+        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                if entry.file_size > _MAX_PICKLE_BYTES:
+                    raise ValueError(f"its pickle has {entry.file_size} bytes")
+                _check_pickle(archive.read(entry))
+
+
+def _check_pickle(data: bytes) -> None:
+    for opcode, argument, _ in genops(data):
+        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
+            raise ValueError(f"its pickle asks for {argument}")
+        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
+
+
+def _keys(checkpoint: Any) -> Any:
+    return list(checkpoint) if isinstance(checkpoint, dict) else type(checkpoint).__name__

@@ -1,0 +1,42 @@
+"""Weights as int8, for sampling: a byte each in place of two or four.
+
+A token of one sequence takes the time of reading the weights, so that this is what it saves. Each
+row of a linear weight is kept as int8 numbers and one scale (kernels.quantize_int8); activations
+are not rounded. Embeddings, norms and biases stay as they are: of the table of embeddings a token
+reads one row, while the head, which shares it, gets int8 numbers of its own.
+"""
+
+import torch.nn as nn
+
+from . import kernels
+from .model import Model
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with weight (N, K rounded up to 64) packed int8 and scale (N,) float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        packed, scale = kernels.quantize_int8(linear.weight)
+        self.register_buffer("weight", packed)
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def _apply(self, fn, recurse=True):
+        """scale stays float32 where the model is turned to another dtype."""
+        super()._apply(fn, recurse)
+        self.scale = self.scale.float()
+        return self
+
+
+def quantize_int8(model: Model) -> Model:
+    """The model itself, its linear layers replaced by Int8Linear: for inference, not to be saved.
+
+    Raises ValueError where a weight is not finite.
+    """
+    for block in model.transformer["h"]:
+        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"),
+                           (block.mlp, "c_fc"), (block.mlp, "c_proj")):  # fmt: skip
+            setattr(part, name, Int8Linear(getattr(part, name)))
+    model.lm_head = Int8Linear(model.lm_head)
+    return model.requires_grad_(False)

@@ -1,0 +1,324 @@
+"""Generation from a cache equals generation without one, and what is sampled depends on a row
+alone: the prompt and its seed."""
+
+import math
+
+import pytest
+import torch
+from test_model import SMALL, ids, model_in
+from util import DEVICE, assert_close_to, bits_equal, launches
+
+from gpt2 import Config, generation, kernels
+from gpt2.cache import Cache, Decode, Prefill
+from gpt2.generation import Cached, Rows, Sampling, Uniform, seeds_of
+from gpt2.quantize import quantize_int8
+
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+
+
+needs_cpu = pytest.mark.skipif(
+    kernels.why_not("cpu", "gemv", torch.device("cpu"), torch.float32) is not None
+    or DEVICE != "cpu",
+    reason="the cpu backend does not serve here",
+)
+
+
+def texts(model, prompts, n, sampling=GREEDY, **kwargs):
+    """What follows each prompt, as lists; -1 after a stop is left out."""
+    steps = [t.tolist() for t in generation.tokens(model, prompts, n, sampling, **kwargs)]
+    return [[t for t in row if t >= 0] for row in zip(*steps, strict=True)]
+
+
+# ---- the cache
+
+
+def test_greedy_equals_the_cacheless_reference(backend):
+    """Token by token, prompts of different lengths, and on beyond block_size."""
+    model = model_in()
+    want = []
+    for prompt in PROMPTS:
+        row = list(prompt)
+        for _ in range(60):
+            model.eval()
+            logits, _ = model(torch.tensor([row[-SMALL.block_size :]], device=DEVICE))
+            row.append(int(logits[0, -1].argmax()))
+        want.append(row[len(prompt) :])
+    model.fast = backend != "reference"
+    n = 60 if backend in ("reference", "cpu") else 6  # what is emulated takes its time
+    with kernels.use(backend):
+        assert texts(model, PROMPTS, n) == [row[:n] for row in want]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_logits_equal_the_full_forward_s(chunk, backend, monkeypatch, ran):
+    """Prefill in chunks, each with its last query at the last key so far; then token by token."""
+    if chunk != 2 and backend in ("triton", "cuda"):
+        pytest.skip("chunks are the same code on every backend")
+    monkeypatch.setattr(generation, "CHUNK", chunk * len(PROMPTS))
+    model = model_in(fast=backend != "reference").eval()
+    exact, plain = model_in().double().eval(), model_in().eval()
+    for other in (exact, plain):
+        other.load_state_dict(model.state_dict())
+    rows = Rows(PROMPTS, torch.device(DEVICE))
+    with torch.no_grad(), kernels.use(backend), launches() as launched:
+        cached = Cached(model, rows, 16)
+        for step in range(3):
+            logits = cached.logits()
+            for b, n in enumerate(rows.counts):
+                truth = exact(rows.ids[b : b + 1, :n])[0][:, -1]
+                yardstick = plain(rows.ids[b : b + 1, :n])[0][:, -1]
+                what, largest = f"step {step}, row {b}", truth.abs().max().item()
+                assert_close_to(truth, logits[b : b + 1], yardstick, what, factor=2, terms=largest)
+                ran(backend)
+            rows.append(torch.tensor([7, 8, 9], device=DEVICE), [True] * 3)
+    assert backend == "reference" or set(launched) == {backend}
+
+
+def test_a_cache_reads_nothing_beyond_a_sequence(backend):
+    """What is left of other texts, NaN even, does not reach the logits."""
+    model, rows = model_in(fast=True).eval(), Rows(PROMPTS, torch.device(DEVICE))
+    results = []
+    for rubbish in (0.0, float("nan")):
+        with torch.no_grad(), kernels.use(backend):
+            cached = Cached(model, rows, 12)
+            first = cached.logits()
+            for b, n in enumerate(rows.counts):
+                cached.cache.kv[:, b, n:] = rubbish
+            token = torch.tensor([[1], [2], [3]], device=DEVICE)
+            results.append(torch.stack([first, cached._decode(token, rows.lengths)]))
+    assert bits_equal(*results)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["whole", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_all_blocks_as_one_call_have_the_bits_of_the_blocks(dtype, int8, cpu_backend, monkeypatch):
+    config = Config(block_size=40, vocab_size=65, n_layer=3, n_head=2, n_embd=96)
+    model = model_in(config, fast=True).to(dtype).eval()
+    if int8:
+        quantize_int8(model)
+    prompts = [[1, 2, 3], [4], [9] * 7, [5, 5]]
+    results = []
+    for serve in (kernels.DecodeLayers.serve, lambda x, B: False):
+        monkeypatch.setattr(kernels.DecodeLayers, "serve", staticmethod(serve))
+        rows = Rows(prompts, torch.device("cpu"))
+        with torch.no_grad(), kernels.use("cpu"):
+            cached = Cached(model, rows, 12)
+            assert (cached.layers is None) == bool(results)
+            steps = [cached.logits()]
+            for _ in range(3):
+                rows.append(torch.tensor([3, 1, 4, 1]), [True, True, False, True])
+                steps.append(cached.logits())
+        results.append((torch.stack(steps), cached.cache.kv))
+    (fused, fused_kv), (plain, plain_kv) = results
+    assert bits_equal(fused, plain) and bits_equal(fused_kv, plain_kv)
+
+
+def layers_of(model, B=1):
+    with kernels.use("cpu"):
+        return generation.decode_layers(model, model.transformer["wte"].weight, B)
+
+
+@needs_cpu
+def test_what_is_not_a_gpt_2_is_named():
+    model = model_in().eval()
+    layers = layers_of(model)
+    kv, lengths = torch.zeros(2, 1, 8, 2, 2, 16), torch.tensor([0])
+    layers(torch.ones(1, 32), kv, lengths)
+    for change, message in (
+        ({"kv": kv[:1]}, r"kv must be contiguous, torch.float32, of shape \(2, 1, 8, 2, 2, 16\)"),
+        (
+            {"x": torch.ones(1, 32).double(), "kv": kv.double()},
+            r"x must be \(B, 32\) torch.float32",
+        ),
+        ({"lengths": torch.tensor([8])}, r"lengths must lie in \[0, 8\), got 8"),
+        ({"lengths": torch.tensor([0, 1])}, r"lengths must be \(1,\) int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layers(**({"x": torch.ones(1, 32), "kv": kv, "lengths": lengths} | change))
+    model.transformer["h"][1].mlp.c_fc.bias.data = torch.ones(3)
+    with pytest.raises(ValueError, match=r"layers\[1\].fc must have a weight \(128, 32\)"):
+        layers_of(model)
+    assert layers_of(model_in(), B=9) is None, "more sequences than a few"
+    with pytest.raises(ValueError, match="T must be 1 to block_size=48 tokens, got 49"):
+        Cache(SMALL, 1, 49)
+
+
+@needs_cpu
+def test_the_raw_op_passes_opcheck():
+    layers = layers_of(model_in().eval(), B=2)
+    args = (torch.ones(2, 32), layers.params, [], *layers.norm, torch.zeros(2, 2, 8, 2, 2, 16),
+            torch.tensor([0, 3]), 2, 1e-5, "cpu")  # fmt: skip
+    torch.library.opcheck(torch.ops.gpt2_kernels.decode_layers.default, args)
+
+
+def test_forms_of_the_cache_take_gradients_nowhere(backend):
+    """A prefill then a decode by hand, as a user of hidden() would."""
+    model = model_in(fast=backend != "reference").eval()
+    cache = Cache(SMALL, 2, 8, device=DEVICE)
+    idx = ids(2, 5)
+    with torch.no_grad(), kernels.use(backend):
+        full = model.hidden(idx)
+        first = model.hidden(idx[:, :4], Prefill(cache, 0, 4))
+        last = model.hidden(idx[:, 4:], Decode(cache, torch.tensor([4, 4], device=DEVICE)))
+    assert torch.allclose(torch.cat([first, last], 1), full, rtol=1e-4, atol=1e-5)
+    assert cache.room == 8
+
+
+# ---- generate
+
+
+def test_generate(backend):
+    model, idx = model_in(fast=backend != "reference"), ids(2, 5)
+    with kernels.use(backend):
+        out = model.generate(idx, 7, seed=1)
+        assert out.shape == (2, 12) and torch.equal(out[:, :5], idx)
+        assert torch.equal(out, model.generate(idx, 7, seed=1))
+        assert not torch.equal(out, model.generate(idx, 7, seed=2))
+        streamed = torch.cat([idx, *model.stream(idx, 7, seed=1)], dim=1)
+    assert torch.equal(out, streamed)
+    assert model.training, "left as it was"
+
+
+def test_generate_does_not_look_at_dropout():
+    model = model_in(Config(**{**vars(SMALL), "dropout": 0.9}))
+    idx = ids(1, 5)
+    a, b = (model.generate(idx, 20, temperature=0.0) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_compiled_model_trains_evaluates_and_samples_without_recompiling_per_length(accelerated):
+    model = model_in(fast=True)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    with kernels.use(accelerated):
+        for mode in (True, False):
+            compiled.train(mode)
+            for T in (5, 6):
+                compiled(ids(1, T), ids(1, T))
+        before = dict(torch._dynamo.utils.counters["stats"])
+        for mode in (True, False):
+            compiled.train(mode)
+            for T in (7, 9, 12):
+                compiled(ids(1, T), ids(1, T))
+        assert compiled.generate(ids(1, 5), 4, temperature=0.0).shape == (1, 9)
+        assert dict(torch._dynamo.utils.counters["stats"]) == before, "compiled again"
+    torch.compiler.reset()
+
+
+# ---- sampling
+
+
+def test_a_text_depends_on_its_prompt_and_seed_alone():
+    model = model_in(fast=True)
+    hot = Sampling(temperature=2.0, top_k=50)
+    together = texts(model, [*PROMPTS, PROMPTS[0]], 20, hot, seed=5)
+    for prompt, text in zip(PROMPTS, together, strict=False):
+        assert texts(model, [prompt], 20, hot, seed=5) == [text]
+    assert together[3] != together[0], "equal prompts differ"
+    assert texts(model, [PROMPTS[0]], 20, hot, seed=6) == [together[3]]
+    assert texts(model, [PROMPTS[0]], 20, hot) != texts(model, [PROMPTS[0]], 20, hot)
+    torch.manual_seed(0)
+    first = texts(model, PROMPTS, 20, hot)
+    torch.manual_seed(0)
+    assert texts(model, PROMPTS, 20, hot) == first
+
+
+def test_stop_ends_a_row_and_then_the_stream():
+    model = model_in(fast=True)
+    free = texts(model, PROMPTS, 30)
+    stop = {free[0][4], free[1][9]}
+    want = [row[: min((row.index(s) for s in stop if s in row), default=29) + 1] for row in free]
+    assert texts(model, PROMPTS, 30, stop=stop) == want
+    steps = list(generation.tokens(model, PROMPTS, 30, GREEDY, stop=stop))
+    assert len(steps) == max(map(len, want))
+    assert list(generation.tokens(model, PROMPTS, 0, GREEDY)) == []
+
+
+def test_sampling_cuts():
+    """top_k and top_p against their definitions, by the frequencies of many samples."""
+    logits = torch.tensor([0.25, 0.5, 0.1, 0.15]).log().expand(20000, -1)
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0)).double()
+
+    def frequencies(**cuts):
+        tokens = Sampling(**cuts).pick(logits, uniform)
+        return (torch.bincount(tokens, minlength=4) / len(tokens)).tolist()
+
+    def near(p):
+        return pytest.approx(p, abs=0.02)
+
+    assert frequencies() == near([0.25, 0.5, 0.1, 0.15])
+    assert frequencies(top_k=2) == near([1 / 3, 2 / 3, 0, 0])
+    assert frequencies(top_k=9) == near([0.25, 0.5, 0.1, 0.15])
+    assert frequencies(top_p=0.5) == near([0, 1, 0, 0])
+    assert frequencies(top_p=0.6) == near([1 / 3, 2 / 3, 0, 0])
+    assert frequencies(top_p=1e-9) == near([0, 1, 0, 0])
+    assert frequencies(top_k=2, top_p=0.7) == near([1 / 3, 2 / 3, 0, 0])
+    assert frequencies(temperature=0.5) == near([0.181, 0.725, 0.029, 0.065])
+    assert frequencies(temperature=0.0) == [0, 1, 0, 0]
+
+
+def test_the_ends_of_the_unit_interval():
+    """0 takes the first token of any probability, the largest number below 1 the last."""
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf], [0.0] * 4])
+    for sampling in (Sampling(), Sampling(top_k=3), Sampling(top_p=1.0)):
+        low = sampling.pick(logits, torch.zeros(2).double())
+        high = sampling.pick(logits, torch.full((2,), 1 - 2.0**-24).double())
+        assert low[0] in (1, 2) and high[0] in (1, 2) and low[0] != high[0]
+    assert Sampling().pick(logits, torch.zeros(2).double()).tolist() == [1, 0]
+
+
+def test_each_row_has_numbers_of_its_own():
+    draws = torch.stack(
+        [u() for u in [Uniform([3, 4, 3], torch.device("cpu"))] for _ in range(600)]
+    )
+    assert bits_equal(draws[:, 0], draws[:, 2]) and not bits_equal(draws[:, 0], draws[:, 1])
+    assert draws.min() >= 0 and draws.max() < 1 and draws[:, 0].unique().numel() > 590
+    assert seeds_of([[1], [2], [1], [1]], 7) == [7, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, got -0.5"),
+        ({"temperature": math.nan}, "temperature must be finite"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must lie in \(0, 1\], got 1.5"),
+        ({"idx": torch.zeros(1, 0).long()}, "T >= 1"),
+        ({"idx": torch.tensor([[65]])}, "prompts must hold ids from 0 to 64, got 65"),
+        ({"seed": -1}, "seed must be at least 0 and below"),
+    ],
+)
+def test_bad_sampling_arguments_are_named(kwargs, message):
+    kwargs = {"idx": torch.zeros(1, 1).long(), "max_new_tokens": 1, **kwargs}
+    with pytest.raises(ValueError, match=message):
+        model_in().generate(**kwargs)
+
+
+def test_empty_prompts_are_named():
+    for prompts in ([], [[1], []]):
+        with pytest.raises(ValueError, match="prompts must be lists of at least one token"):
+            generation.tokens(model_in(), prompts, 1)
+
+
+# ---- int8
+
+
+def test_int8_model_is_near_and_keeps_its_scales():
+    config = Config(block_size=40, vocab_size=65, n_layer=2, n_head=2, n_embd=96)
+    model = model_in(config, fast=True).eval()
+    idx = ids(2, 20)
+    with torch.no_grad():
+        whole, loss = model(idx, idx)
+        quantize_int8(model)
+        for fast in (True, False):
+            model.fast = fast
+            logits, loss8 = model(idx, idx)
+            assert 0 < (logits - whole).abs().max() < 0.1 * whole.std()
+            assert abs(loss8 - loss) < 0.02
+            assert model(idx, idx, return_logits=False)[0] is None
+    model.bfloat16()
+    assert model.lm_head.scale.dtype == torch.float32 and model.lm_head.weight.dtype == torch.int8
+    assert model.generate(idx, 3, temperature=0.0).shape == (2, 23)

@@ -1,0 +1,25 @@
+"""The suite still notices each of the bugs in mutants_interop.py, planted one at a time in a copy
+of the package, as test_mutants.py does."""
+
+import pytest
+from mutants_interop import INTEROP_MUTANTS
+from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
+
+MUTANTS = [
+    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full) for m in INTEROP_MUTANTS
+]
+
+
+def import_helpers():
+    """What run_tests looks for in the copy, and test_hostile.py does not need."""
+    import util  # noqa: F401
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_killed_in_interop(mutant, copy, monkeypatch):  # noqa: F811
+    """That its test passes without it is seen where the test itself runs."""
+    pytest.importorskip("transformers")
+    plant(mutant, copy)
+    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, import_helpers)
+    assert_killed(mutant, status, log)
