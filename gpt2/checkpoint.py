@@ -21,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import files
+from . import files, weights
 from .config import Config
 from .errors import InputError, brief
-from .model import Model
-from .weights import some
+from .weights import HEAD, WTE
 
 FILE = "checkpoint.safetensors"  # in the folder of a run
 _OPTIMIZER = "optimizer."
@@ -73,17 +72,12 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
             raise InputError(
                 f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {brief(e)})"
             ) from e
-        if config.n_layer > len(file.keys()):
+        if config.n_layer > len(file.keys()):  # before a list of what is missing becomes absurd
             raise InputError(
                 f"checkpoint {str(path)!r} must hold the weights of {config.n_layer} layers, "
                 f"got {len(file.keys())} tensors"
             )
-        try:
-            with torch.device("meta"):  # shapes without memory
-                model = Model(config)
-        except (RuntimeError, OverflowError, TypeError) as e:  # sizes beyond 64 bits
-            raise InputError(f"checkpoint {str(path)!r} describes no model: {config}") from e
-        _weights(path, file, model)
+        _keys(path, file, weights.shapes(config))
     return config, progress
 
 
@@ -95,12 +89,13 @@ def load(
     Raises InputError, naming the file and what is wrong, before anything is changed: where the file
     is broken, and where names or shapes are not exactly those of the model.
     """
+    parameters = {plain(name): p for name, p in model.named_parameters()}
     with _open(path) as file:
-        weights = _weights(path, file, model)
+        keys = _keys(path, file, {name: p.shape for name, p in parameters.items()})
         state = _optimizer_state(path, file, model, optimizer) if optimizer else None
         with torch.no_grad():
-            for key, parameter in weights.items():
-                parameter.copy_(file.get_tensor(key))
+            for name, key in keys.items():
+                parameters[name].copy_(file.get_tensor(key))
     if optimizer:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -109,13 +104,8 @@ def load(
 def state(path: str | Path, config: Config) -> dict[str, torch.Tensor]:
     """The weights that path holds, by their plain names, tied ones once, as they are stored."""
     with _open(path) as file:
-        with torch.device("meta"):
-            model = Model(config)
-        keys = {id(parameter): key for key, parameter in _weights(path, file, model).items()}
-        return {
-            name: file.get_tensor(keys[id(parameter)])
-            for name, parameter in model.named_parameters()
-        }
+        keys = _keys(path, file, weights.shapes(config))
+        return {name: file.get_tensor(key) for name, key in keys.items()}
 
 
 def plain(name: str) -> str:
@@ -132,21 +122,21 @@ def _open(path: str | Path) -> Iterator[safe_open]:
         raise InputError(f"checkpoint {str(path)!r} cannot be read: {brief(e)}") from e
 
 
-def _weights(path: str | Path, file: safe_open, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameter that each key of the file fills; a tied one under either name or both."""
-    parameters = {plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    keys = {key: plain(key) for key in list(file.keys()) if not key.startswith(_OPTIMIZER)}
-    found = {id(parameters[name]) for name in keys.values() if name in parameters}
-    missing = [name for name, p in parameters.items() if id(p) not in found]
-    unexpected = [key for key, name in keys.items() if name not in parameters]
+def _keys(path: str | Path, file: safe_open, shapes: weights.Shapes) -> dict[str, str]:
+    """The key in the file of each weight; of the tied one, which may be stored under both of its
+    names, the embedding's."""
+    keys = {key: plain(key) for key in sorted(file.keys()) if not key.startswith(_OPTIMIZER)}
+    keys = {key: WTE if name == HEAD else name for key, name in keys.items()}
+    missing = [name for name in shapes if name not in keys.values()]
+    unexpected = [key for key, name in keys.items() if name not in shapes]
     if missing or unexpected:
         raise InputError(
             f"checkpoint {str(path)!r} must hold exactly the model's weights; "
-            f"missing: {some(missing)}; unknown: {some(unexpected)}"
+            f"missing: {weights.some(missing)}; unknown: {weights.some(unexpected)}"
         )
     for key, name in keys.items():
-        _check_tensor(path, file, key, parameters[name].shape)
-    return {key: parameters[name] for key, name in keys.items()}
+        _check_tensor(path, file, key, shapes[name])
+    return {name: key for key, name in keys.items()}
 
 
 def _optimizer_state(
@@ -169,7 +159,7 @@ def _optimizer_state(
             _check_tensor(path, file, key, shape)
             state[i][part] = file.get_tensor(key)
     if keys:
-        raise InputError(f"checkpoint {str(path)!r} holds unknown {some(list(keys))}")
+        raise InputError(f"checkpoint {str(path)!r} holds unknown {weights.some(list(keys))}")
     return state
 
 

@@ -7,6 +7,7 @@ A file is a function of its target and its number: `spoilt(target, n)` makes the
 names again.
 """
 
+import gc
 import json
 import random
 import resource
@@ -84,6 +85,8 @@ TARGETS = {
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A folder with a good file of every kind."""
+    gc.collect()
+    gc.freeze()  # what earlier tests left is not read anew while a file is timed
     folder = tmp_path_factory.mktemp("good")
     model = Model(CONFIG)
     state = weights.of_model(model)
@@ -105,7 +108,8 @@ def good(tmp_path_factory):
     vocabulary = {token: i for i, token in enumerate([*letters, "AB", "<|endoftext|>"])}
     (folder / "encoder.json").write_text(json.dumps(vocabulary))
     (folder / "vocab.bpe").write_text("#version: 0.2\nA B\nAB C\n")
-    return folder
+    yield folder
+    gc.unfreeze()
 
 
 @pytest.fixture
