@@ -105,6 +105,17 @@ def load(
     return Corpus(tokenizer, train, val)
 
 
+def whole(source: str, tokenizer: Tokenizer, tokenizer_dir: str | None = None) -> Split:
+    """All ids of a source, to evaluate on: its texts as one array, as training packs them; of
+    shards, an array each. Raises InputError, naming the source, as load does."""
+    paths = [] if source == "-" else sources.files(source)
+    if any(path.suffix == ".bin" for path in paths):
+        _check_shards(source, paths)
+        tokenizer = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir)
+        return Split([shards.read(path, tokenizer.vocab_size) for path in paths])
+    return Split([_tokenise(sources.documents(source), tokenizer)])
+
+
 def _tokenise(texts: list[sources.Document], tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     total = sum(text.size for text in texts)
@@ -135,8 +146,7 @@ def _shard_splits(
     source: str, paths: list[Path], vocab_size: int, val_fraction: float
 ) -> tuple[Split, Split]:
     """One shard is cut in two; of several, the names say which are for training and validation."""
-    if other := [path for path in paths if path.suffix != ".bin"]:
-        raise InputError(f"data {source!r} must not mix shards with other files: {str(other[0])!r}")
+    _check_shards(source, paths)
     if len(paths) == 1:
         return _cut(shards.read(paths[0], vocab_size), val_fraction)
     named = {part: [path for path in paths if part in path.name] for part in ("train", "val")}
@@ -145,3 +155,8 @@ def _shard_splits(
             raise InputError(f"data {source!r} must hold a shard with {part!r} in its name")
     train, val = ([shards.read(p, vocab_size) for p in named[part]] for part in ("train", "val"))
     return Split(train), Split(val)
+
+
+def _check_shards(source: str, paths: list[Path]) -> None:
+    if other := [path for path in paths if path.suffix != ".bin"]:
+        raise InputError(f"data {source!r} must not mix shards with other files: {str(other[0])!r}")

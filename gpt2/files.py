@@ -8,6 +8,7 @@ writer lies in the temporary folder, also what a library writes there under name
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,20 @@ def _check_writable(name: str, folder: Path) -> None:
     nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{name} must be a folder that can be written, got {str(folder)!r}")
+
+
+def read_lines(name: str, path: str | Path) -> list[str]:
+    """The lines of a text in UTF-8; - is standard input. They end in \\n or \\r\\n alone: in JSON
+    others are characters. Raises InputError, beginning with name, for what cannot be read."""
+    try:
+        text = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        lines = text.decode().split("\n")
+    except OSError as e:
+        raise InputError(f"{name} {str(path)!r} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        got = f"{e.object[e.start]:#04x} at byte {e.start}"
+        raise InputError(f"{name} {str(path)!r} must be UTF-8, got {got}") from None
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def _flush(path: Path) -> None:

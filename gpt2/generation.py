@@ -10,7 +10,7 @@ be kept, and a token costs a run over block_size tokens.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,9 @@ class Sampling:
         choice = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
         choice = choice.clamp_(max=logits.shape[-1] - 1)
         return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+DEFAULT = Sampling()
 
 
 class Uniform:
@@ -227,21 +230,34 @@ class Cached:
             self.output = self._decode(self.token, self.lengths)
 
 
+def step_bytes(model, lengths: Sequence[int]) -> int:
+    """What a step of decoding has to read at least: each weight once (of the embeddings a row,
+    which does not count), and the keys and values of the tokens so far, lengths (B,)."""
+    parts = (model.transformer["h"], model.transformer["ln_f"], model.lm_head)
+    weights = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
+    c = model.config
+    itemsize = model.transformer["wte"].weight.itemsize
+    return weights + sum(lengths) * 2 * c.n_layer * c.n_embd * itemsize
+
+
 def tokens(
     model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     *,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stop: Collection[int] = (),
+    ended: Callable[[], Sequence[bool]] | None = None,
 ) -> Iterator[Tensor]:
     """What follows each prompt, a token of each sequence at a time: (B,) int64, where the model is.
 
-    A sequence that has met one of the ids in stop gives -1 from then on; the stream ends when all
-    have, or with max_new_tokens. The same seed gives the same tokens whatever else is in the batch
-    (see seeds_of), as far as the model's own products do: a matrix product may round differently in
-    a batch. Raises ValueError, naming the argument, before anything is computed.
+    A sequence that has met one of the ids in stop gives -1 from then on; so does one that `ended`
+    tells of, which is asked after each step, when its tokens have been taken. The stream ends when
+    all have, or with max_new_tokens. seed is one for all (see seeds_of), or one for each. The same
+    seed gives the same tokens whatever else is in the batch, as far as the model's own products do:
+    a matrix product may round differently in a batch. Raises ValueError, naming the argument,
+    before anything is computed.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError(f"prompts must be lists of at least one token, got {prompts!r}")
@@ -252,11 +268,12 @@ def tokens(
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < V:
                 raise ValueError(f"prompts must hold ids from 0 to {V - 1}, got {token}")
-    return _tokens(model, prompts, max_new_tokens, sampling, seeds_of(prompts, seed), set(stop))
+    seeds = seeds_of(prompts, seed) if seed is None or isinstance(seed, int) else seed
+    return _tokens(model, prompts, max_new_tokens, sampling, seeds, set(stop), ended)
 
 
 @torch.no_grad()
-def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop):
+def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop, ended):
     device = model.transformer["wte"].weight.device
     rows, uniform = Rows(prompts, device), Uniform(seeds, device)
     room = min(model.config.block_size, rows.longest + max_new_tokens)
@@ -273,7 +290,7 @@ def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop):
             else:
                 logits = recomputed(model, rows)
             token = sampling.pick(logits, uniform())
-            if stop and not all(growing):
+            if not all(growing):
                 finished = token.new_tensor([not grows for grows in growing], dtype=torch.bool)
                 yield token.masked_fill(finished, -1)
                 token = token.masked_fill(finished, 0)
@@ -281,11 +298,11 @@ def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop):
                 yield token
             rows.append(token, growing)
             if stop:
-                growing = [
-                    grows and t not in stop
-                    for grows, t in zip(growing, token.tolist(), strict=True)
-                ]
-                if not any(growing):
-                    return
+                met = [t in stop for t in token.tolist()]
+                growing = [g and not m for g, m in zip(growing, met, strict=True)]
+            if ended is not None:
+                growing = [g and not e for g, e in zip(growing, ended(), strict=True)]
+            if not any(growing):
+                return
     finally:
         model.train(was_training)

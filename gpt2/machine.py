@@ -6,6 +6,7 @@ MFU, model FLOPs utilisation, is the part of that rate which goes into the model
 
 import re
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -42,7 +43,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; auto is bfloat16 where tensor cores multiply it."""
+    """The dtype of matrix products; auto is bfloat16 where tensor cores multiply it. Raises
+    InputError for any but auto, float32 and bfloat16."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
     if name == "auto":
         ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float32
@@ -67,9 +71,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def _measured_flops(n: int, device: torch.device, dtype: torch.dtype) -> float:
     a = torch.ones(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _best(lambda: (a @ a)[0, 0].item())  # waits for the device
+
+
+def _best(compute: Callable[[], object]) -> float:
+    """The seconds that it takes at best."""
     best = float("inf")
     for _ in range(6):  # the first ones warm up
         start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
+        compute()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return best
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that device reads from its memory, measured here, in a moment: on sums of
+    more numbers than its caches hold."""
+    numbers = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    return numbers.nbytes / _best(lambda: numbers.sum().item())

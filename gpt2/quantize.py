@@ -6,9 +6,12 @@ are not rounded. Embeddings, norms and biases stay as they are: of the table of 
 reads one row, while the head, which shares it, gets int8 numbers of its own.
 """
 
+from collections.abc import Sequence
+
 import torch.nn as nn
 
-from . import kernels
+from . import evaluate, kernels
+from .evaluate import Perplexity
 from .model import Model
 
 
@@ -40,3 +43,10 @@ def quantize_int8(model: Model) -> Model:
             setattr(part, name, Int8Linear(getattr(part, name)))
     model.lm_head = Int8Linear(model.lm_head)
     return model.requires_grad_(False)
+
+
+def measured(model: Model, ids: Sequence[int]) -> tuple[Perplexity, Perplexity]:
+    """Quantises the model; how well it predicts ids (2 or more) before, and after."""
+    before = evaluate.perplexity(model, ids)
+    quantize_int8(model)
+    return before, evaluate.perplexity(model, ids)

@@ -124,6 +124,22 @@ def encode(
             yield ids
 
 
+def excerpt(source: str | None, tokenizer: Tokenizer, size: int) -> np.ndarray:
+    """The first `size` ids of a source's texts, without the lines that tokenizer cannot encode."""
+    found, total = [], 0
+    for document in documents(source):
+        for text in document.blocks():
+            for line in text.splitlines(keepends=True):
+                try:
+                    found.append(tokenizer.encode(line))
+                except InputError:
+                    continue
+                total += len(found[-1])
+                if total >= size:
+                    return np.concatenate(found)[:size]
+    return np.concatenate([np.array([], dtype=np.uint32), *found])
+
+
 def _document(path: Path) -> Document:
     if path.is_file():
         return Document(str(path), lambda: path.open("rb"), path.stat().st_size)

@@ -77,14 +77,11 @@ class Tokenizer:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids as they come: a character is held back until its last byte is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in ids:
-            if text := decoder.decode(self.decode_bytes([i])):
-                yield text
-        if text := decoder.decode(b"", final=True):
-            yield text
+    def decoder(self) -> Callable[..., str]:
+        """A function that takes the ids of a text one by one, and gives of each the characters that
+        it makes whole; without an id, at the end, what is left."""
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return lambda *ids: decode(self.decode_bytes(ids), final=not ids)
 
     def to_json(self) -> str:
         """What from_json needs. GPT-2's BPE is published, so its name is enough."""

@@ -94,16 +94,25 @@ def check_tied(what: str, wte: Tensor, head: Tensor) -> None:
 
 
 def of_model(model: Model) -> State:
-    """The weights of model, on the CPU; they share its memory where they lie there."""
+    """The weights of model, on the CPU; they share its memory where they lie there. Raises
+    InputError where they are int8: no file format here holds those."""
     state = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    return {name: state[name] for name in shapes(model.config)}
+    expected = shapes(model.config)
+    if missing := [name for name in expected if name not in state]:
+        raise InputError(
+            f"model must have floating weights to be saved, got none for {some(missing)}"
+        )
+    return {name: state[name] for name in expected}
 
 
-def to_model(config: Config, state: State, *, fast: bool = False) -> Model:
-    """A model in eval mode with these weights, in PyTorch's default dtype, in memory of its own."""
+def to_model(
+    config: Config, state: State, *, fast: bool = False, dtype: torch.dtype | None = None
+) -> Model:
+    """A model in eval mode with these weights, in memory of its own; in PyTorch's default dtype
+    unless another is given."""
     with torch.device("meta"):  # shapes without memory
         model = Model(config, fast=fast)
-    dtype = torch.get_default_dtype()
+    dtype = dtype or torch.get_default_dtype()
     own = {n: state[n].to(dtype, copy=True).contiguous() for n in shapes(config)}
     model.load_state_dict({**own, HEAD: own[WTE]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight

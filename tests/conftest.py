@@ -201,6 +201,22 @@ def cpu_backend(request, monkeypatch):
         yield request.param.partition("-")[0]
 
 
+@pytest.fixture
+def without_the_interpreter():
+    """Fast models run on the kernels that serve this machine, not on Triton's interpreter."""
+    from util import DEVICE
+
+    from gpt2 import kernels
+
+    if DEVICE != "cpu":
+        yield
+        return
+    float32 = torch.device("cpu"), torch.float32
+    served = kernels.why_not("cpu", "attention", *float32) is None
+    with kernels.use("cpu" if served else "reference"):
+        yield
+
+
 def serving(param, monkeypatch, **options):
     """Within it the backend serves the tests' tensors; an emulated device, if it is one, is what it
     yields, and the options are its."""

@@ -121,7 +121,7 @@ def test_every_format_computes_the_same(tmp_path):
 
 def test_a_converted_run_is_sampled_from_and_is_no_run_to_resume(tmp_path, capsys):
     run = write(CONFIG, random_state(), tmp_path, "run")
-    model, tokenizer = sampling.load_run(run)
+    model, tokenizer = sampling.load(run)
     assert tokenizer.name == "byte" and model.config == CONFIG
     assert main(["sample", str(run), "--prompt", "a", "--max-new-tokens", "3"]) == 0
     assert main(["train", "--resume", str(run)]) == 2
@@ -151,7 +151,7 @@ def test_a_run_keeps_its_tokenizer_through_a_copy(tmp_path):
     checkpoint.write(tmp_path / checkpoint.FILE, config, random_state(config), step=7)
     (tmp_path / tokenizers.FILE).write_text(tokenizers.char("abc").to_json())
     convert(tmp_path, tmp_path / "copy", "run")
-    assert sampling.load_run(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
+    assert sampling.load(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
     with pytest.raises(InputError, match="must fit the model's vocab_size 2, got 3 ids; --tok"):
         convert(tmp_path, tmp_path / "cropped", "run", vocab_size=2)
 

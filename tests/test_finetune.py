@@ -68,7 +68,7 @@ def test_a_run_goes_on_without_the_model_it_began_with(stop, place, monkeypatch)
     whole, cut = (load_file(place / run / checkpoint.FILE) for run in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert sampling.load_run("cut")[1].name == "byte"
+    assert sampling.load("cut")[1].name == "byte"
     with pytest.raises(InputError, match="init cannot change where a run goes on, got 'whole'"):
         resume("cut", init="whole")
 
@@ -83,7 +83,7 @@ def test_a_run_of_ours_brings_its_tokenizer(place, capsys):
     assert (place / "tuned" / tokenizers.FILE).read_text() == text
     spec = {"init": "run", "tokenizer": "run/tokenizer.json"}  # its own, by name
     assert started(**spec).corpus.tokenizer.name == "char"
-    before, after = (sampling.load_run(run)[0] for run in ("run", "tuned"))
+    before, after = (sampling.load(run)[0] for run in ("run", "tuned"))
     assert before.config == after.config
     change = (before.transformer.wte.weight - after.transformer.wte.weight).abs().max()
     assert 0 < change < 1e-4  # two steps of 3e-5, not of the 4e-3 that random weights get

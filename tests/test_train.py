@@ -17,7 +17,7 @@ from gpt2 import checkpoint, report, sampling
 from gpt2.config import Config
 from gpt2.errors import InputError, NonFiniteError
 from gpt2.model import Model
-from gpt2.tokenizer import byte, char
+from gpt2.tokenizer import byte
 from gpt2.train import Trainer, resume, train
 from gpt2.train_config import TrainConfig
 
@@ -101,7 +101,7 @@ def test_a_run_leaves_everything(text, tmp_path, capsys):
     assert settings["model"]["vocab_size"] == len(set(TEXT))
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
-    model, tokenizer = sampling.load_run(folder)
+    model, tokenizer = sampling.load(folder)
     assert tokenizer.name == "char"
     printed = capsys.readouterr()
     again = "".join(sampling.stream_text(model, tokenizer, "", 5, temperature=0.7, seed=1337))
@@ -111,7 +111,7 @@ def test_a_run_leaves_everything(text, tmp_path, capsys):
 
 def test_validation_loss_at_the_end_is_that_of_the_whole_split(text, tmp_path):
     train(options(text, out=str(tmp_path / "a"), sample_tokens=0))
-    model, tokenizer = sampling.load_run(tmp_path / "a")
+    model, tokenizer = sampling.load(tmp_path / "a")
     ids = torch.from_numpy(tokenizer.encode(TEXT).astype(np.int64))
     ids = ids[int(len(ids) * 0.9) :]
     losses = []
@@ -361,52 +361,14 @@ def test_sigterm_saves_too_and_the_command_says_how_to_go_on(text, tmp_path, mon
 # Sampling
 
 
-class Scripted:
-    """A model that samples what it is told, one token at a time."""
-
-    def __init__(self, ids):
-        self.ids, self.prompt = ids, None
-        self.config = Config(8, 256, 1, 1, 8)
-
-    def parameters(self):
-        yield torch.zeros(1)
-
-    def stream(self, idx, max_new_tokens, temperature, top_k, top_p, seed):
-        self.prompt = idx.tolist()
-        for i in self.ids[:max_new_tokens]:
-            yield torch.tensor([[i]])
-
-
-def test_text_streams_in_whole_characters():
-    model = Scripted([*"né 😀".encode(), 0xF0, 0x9F])
-    assert list(sampling.stream_text(model, byte(), "ab", 99)) == ["n", "é", " ", "😀", "\ufffd"]
-    assert model.prompt == [[97, 98]]
-
-
-def test_text_ends_with_its_document():
-    from gpt2.tokenizer import bpe
-
-    tokenizer = bpe([bytes([b]) for b in range(256)])
-    model = Scripted([97, 98, 256, 99])
-    assert "".join(sampling.stream_text(model, tokenizer, "", 99)) == "ab"
-    assert model.prompt == [[256]]  # an empty prompt starts a document
-
-
-@pytest.mark.parametrize("alphabet, start", [("\nab", 0), ("ab", 0), ("\tab\n", 1)])
-def test_an_empty_prompt_starts_a_line(alphabet, start):
-    model = Scripted([1])
-    list(sampling.stream_text(model, char(alphabet), "", 1))
-    assert model.prompt == [[start]]
-
-
 def test_a_run_whose_files_do_not_fit_is_refused(finished):
     folder, _ = finished
     (folder / "tokenizer.json").write_text(byte().to_json())
     with pytest.raises(InputError, match="vocab_size 14, got 256 ids"):
-        sampling.load_run(folder)
+        sampling.load(folder)
     shutil.rmtree(folder)
-    with pytest.raises(InputError, match="run must be a folder that holds"):
-        sampling.load_run(folder)
+    with pytest.raises(InputError, match="model must be gpt2, "):
+        sampling.load(folder)
 
 
 # What is seen

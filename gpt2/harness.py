@@ -1,0 +1,222 @@
+"""A GPT-2 as EleutherAI's lm-evaluation-harness wants a model, so that all of its tasks run on it.
+
+    pip install "gpt2-kernels[eval]"
+    python -m gpt2.harness run --model gpt2_kernels --model_args pretrained=gpt2 --tasks hellaswag
+
+is the harness's own command with this model added; from Python, import this module, or give
+simple_evaluate a KernelsLM. What is scored is what the harness's adapter for transformers scores:
+the same windows, `<|endoftext|>` for an empty context, contexts cut on the left.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows
+from tqdm import tqdm
+
+from . import generation, sampling
+from .errors import InputError
+from .evaluate import Window, score_all
+from .generation import Sampling
+from .machine import pick_device, pick_dtype
+from .model import Model
+from .quantize import quantize_int8
+from .tokenizer import EOT, Tokenizer
+
+
+@register_model("gpt2_kernels")
+class KernelsLM(TemplateLM):
+    """Any model of ours: pretrained is what `gpt2 eval` takes, or a Model with its Tokenizer.
+
+    dtype is auto, float32 or bfloat16; quantize is int8 or nothing. Raises InputError, naming the
+    argument.
+    """
+
+    max_gen_toks = 256  # where a task does not say
+
+    def __init__(
+        self,
+        pretrained: str | Model,
+        tokenizer: str | Tokenizer | None = None,
+        *,
+        tokenizer_dir: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        quantize: str | None = None,
+        max_length: int | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,  # for the harness's batch_size auto, which is not here
+    ):
+        super().__init__()
+        if quantize not in (None, "int8"):
+            raise InputError(f"quantize must be int8 or absent, got {quantize!r}")
+        if isinstance(pretrained, Model):
+            if not isinstance(tokenizer, Tokenizer):
+                raise InputError(f"tokenizer must be the model's Tokenizer, got {tokenizer!r}")
+            self.model, self.text = pretrained, tokenizer
+        else:
+            where = pick_device(_present(device))
+            self.model, self.text = sampling.load(
+                pretrained,
+                where,
+                dtype=pick_dtype(dtype, where),
+                tokenizer=tokenizer,
+                tokenizer_dir=tokenizer_dir,
+            )
+            self.model.fast = True
+        if quantize:
+            quantize_int8(self.model)
+        self.batch_size = _number("batch_size", batch_size or 8, None)
+        block_size = self.model.config.block_size
+        self.max_length = _number("max_length", max_length or block_size, block_size)
+        self._device = self.model.transformer["wte"].weight.device
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.text.eot
+
+    @property
+    def prefix_token_id(self) -> int:
+        if self.text.eot is None:
+            raise InputError(f"tokenizer must have {EOT}, which stands for an empty context")
+        return self.text.eot
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"gpt2_kernels-{self.text.name}-{self.text.vocab_size}"
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """`<|endoftext|>` in a text is the token, as transformers' tokenizers have it."""
+        return self.text.encode(string, special=True).tolist()
+
+    def tok_decode(self, tokens: Sequence[int]) -> str:
+        return self.text.decode(tokens)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """log p of each text, after `<|endoftext|>`, through the harness's windows."""
+        windows, owners = [], []
+        for i, (text,) in enumerate(request.args for request in requests):
+            for inputs, scored in get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            ):
+                windows.append(Window([*inputs, scored[-1]], len(scored)))
+                owners.append(i)
+        results = [0.0] * len(requests)
+        with _bar(windows, disable_tqdm) as bar:
+            scores = score_all(self.model, windows, self.batch_size, bar.update)
+        for i, found in zip(owners, scores, strict=True):
+            results[i] -= found.losses.sum().item()
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+        return results
+
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
+        """Of each (texts, context, continuation): log p, and whether all of it is the likeliest."""
+        windows = []
+        for _, context, continuation in requests:
+            if not 1 <= len(continuation) <= self.max_length:
+                raise InputError(
+                    f"a continuation must be 1 to max_length {self.max_length} tokens, "
+                    f"got {len(continuation)}"
+                )
+            ids = [*context, *continuation][-self.max_length - 1 :]
+            windows.append(Window(ids, len(continuation)))
+        with _bar(windows, disable_tqdm) as bar:
+            scores = score_all(self.model, windows, self.batch_size, bar.update)
+        results = [(-s.losses.sum().item(), bool(s.greedy.all())) for s in scores]
+        for (texts, _, _), result in zip(requests, results, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, result)
+        return results
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to one of the strings in `until`, to `<|endoftext|>` or to
+        max_gen_toks. A context keeps what leaves room for these."""
+        prompts = [self.tok_encode(r.args[0]) or [self.prefix_token_id] for r in requests]
+        options = [repr(sorted(r.args[1].items())) for r in requests]
+        results: list[str] = [""] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (options[i], -len(prompts[i])))
+        with _bar(requests, disable_tqdm) as bar:
+            for _, group in itertools.groupby(order, key=options.__getitem__):
+                group = list(group)
+                for start in range(0, len(group), self.batch_size):
+                    batch = group[start : start + self.batch_size]
+                    texts = self._generate([prompts[i] for i in batch], requests[batch[0]].args[1])
+                    for i, text in zip(batch, texts, strict=True):
+                        results[i] = text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update(len(batch))
+        return results
+
+    def _generate(self, prompts: list[list[int]], options: dict) -> list[str]:
+        """What follows these prompts, all with the same options."""
+        options = normalize_gen_kwargs(options, self.max_gen_toks)
+        until = handle_stop_sequences(options.pop("until"), eos=None)
+        n, how = options.pop("max_gen_toks"), _sampling(options)
+        if n >= self.max_length:
+            raise InputError(f"max_gen_toks must be below max_length {self.max_length}, got {n}")
+        prompts = [prompt[-(self.max_length - n) :] for prompt in prompts]
+        ids: list[list[int]] = [[] for _ in prompts]
+
+        def ended() -> list[bool]:
+            texts = map(self.tok_decode, ids)
+            return [any(stop in text for stop in until if stop) for text in texts]
+
+        stop = () if self.text.eot is None else (self.text.eot,)
+        for step in generation.tokens(self.model, prompts, n, how, stop=stop, ended=ended):
+            for row, token in zip(ids, step.tolist(), strict=True):
+                if token >= 0 and token != self.text.eot:
+                    row.append(token)
+        return [postprocess_generated_text(self.tok_decode(row), until, None) for row in ids]
+
+
+def _present(device: str | None) -> str:
+    """The harness asks for its default, cuda:0, on machines without one, too."""
+    if device == "cuda:0" and not torch.cuda.is_available():
+        return "auto"
+    return device or "auto"
+
+
+def _sampling(options: dict) -> Sampling:
+    """What the harness calls do_sample, temperature, top_k and top_p. Raises InputError for an
+    option that this model does not have."""
+    sample = options.pop("do_sample")
+    found = {name: options.pop(name, None) for name in ("temperature", "top_k", "top_p")}
+    if options:
+        raise InputError(f"generation has no option {next(iter(options))!r}")
+    if not sample:
+        return Sampling(0.0)
+    return Sampling(found.pop("temperature") or 0.0, **found)
+
+
+def _number(name: str, value: int | str, most: int | None) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1 or (most is not None and number > most):
+        expected = "at least 1" if most is None else f"1 to {most}"
+        raise InputError(f"{name} must be {expected}, got {value!r}")
+    return number
+
+
+def _bar(things: Sequence, hidden: bool) -> tqdm:
+    return tqdm(total=len(things), desc="gpt2_kernels", disable=hidden, delay=1)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
