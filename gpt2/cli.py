@@ -238,7 +238,7 @@ def _quantize(model, tokenizer, source: str | None) -> None:
     what = "Python's language reference" if source is None else repr(source)
     if len(ids) < 2:
         raise InputError(
-            f"quantize_data must be text that the tokenizer encodes, got {len(ids)} tokens of {what}"
+            f"quantize_data must be text for the tokenizer, got {len(ids)} tokens of {what}"
         )
     before, after = quantize.measured(model, ids)
     print(

@@ -6,6 +6,7 @@ configure and this model cannot compute is refused by name, not ignored. Safeten
 never a pickle.
 """
 
+import inspect
 import json
 import re
 import shlex
@@ -180,6 +181,55 @@ def write(
     for path in (folder / FILE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
         if path.name not in (*names, INDEX if len(parts) > 1 else None):
             path.unlink(missing_ok=True)
+
+
+def register_attention() -> None:
+    """Makes attn_implementation="gpt2_kernels" known to transformers: our causal attention.
+
+    With padding on either side, dynamic and static caches, and gradients. What the kernels do not
+    compute (packed sequences, cross-attention, masks of any other form) PyTorch does, and a warning
+    says so once; output_attentions and head_mask raise InputError. May be called again. Raises
+    InputError where transformers is not installed or too old.
+    """
+    _need_transformers()
+    from . import transformers_attention
+
+    transformers_attention.register()
+
+
+def accelerate_transformers(model):
+    """model, a GPT2LMHeadModel of transformers, computes by the kernels from now on.
+
+    Attention, norms, GELU and the loss; in place, and every parameter stays the one that it is.
+    Raises InputError, naming the part, for a model that has others, before anything is changed.
+    """
+    _need_transformers()
+    from . import transformers_model
+
+    return transformers_model.accelerate(model)
+
+
+def restore_transformers(model):
+    """Takes back accelerate_transformers; a model that is not accelerated stays as it is."""
+    _need_transformers()
+    from . import transformers_model
+
+    return transformers_model.restore(model)
+
+
+def _need_transformers() -> None:
+    try:
+        import transformers
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as e:
+        raise InputError(
+            f"this needs transformers 5.4 or newer: pip install -U transformers ({brief(e)})"
+        ) from e
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        raise InputError(
+            f"transformers must be 5.4 or newer, got {transformers.__version__}: "
+            "pip install -U transformers"
+        )
 
 
 def _describe(config: Config, dtype: str | None) -> dict[str, Any]:

@@ -192,26 +192,33 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, ignore_index: int = -1, *, inplace_backward: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int = -1,
+    *,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
 ) -> Tensor:
     """Mean of -log softmax(logits)[target] over the targets that are not ignore_index.
 
     logits (..., V), targets (...) int64; the result is a float32 scalar (float64 for float64
-    logits), NaN where every target is ignored. The forward keeps two floats per row. With
-    inplace_backward the gradient overwrites logits, so that no second tensor of their size ever
-    exists; nobody may read them afterwards. Raises ValueError naming the first target outside
-    [0, V).
+    logits), NaN where every target is ignored. With reduction "sum" it is the sum over them, 0
+    where there are none. The forward keeps two floats per row. With inplace_backward the gradient
+    overwrites logits, so that no second tensor of their size ever exists; nobody may read them
+    afterwards. Raises ValueError naming the first target outside [0, V).
     """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     _check_tensor("logits", logits, like=logits)
     _check_targets(targets, logits, logits.shape[-1], ignore_index)
     backend = dispatch.choose("cross_entropy", logits.device, logits.dtype)
     if backend == "reference":
-        return reference.cross_entropy(logits, targets, ignore_index)
+        return reference.cross_entropy(logits, targets, ignore_index, reduction=reduction)
     rows, targets = logits.flatten(0, -2), targets.flatten()
-    losses = autograd.call(
+    total = autograd.call(
         autograd.CrossEntropy, rows, targets, ignore_index, inplace_backward, backend
-    )
-    return losses.sum() / (targets != ignore_index).sum()
+    ).sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
 def linear_cross_entropy(

@@ -109,10 +109,14 @@ def dequantize_int8(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -
     return (numbers * scale[:, None]).to(dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = -1, *, reduction: str = "mean"
+) -> Tensor:
     """Mean of -log softmax(logits)[target] over the targets that count, at least in float32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=ignore_index)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+    return F.cross_entropy(
+        logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction
+    )
 
 
 def linear_cross_entropy(

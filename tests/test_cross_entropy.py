@@ -40,6 +40,19 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran, kernel_backend):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("ignored", ["some", "all"])
+def test_the_sum_in_place_of_the_mean(ignored, ran, backend):
+    """Of no target it is 0, and so is its gradient, where the mean is NaN."""
+    targets = targets_in(9, 257)
+    if ignored == "all":
+        targets[:] = -1
+    inputs = {"logits": tensor(9, 257)}
+    options = {"targets": targets, "reduction": "sum"}
+    check_op("cross_entropy", inputs, backend=backend, ran=ran, terms=1.0, **options)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+        kernels.cross_entropy(**inputs, targets=targets, reduction="none")
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("ignored", ["some", "none"])
 @pytest.mark.parametrize("weights", ["same", "fp32"])

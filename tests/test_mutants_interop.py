@@ -1,12 +1,14 @@
-"""The suite still notices each of the bugs in mutants_interop.py, planted one at a time in a copy
-of the package, as test_mutants.py does."""
+"""The suite still notices each of the bugs in mutants_interop.py and mutants_transformers.py,
+planted one at a time in a copy of the package, as test_mutants.py does."""
 
 import pytest
 from mutants_interop import INTEROP_MUTANTS
+from mutants_transformers import TRANSFORMERS_MUTANTS
 from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
 
 MUTANTS = [
-    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full) for m in INTEROP_MUTANTS
+    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full)
+    for m in (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
 ]
 
 

@@ -1,0 +1,252 @@
+"""Our causal attention in transformers, as attn_implementation="gpt2_kernels".
+
+transformers call two functions of that name: once per forward a mask function, which says who sees
+whom, and in each layer an attention, which is given q, k, v and what the mask function returned.
+
+    mask           None: query i sees every key up to i + Tk - Tq, as the kernels have it; else
+                   (B, 1, Tq, Tk) bool, True where a query sees a key
+    attention      by the kernels where the mask is one of spans, else by PyTorch, and says so once
+
+A mask is one of spans where each sequence has a span of keys, a query within it sees the span up to
+itself, and a query outside of it, which is padding, sees nothing. So are padding on either side and
+the empty end of a static cache. This is read off the mask itself, whoever made it, so that no other
+one (packed sequences, sliding windows, prefixes) can be taken for it. Sequences that begin at one
+key are one call of the kernels, on views. At padding the output is zero, as FlashAttention's is in
+transformers, and labels must leave it out: -100.
+
+    B batch   T time (Tq queries, Tk keys)   H heads   D head size
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils import output_capturing
+from transformers.utils.import_utils import is_tracing
+
+from . import kernels
+from .errors import InputError
+
+NAME = "gpt2_kernels"
+_SPANS = "gpt2_kernels_spans"  # the attribute of a mask of ours that keeps what spans_of says of it
+_said: set[str] = set()
+_UNKNOWN = ("position_bias", "softcap", "s_aux", "cache")  # arguments that change the result
+
+
+def register() -> None:
+    """What interop.register_attention does."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+# ---- who sees whom
+
+
+def mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,  # (B, up to Tk) bool, False where there is padding
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """See the head of the file; queries stand at q_offset, keys at kv_offset in the sequence.
+
+    Whatever is not plainly causal is spelled out, also what SDPA would be told by a flag.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if allow_is_causal_skip and mask_function is causal_mask_function:
+        aligned = q_offset + q_length == kv_offset + kv_length
+        if _true(aligned) and (padding is None or _true(padding[:, kv_offset:].all())):
+            return None
+    found = sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+    if padding is not None and mask_function is causal_mask_function:
+        own = torch.arange(q_length, device=padding.device) + q_offset
+        found = found & padding[:, None, own, None]  # padding sees nothing
+    found = found.contiguous()
+    if not is_tracing(found):
+        setattr(found, _SPANS, spans_of(found))  # for every layer
+    return found
+
+
+def _true(x: bool | Tensor) -> bool:
+    """x, and False while a graph is traced that holds for other values of it, too."""
+    return not (isinstance(x, Tensor) and is_tracing(x)) and bool(x)
+
+
+class Spans(NamedTuple):
+    """Sequence b has the keys starts[b] <= j < ends[b], and query i stands at key offset + i."""
+
+    offset: int
+    starts: list[int]
+    ends: list[int]
+
+    def runs(self) -> Iterator[tuple[slice, int]]:
+        """Neighbouring sequences with the same start, and that start."""
+        first = 0
+        for start, group in itertools.groupby(self.starts):
+            last = first + len(list(group))
+            yield slice(first, last), start
+            first = last
+
+
+def spans_of(seen: Tensor) -> Spans | None:
+    """The spans of a mask (B, 1, Tq, Tk), or None where it is not made of them."""
+    if seen.dtype != torch.bool or seen.dim() != 4 or seen.shape[1] != 1:
+        return None
+    seen = seen[:, 0]  # (B, Tq, Tk)
+    Tq, Tk = seen.shape[1:]
+    if not 0 < Tq <= Tk:
+        return None
+    used, counts = seen.any(1), seen.sum(-1)  # (B, Tk), (B, Tq)
+    starts = used.int().argmax(-1, keepdim=True)  # (B, 1)
+    ends = starts + used.sum(-1, keepdim=True)
+    i, j = torch.arange(Tq, device=seen.device), torch.arange(Tk, device=seen.device)
+    own = starts + counts - 1  # the last key that a query sees is its own: offset + i
+    offset = (own - i).masked_fill(counts == 0, 0).max().clamp(0, Tk - Tq)
+    own = (offset + i).expand_as(own)
+    inside = (starts <= own) & (own < ends)  # (B, Tq)
+    expected = (starts[..., None] <= j) & (j <= own[..., None]) & inside[..., None]
+    if not torch.equal(seen, expected):
+        return None
+    return Spans(offset.item(), starts[:, 0].tolist(), ends[:, 0].tolist())
+
+
+# ---- attention
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (B, H, Tq, D), and so are the keys and values, of length Tk
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """(B, Tq, H, D), and no probabilities, which the kernels never hold.
+
+    Raises InputError where these are asked for, and for a head_mask. What is not causal attention
+    over spans of keys is left to transformers' own call of SDPA.
+    """
+    _refuse(kwargs, attention_mask)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    spans, reason = None, _why_not(query, key, value, causal, kwargs)
+    if reason is None and attention_mask is not None:
+        spans, reason = _read(attention_mask, query, key)
+    if reason is not None:
+        _say_once(reason)
+        if attention_mask is None and causal:
+            attention_mask = _aligned(query, key)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=causal, **kwargs,
+        )  # fmt: skip
+    attend = functools.partial(_attend, scale=scaling, dropout=dropout)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, D) each
+    return (attend(q, k, v) if spans is None else over_spans(attend, q, k, v, spans)), None
+
+
+def over_spans(attend, q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> Tensor:
+    """attend(q, k, v), causal, with the last query at the last key, for each run of sequences;
+    zeros at padding."""
+    Tq, last = q.shape[1], spans.offset + q.shape[1]
+    outputs = []
+    for run, start in spans.runs():
+        padding = max(start - spans.offset, 0)  # queries before the first key
+        o = attend(q[run, padding:], k[run, start:last], v[run, start:last])
+        outputs.append(F.pad(o, (0, 0, 0, 0, padding, 0)) if padding else o)
+    o = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if min(spans.ends) == last:
+        return o
+    ends = torch.tensor(spans.ends, device=q.device)[:, None]
+    beyond = torch.arange(last - Tq, last, device=q.device) >= ends  # (B, Tq)
+    return o.masked_fill(beyond[..., None, None], 0.0)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if q.shape[1] == 1 and dropout == 0.0 and not needs_gradient:
+        lengths = torch.full((len(q),), k.shape[1], device=q.device)
+        return kernels.decode_attention(q, k, v, lengths, softmax_scale=scale)
+    return kernels.causal_attention(q, k, v, softmax_scale=scale, dropout_p=dropout)
+
+
+def _refuse(kwargs: dict, attention_mask: Tensor | None) -> None:
+    """Raises InputError for what neither the kernels nor SDPA can do, and SDPA would ignore."""
+    if kwargs.get("head_mask") is not None:
+        raise InputError(f"head_mask must be None with attn_implementation={NAME!r}")
+    packed = kwargs.get("cu_seq_lens_q")
+    if attention_mask is None and packed is not None and len(packed) > 2:
+        raise InputError(
+            f"with attn_implementation={NAME!r} packed sequences must be told by their "
+            "position_ids, got cu_seq_lens_q alone"
+        )
+    if is_tracing():
+        return
+    if "attentions" in (output_capturing._active_collector.get() or ()):
+        raise InputError("output_attentions=True needs attn_implementation='eager'")
+
+
+def _why_not(query: Tensor, key: Tensor, value: Tensor, causal: bool, kwargs: dict) -> str | None:
+    """None where the kernels compute this if the mask allows it, else a reason."""
+    if not causal:
+        return "not causal"
+    if key.shape[1] != query.shape[1] or value.shape != key.shape:
+        return "fewer heads of keys, or values of another size"
+    if query.shape[2] > key.shape[2]:
+        return "more queries than keys"
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    return f"{', '.join(unknown)} given" if unknown else None
+
+
+def _read(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Spans | None, str | None]:
+    """The spans of a mask, or the reason why there are none."""
+    if is_tracing(mask):
+        return None, "a mask that torch.compile cannot look at"
+    shape = (query.shape[0], mask.shape[1], query.shape[2], key.shape[2])
+    if mask.shape != shape and mask.dim() == 4:
+        mask = mask.expand(shape)
+    spans = getattr(mask, _SPANS) if hasattr(mask, _SPANS) else spans_of(mask)
+    return spans, "a mask that is more than padding" if spans is None else None
+
+
+def _aligned(query: Tensor, key: Tensor) -> Tensor | None:
+    """What no mask means here, spelled out where SDPA would align the first query and key."""
+    Tq, Tk = query.shape[2], key.shape[2]
+    if Tq == 1 or Tq >= Tk:
+        return None
+    return torch.ones(Tq, Tk, dtype=torch.bool, device=query.device).tril(Tk - Tq)[None, None]
+
+
+def _say_once(reason: str) -> None:
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"{NAME}: this attention is left to PyTorch's SDPA ({reason})", stacklevel=3)
+
+
+_say_once._dynamo_marked_constant = True  # see kernels.dispatch._say_once
