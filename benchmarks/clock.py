@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 import torch
 
-FLOP, BYTE = "operations", "bytes"
+FLOP, BYTE, READ = "operations", "bytes", "bytes read"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass must do at the least: operations, or bytes read and written."""
+    """What a pass must do at the least: operations, bytes read and written, or read alone."""
 
     amount: float
-    of: str  # FLOP or BYTE
+    of: str  # FLOP, BYTE or READ
 
     def unit(self, device: torch.device) -> str:
-        if self.of == BYTE:
-            return "GB/s"
+        if self.of != FLOP:
+            return "GB/s" if self.of == BYTE else "GB/s read"
         return "TFLOP/s" if device.type == "cuda" else "GFLOP/s"
 
     def rate(self, ms: float, device: torch.device) -> float:
@@ -88,7 +88,7 @@ class Clock:
 
 
 def limits(clock: Clock, dtype: torch.dtype, quick: bool) -> dict[str, float]:
-    """What this machine does at best, measured now: a copy and a matrix product."""
+    """What this machine does at best, measured now: a copy, a sum and a matrix product."""
     device = clock.device
     elements = 2**28 if device.type == "cuda" else 2**23 if quick else 2**25
     n = 8192 if device.type == "cuda" else 256 if quick else 1536
@@ -96,11 +96,15 @@ def limits(clock: Clock, dtype: torch.dtype, quick: bool) -> dict[str, float]:
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     none = contextlib.nullcontext
-    times = clock({"copy": (lambda: target.copy_(source), none), "gemm": (lambda: a @ b, none)})
-    copied, multiplied = Work(2 * source.nbytes, BYTE), Work(2 * n**3, FLOP)
+    done = {
+        "copy": (lambda: target.copy_(source), Work(2 * source.nbytes, BYTE)),
+        "sum": (source.sum, Work(source.nbytes, READ)),
+        "product": (lambda: a @ b, Work(2 * n**3, FLOP)),
+    }
+    times = clock({name: (run, none) for name, (run, _) in done.items()})
     return {
-        copied.unit(device): copied.rate(times["copy"]["median_ms"], device),
-        multiplied.unit(device): multiplied.rate(times["gemm"]["median_ms"], device),
+        work.unit(device): work.rate(times[name]["median_ms"], device)
+        for name, (_, work) in done.items()
     }
 
 

@@ -41,7 +41,7 @@ def contest(
     contenders: list[Contender],
     clock: Clock,
     limit: dict,
-    work: Callable,  # (step) -> Work
+    work: Callable,  # (step, contender) -> Work
     check: Callable,  # (contender) -> its largest error; raises Wrong
     timed: Callable,  # (step, contenders) -> contender -> what its Result has, median_ms at least
 ) -> None:
@@ -86,7 +86,7 @@ def contest(
                 still_alive(clock.device)
                 continue
             for contender, values in times.items():
-                values |= rates(work(step), values["median_ms"], clock.device, limit)
+                values |= rates(work(step, contender), values["median_ms"], clock.device, limit)
                 report(contender, [step], max_error=errors[contender], **values)
         released(clock.device)
     for step in case.steps:

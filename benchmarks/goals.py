@@ -1,14 +1,15 @@
 """What the kernels are to reach, as data, and how far they are: ratios to the best of all peers in
 the same run, shares of a limit that is measured in it, and a few absolute figures.
 
-The goals for a GPU are for one H200 in bfloat16, those for a CPU for AVX-512.
+The goals for a GPU are for one H200 in bfloat16, those for a CPU for AVX-512, decoding for any.
 """
 
 from dataclasses import dataclass, field
 
 COMPILED = ("compiled", "formula-compiled", "max-autotune")
 NAMES = {COMPILED: "torch.compile", ("eager",): "eager", ("liger",): "Liger",
-         ("transformers",): "transformers", ("llm.c",): "llm.c"}  # fmt: skip
+         ("transformers",): "transformers", ("llm.c",): "llm.c",
+         ("whole",): "bfloat16 weights"}  # fmt: skip
 BEST = ()  # whichever peer is the fastest
 
 
@@ -20,7 +21,7 @@ class Goal:
     step: str
     dtype: str
     shape: dict
-    device: str  # "h200" or "avx512"
+    device: str  # "h200", "avx512", or "cpu" for any
     threads: int | None = None  # of a CPU
     ratios: dict = field(default_factory=dict)  # peers, BEST for all -> so many times as fast
     share: float | None = None  # at least so many percent of the limit
@@ -71,8 +72,8 @@ GPU = [
         details={"tokens_per_s": 600e3, "largest_batch": 600}),
     gpu("train_step_xl", "step", {"T": 1024}, ratios={COMPILED: 1.2},
         unmeasured="≥ 55,000 tokens/s"),
-    gpu("generate", "step", {"B": 1}, ratios={("transformers",): 20, COMPILED: 2},
-        unmeasured="≥ 5,000 tokens/s"),
+    gpu("generate", "decode", {"B": 1, "P": 16}, ratios={("transformers",): 20, COMPILED: 2},
+        details={"tokens_per_s": 5000}),
 ]  # fmt: skip
 
 # (B, T, H) -> forward and backward in float32
@@ -90,6 +91,9 @@ CPU = [
     cpu("cross_entropy", "forward+backward", "float32", {"N": 256, "V": 50257, "C": 768}, 3),
     cpu("train_step", "step", "float32", {"B": 1, "T": 1024}, 1.25, threads=2),
     cpu("train_step", "step", "bfloat16", {"B": 1, "T": 1024}, 1.5, threads=2),
+    Goal("generate", "decode", "bfloat16", {"B": 1, "P": 16}, "cpu", 2, {("transformers",): 2},
+         share=60),
+    Goal("generate_int8", "decode", "bfloat16", {"B": 1, "P": 16}, "cpu", 2, {("whole",): 1.5}),
 ]  # fmt: skip
 GOALS = [*GPU, *CPU]
 
@@ -165,8 +169,9 @@ def judged(goal: Goal, documents: list[dict]) -> Verdict:
 
 def matches(goal: Goal, about: dict) -> bool:
     """Whether the goal is for this machine."""
-    if goal.device == "avx512":
-        return "AVX512" in about.get("cpu_capability", "") and about["threads"] == goal.threads
+    if goal.threads is not None:
+        able = goal.device == "cpu" or "AVX512" in about.get("cpu_capability", "")
+        return able and about["threads"] == goal.threads
     return goal.device in about["device_name"].lower()
 
 

@@ -4,8 +4,9 @@ A script declares its operations (Op) and hands them to main(). For every shape 
 random inputs, evaluates the reference in float64, and checks each contender's results and every
 gradient against it; what is wrong, or raises, is reported and not timed. The rest is timed in one
 process: on a GPU by triton.testing.do_bench (L2 flushed, median), on a CPU in alternating rounds.
-Two limits are measured in the same run, and each result is given as a share of one of them: the
-bandwidth of a plain copy, and the rate of a large matrix product in the same dtype.
+Limits are measured in the same run, and each result is given as a share of one of them: the
+bandwidth of a plain copy, that of reading alone, and the rate of a large matrix product in the same
+dtype.
 """
 
 import functools
@@ -180,7 +181,7 @@ def measure(
             no_truth = f"nothing to check against: {type(error).__name__}: {error}"
         released(device)
 
-    def work(step):
+    def work(step, contender):
         return op.work(shape, step, torch.finfo(dtype).bits // 8)
 
     def checked(contender):
@@ -247,11 +248,12 @@ def run(
             if dtype not in record.limits:
                 record.limits[dtype] = limits(clock, DTYPES[dtype], options.quick)
             limit = record.limits[dtype]
-            copy, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
-            print(f"limits, {dtype}: copy {copy}, matrix product {product}")
+            copy, read, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
+            print(f"limits, {dtype}: copy {copy}, sum {read}, matrix product {product}")
             for measured, shape in itertools.product(cases, options.shapes):
                 case = measured(shape, DTYPES[dtype], clock, limit, record, **extra)
-                print(f"\n{show(record.settle(case))}", flush=True)
+                if case is not None:  # not asked for
+                    print(f"\n{show(record.settle(case))}", flush=True)
     except ContextLost as error:
         lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
     record.add()  # nothing is running any more

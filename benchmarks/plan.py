@@ -32,6 +32,9 @@ ON_GPU = [
     Bench("cross_entropy", "bfloat16", 12, "8192x50257x768"),
     Bench("gelu", "bfloat16", 6, "16384x3072"),
     Bench("decode_attention", "bfloat16", 8, "8x1024x12x64"),
+    Bench(
+        "generate", "bfloat16", 10, "1x16", 240.0, ("--models", "gpt2", "--shapes", "1x16,8x512")
+    ),
     Bench("attention", "float32", 4, "16x1024x12x64", options=("--shapes", "16x1024x12x64")),
     Bench("layer_norm", "float32", 2, "16384x768", options=("--shapes", "16384x768")),
 ]
@@ -48,6 +51,7 @@ ON_CPU = [
         Bench("cross_entropy", dtype, 10, "32x50257x768", 900.0, LOGITS),
         Bench("gelu", dtype, 5, "256x3072", 900.0, ("--shapes", "2048x3072")),
         Bench("decode_attention", dtype, 3, "1x256x12x64", 900.0),
+        Bench("generate", dtype, 10, "1x16", 900.0, ("--shapes", "1x16")),
     )
 ]
 MINUTES = {("cuda", False): 8, ("cuda", True): 3, ("cpu", False): 60, ("cpu", True): 10}

@@ -24,6 +24,7 @@ BEGIN, END = (
     "<!-- benchmarks: begin, written by benchmarks/table.py -->",
     "<!-- benchmarks: end -->",
 )
+WHERE = {"h200": "H200", "avx512": "AVX-512", "cpu": "any CPU"}
 GOALS_TITLE = "**Goals**, and the newest measurement of each"
 HEADER = ("shape", "pass", "ours", "median", "rate", "of limit", "best peer", "ratio", "max error")
 
@@ -95,8 +96,9 @@ def goal_table(documents: list[dict]) -> str:
     for goal in GOALS:
         verdict = judged(goal, documents)
         ours, best = verdict.ours, verdict.best
-        threads = f"{goal.threads} thread{'s' if goal.threads != 1 else ''}"
-        where_to = "H200" if goal.device == "h200" else f"AVX-512, {threads}"
+        where_to = WHERE[goal.device]
+        if goal.threads:
+            where_to += f", {goal.threads} thread{'s' if goal.threads != 1 else ''}"
         measured = ["not measured", "", "", ""]
         if ours:
             measured = [

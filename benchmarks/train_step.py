@@ -115,7 +115,7 @@ def measure(
             runs.clear()  # the next model may need all of the memory
         return times
 
-    contest(record, case, contenders, clock, limit, lambda step: work, check, timed)
+    contest(record, case, contenders, clock, limit, lambda step, contender: work, check, timed)
     rows = [r for r in record.results if case.holds(r) and r.median_ms]
     for row in rows if largest_batch else ():
         if "largest_batch" not in row.details and not record.late():

@@ -73,7 +73,11 @@ def test_script(script, tmp_path):
     assert (document["schema"], document["script"]) == (1, script)
     assert about["torch"] == torch.__version__ and about["device_name"] and about["threads"]
     assert {"triton", "cuda", "cudnn", "python", "commit", "dirty", "date"} <= about.keys()
-    assert {u for unit in document["limits"].values() for u in unit} == {"GB/s", "GFLOP/s"}
+    assert {u for unit in document["limits"].values() for u in unit} == {
+        "GB/s",
+        "GB/s read",
+        "GFLOP/s",
+    }
 
     rows = document["results"]
     steps = {(op.name, step) for op in module.OPS for step in op.passes}

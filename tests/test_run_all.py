@@ -336,7 +336,7 @@ def test_on_a_gpu_each_has_it_to_itself(monkeypatch, tmp_path):
     ours, large = (contest.Contender(n, len, kind="backend") for n in ("triton", "large"))
     work = clock.Work(2e9, clock.BYTE)
     contenders = [ours, large, contest.Contender("eager", len)]
-    contest.contest(kept, case, contenders, gpu, {"GB/s": 4000.0}, lambda s: work, check, timed)
+    contest.contest(kept, case, contenders, gpu, {"GB/s": 4000.0}, lambda s, c: work, check, timed)
     assert did == [
         "check triton", "synchronize", "time forward triton", "time backward triton", "release",
         "check large", "synchronize", "release",

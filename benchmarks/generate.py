@@ -1,0 +1,277 @@
+"""Generation with GPT-2: a prompt is read, then tokens come one by one; ours against its peers.
+
+    python benchmarks/generate.py --device cpu --dtype bfloat16 --shapes 1x16
+    python benchmarks/generate.py --models gpt2,gpt2-xl       # 124 million and 1.6 billion weights
+
+Shapes are BxP: sequences, and tokens of the prompt of each. All models have the same random weights
+and choose greedily. Two passes are timed: prefill, from the prompt to its first token; and decode,
+a step that gives every sequence one more, from the whole calls: (time of 33 tokens - time of 1) /
+32. A step is given as a share of what reading the weights and the cache once would take; bytes per
+second are measured on sums of a large tensor, in the same run.
+
+generate_int8 is the same model with int8 weights, beside its own whole ones and CTranslate2's int8.
+plain has no cache; compiled is transformers with a static cache and torch.compile.
+
+What a contender chose is checked with the plain model in float32, over its own tokens: a choice may
+be short of the likeliest by no more than rounding explains.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import harness
+import models
+import torch
+from clock import FLOP, READ, Clock, Work, peak_memory
+from contest import contest, released
+from harness import Contender, Wrong
+from record import Case, Record
+
+from gpt2 import Config, Model, generation
+from gpt2.quantize import quantize_int8
+
+DIMS = "BxP"
+SHAPES = {"cpu": "1x16,1x512,8x16", "cuda": "1x16,1x512,8x16,8x512,64x16,64x512"}
+NEW = 33  # tokens of a timed call
+CHECKED = 2  # sequences
+PREFILL, DECODE = "prefill", "decode"
+WHOLE = ["fast", "plain", "transformers", "transformers-static", "compiled", "ctranslate2"]
+INT8 = ["fast-int8", "whole", "ctranslate2-int8"]  # whole is fast without int8
+BACKENDS = ["fast", "fast-int8"]
+PEERS = [name for name in (*WHOLE, *INT8) if name not in BACKENDS]
+
+
+class Makers:
+    """Functions generate(prompts (B, P), n) -> (B, n), made when they are first asked for. A model
+    that serves several is there once."""
+
+    def __init__(self, plain: Model, device: torch.device, dtype: torch.dtype):
+        self.plain, self.device, self.dtype = plain, device, dtype
+
+    @functools.cached_property
+    def ours(self) -> Model:
+        return self._copy().eval()
+
+    @functools.cached_property
+    def theirs(self):
+        model = models.transformers(self.plain).to(self.device, self.dtype).eval()
+        model.config.use_cache = True
+        model.generation_config.eos_token_id = None
+        return model
+
+    def _copy(self) -> Model:
+        model = Model(self.plain.config)
+        model.load_state_dict(self.plain.state_dict())
+        return model.to(self.device, self.dtype)
+
+    def fast(self):
+        return functools.partial(_ours, self.ours, True)
+
+    whole = fast
+
+    def plain_(self):
+        return functools.partial(_ours, self.ours, False)
+
+    def fast_int8(self):
+        return functools.partial(_ours, quantize_int8(self._copy()).eval(), True)
+
+    def transformers(self):
+        return functools.partial(_theirs, self.theirs)
+
+    def transformers_static(self):
+        return functools.partial(_theirs, self.theirs, cache_implementation="static")
+
+    def compiled(self):
+        """A static cache and torch.compile, as transformers' own documentation combines them."""
+        model = models.transformers(self.plain).to(self.device, self.dtype).eval()
+        model.generation_config.eos_token_id = None
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        model.forward = torch.compile(model.forward, mode=mode, fullgraph=True)
+        return functools.partial(_theirs, model, cache_implementation="static")
+
+    def ctranslate2(self, compute_type: str | None = None):
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+
+        name = str(self.dtype).removeprefix("torch.")
+        names = [f"token{i}" for i in range(self.plain.config.vocab_size)]
+
+        class Converter(TransformersConverter):
+            def load_tokenizer(self, *args, **kwargs):
+                vocabulary = {name: i for i, name in enumerate(names)}
+                return SimpleNamespace(get_vocab=lambda: vocabulary, bos_token=names[0],
+                                       eos_token=names[-1], unk_token=names[0])  # fmt: skip
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.plain.save_pretrained(Path(folder) / "hf")
+            Converter(str(Path(folder) / "hf")).convert(str(Path(folder) / "ct2"))
+            generator = ctranslate2.Generator(
+                str(Path(folder) / "ct2"), device=self.device.type,
+                compute_type=compute_type or name, inter_threads=1,
+                intra_threads=torch.get_num_threads(),
+            )  # fmt: skip
+        if compute_type is None and generator.compute_type != name:
+            raise RuntimeError(f"computes in {generator.compute_type}, not in {name}")
+
+        def generate(prompts, n):
+            tokens = [[names[i] for i in row] for row in prompts.tolist()]
+            results = generator.generate_batch(tokens, max_length=n, min_length=n,
+                                               include_prompt_in_result=False)  # fmt: skip
+            return torch.tensor([r.sequences_ids[0] for r in results])
+
+        return generate
+
+    def ctranslate2_int8(self):
+        return self.ctranslate2("int8")
+
+
+def _ours(model, fast, prompts, n):
+    model.fast = fast
+    return model.generate(prompts, n, temperature=0.0)[:, prompts.shape[1] :]
+
+
+def _theirs(model, prompts, n, **options):
+    return model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, do_sample=False,
+        pad_token_id=0, **options,
+    )[:, prompts.shape[1] :]  # fmt: skip
+
+
+def why_not(name: str, shape, device: torch.device) -> str | None:
+    if name == "plain" and device.type == "cpu" and shape.P > 64:
+        return "without a cache each token takes as long as the prompt"
+    if name.startswith("ctranslate2") and not importlib.util.find_spec("ctranslate2"):
+        return "ctranslate2 is not installed"
+    return None
+
+
+def shortfall(truth: Model, prompts, tokens) -> tuple[float, float]:
+    """The most by which a chosen logit was below the largest, and the largest there was: of the
+    first sequences, by the plain model over the tokens that were chosen."""
+    prompts, tokens = prompts[:CHECKED], tokens[:CHECKED].to(prompts.device)
+    whole = torch.cat([prompts, tokens], dim=1)
+    with torch.no_grad():
+        h = truth.hidden(whole[:, :-1])[:, prompts.shape[1] - 1 :]
+        logits = truth.logits_of(h).float()  # (B, n, V)
+    chosen = logits.gather(2, tokens[..., None])[..., 0]
+    return (logits.amax(-1) - chosen).max().item(), logits.abs().max().item()
+
+
+def measure(
+    op: str,
+    name: str,
+    contenders: list[str],
+    shape,
+    dtype,
+    clock: Clock,
+    limit: dict,
+    record: Record,
+    chosen: list[str],
+) -> Case | None:
+    """Every contender at one shape: its choices checked, then both passes timed."""
+    if name not in chosen:
+        return None
+    case = Case(op, vars(shape), str(dtype).removeprefix("torch."), (PREFILL, DECODE))
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    device, config = clock.device, Config.named(name)
+    plain = Model(config).to(dtype)  # the weights of all are rounded alike
+    make = Makers(plain, device, dtype)
+    wanted = record.wanted(case, [
+        Contender(c, getattr(make, {"plain": "plain_"}.get(c, c.replace("-", "_"))),
+                  kind="backend" if c in BACKENDS else "peer", why_not=why_not(c, shape, device))
+        for c in contenders
+    ])  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(config.vocab_size, (shape.B, shape.P), generator=generator).to(device)
+    runs, truth = {}, []
+
+    def check(contender):
+        if not truth:
+            truth.append(Model(config).to(device).eval())
+            truth[0].load_state_dict(plain.state_dict())
+        run = contender.call()
+        tokens = run(prompts, NEW)
+        if tokens.shape != (shape.B, NEW):
+            raise Wrong(f"gave {tuple(tokens.shape)} tokens, not {(shape.B, NEW)}")
+        short, largest = shortfall(truth[0], prompts, tokens)
+        rounding = torch.bfloat16 if "int8" in contender.name else dtype
+        if not short <= 16 * torch.finfo(rounding).eps * largest:
+            raise Wrong(f"a token was {short:.2e} below the likeliest")
+        runs[contender] = run
+        return short
+
+    def timed(step, group):
+        def calls(n):
+            return {
+                (c, n): (lambda c=c: runs[c](prompts, n), contextlib.nullcontext) for c in group
+            }
+
+        times = clock(calls(1) | (calls(NEW) if step == DECODE else {}))
+        found = {}
+        for c in group:
+            first = times[c, 1]
+            if step == PREFILL:
+                found[c] = first | {
+                    "details": {"tokens_per_s": per_second(shape.B * shape.P, first)}
+                }
+            else:
+                ms = {
+                    key: (value - first["median_ms"]) / (NEW - 1)
+                    for key, value in times[c, NEW].items()
+                }
+                found[c] = ms | {"details": {"tokens_per_s": per_second(shape.B, ms)}}
+            found[c]["peak_memory_bytes"] = peak_memory(lambda c=c: runs[c](prompts, NEW), device)
+            if step == DECODE and device.type == "cuda":
+                runs.pop(c)
+        return found
+
+    def work(step, contender):
+        if step == PREFILL:
+            return Work(plain.flops_per_token(shape.P) / 3 * shape.B * shape.P, FLOP)
+        lengths = [shape.P + NEW // 2] * shape.B
+        return Work(bytes_of_a_step(config, contender.name, dtype, lengths), READ)
+
+    contest(record, case, wanted, clock, limit, work, check, timed)
+    truth.clear()
+    released(device)
+    return case
+
+
+def per_second(tokens: int, times: dict) -> float:
+    return tokens / times["median_ms"] * 1e3
+
+
+def bytes_of_a_step(config: Config, name: str, dtype: torch.dtype, lengths: list[int]) -> int:
+    """What a step must read; of an int8 matrix (N, K), N K bytes and N scales in float32."""
+    with torch.device("meta"):
+        model = Model(config).to(dtype)
+    least = generation.step_bytes(model, lengths)
+    if "int8" in name:
+        matrices = {p for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n}
+        least -= sum(p.nbytes - p.numel() - 4 * len(p) for p in matrices)
+    return least
+
+
+def more(parser) -> None:
+    parser.add_argument(
+        "--models", type=lambda text: text.split(","), dest="chosen", metavar="NAME,...",
+        default=["gpt2"] if not torch.cuda.is_available() else ["gpt2", "gpt2-xl"],
+        help="gpt2, gpt2-xl [default: both on a GPU, gpt2 on a CPU]",
+    )  # fmt: skip
+
+
+CASES = [
+    functools.partial(measure, f"generate{of}{kind}", name, contenders)
+    for of, name in (("", "gpt2"), ("_xl", "gpt2-xl"))
+    for kind, contenders in (("", WHOLE), ("_int8", INT8))
+]
+
+if __name__ == "__main__":
+    sys.exit(harness.run("generate", CASES, BACKENDS, PEERS, doc=__doc__, dims=DIMS, shapes=SHAPES,
+                         more=more, own=("chosen",)))  # fmt: skip

@@ -1,0 +1,116 @@
+"""benchmarks/generate.py times what it says it does, and what is wrong is not timed."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import generate
+import harness
+import record
+
+from gpt2 import Config, Model, generation
+from gpt2.quantize import quantize_int8
+
+pytestmark = pytest.mark.usefixtures("without_the_interpreter")
+TINY = Config(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The script, with a model that takes no time."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(generate, "NEW", 4)
+    monkeypatch.setattr(generate.Config, "named", staticmethod(lambda name: TINY))
+
+
+def bench(tmp_path, *more):
+    path = tmp_path / "out.json"
+    argv = ["--device", "cpu", "--quick", "--shapes", "2x5", "--json", str(path), *more]
+    code = harness.run("generate", generate.CASES, generate.BACKENDS, generate.PEERS, doc="",
+                       dims=generate.DIMS, shapes=generate.SHAPES, argv=argv, more=generate.more,
+                       own=("chosen",))  # fmt: skip
+    rows = json.loads(path.read_text())["results"]
+    return code, {(r["op"], r["contender"], r["step"]): r for r in rows}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_contender_of_this_machine(dtype, tiny, tmp_path):
+    pytest.importorskip("transformers")
+    peers = "plain,transformers,transformers-static,whole"
+    code, rows = bench(tmp_path, "--dtype", dtype, "--peers", peers)
+    assert code == 0
+    assert {(op, name) for op, name, _ in rows} == {
+        ("generate", "fast"), ("generate", "plain"), ("generate", "transformers"),
+        ("generate", "transformers-static"), ("generate_int8", "fast-int8"),
+        ("generate_int8", "whole"),
+    }  # fmt: skip
+    for (_, _, step), row in rows.items():
+        assert row["status"] == "ok", row["reason"]
+        assert row["unit"] == ("GB/s read" if step == "decode" else "GFLOP/s")
+        tokens = 2 if step == "decode" else 2 * 5
+        assert row["details"]["tokens_per_s"] == pytest.approx(tokens / row["median_ms"] * 1e3)
+
+
+def test_wrong_tokens_are_reported_and_not_timed(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        generate, "_ours", lambda model, fast, prompts, n: prompts[:, :1].repeat(1, n)
+    )
+    code, rows = bench(tmp_path, "--peers", "none")
+    assert code == 1
+    assert all(
+        r["status"] == "wrong" and "below the likeliest" in r["reason"] for r in rows.values()
+    )
+
+
+def test_shortfall_is_of_the_worst_choice():
+    model = Model(TINY).eval()
+    prompts = torch.randint(65, (3, 5))
+    best = model.generate(prompts, 4, temperature=0.0)[:, 5:]
+    assert generate.shortfall(model, prompts, best)[0] == 0.0
+    logits = model(torch.cat([prompts, best], 1)[:, :7])[0][:, -1]
+    worse = best.clone()
+    worse[1, 2] = logits[1].argmin()
+    short, largest = generate.shortfall(model, prompts, worse)
+    assert short >= (logits[1].max() - logits[1].min()).item() > 0 and largest >= logits[1].max()
+
+
+def test_a_step_is_a_call_less_its_prompt(tiny):
+    """Every call of one token takes 10 ms, every one of four 16: 2 ms a token."""
+    calls = []
+
+    def clock(runs):
+        calls.append([n for _, n in runs])
+        return {(c, n): {"median_ms": 8.0 + 2 * n} for c, n in runs}
+
+    clock.device = torch.device("cpu")
+    kept = record.Record(None, "generate", {}, only={"backend": ["fast"], "peer": []})
+    limit = {"GB/s read": 1.0, "GFLOP/s": 1.0}
+    shape = SimpleNamespace(B=2, P=5)
+    generate.CASES[0](shape, torch.float32, clock, limit, kept, chosen=["gpt2"])
+    prefill, decode = kept.results
+    assert (prefill.step, prefill.median_ms) == ("prefill", 10.0)
+    assert (decode.step, decode.median_ms) == ("decode", 2.0) and calls == [[1], [1, 4]]
+    assert decode.details["tokens_per_s"] == 1000.0
+    assert decode.rate == generation.step_bytes(Model(TINY), [7, 7]) / 2e-3 / 1e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_step_are_those_of_the_model(dtype):
+    model = Model(TINY).to(dtype)
+    lengths = [3, 9]
+    whole = generate.bytes_of_a_step(TINY, "fast", dtype, lengths)
+    assert whole == generation.step_bytes(model, lengths)
+    int8 = generate.bytes_of_a_step(TINY, "ctranslate2-int8", dtype, lengths)
+    assert int8 == generation.step_bytes(quantize_int8(model), lengths)
+
+
+def test_models_that_were_not_asked_for_are_not_made(monkeypatch):
+    monkeypatch.setattr(generate, "Model", None)
+    for case in generate.CASES:
+        assert case(None, None, None, None, None, chosen=["none"]) is None
