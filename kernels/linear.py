@@ -18,6 +18,7 @@ from . import autograd, dispatch, reference
 from .product import product
 
 FEW = 8  # rows: with more, products pay for themselves (docs/log.md)
+FEW_INT8 = 64  # rows: with more, so does spelling the weight out
 BLOCK = 64  # int8 numbers of a row that are packed together
 
 
@@ -35,12 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear with the weight of quantize_int8: packed (N, K rounded up to 64) int8, scale (N,).
 
-    x (..., K) of any floating dtype. A few rows, as for linear, read the numbers as they are; else
-    the weight is spelled out in x's dtype first. Gradients reach x and bias, not the weight. Raises
-    TypeError or ValueError, naming the argument.
+    x (..., K) of any floating dtype. On a CPU up to 64 rows for which no gradient is wanted read
+    the numbers as they are; else the weight is spelled out in x's dtype first. Gradients reach x
+    and bias, not the weight. Raises TypeError or ValueError, naming the argument.
     """
     _check_int8(x, packed, scale, bias)
-    if backend := _few(x, packed, bias):
+    if backend := _few(x, packed, bias, FEW_INT8):
         return _gemv(x, packed, bias, scale, backend)
     return product(x, reference.dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
 
@@ -69,13 +70,13 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """The backend whose kernel serves: of a few rows, for which nobody wants a gradient."""
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None, most: int = FEW) -> str | None:
+    """The backend whose kernel serves: of up to `most` rows, for which nobody wants a gradient."""
     if torch.compiler.is_compiling():  # before a look at the rows: their number may vary there
         return None
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    if not x.dim() or not 0 < math.prod(x.shape[:-1]) <= FEW:
+    if not x.dim() or not 0 < math.prod(x.shape[:-1]) <= most:
         return None
     if weight.dim() != 2 or weight.device != x.device or not weight.numel():
         return None
@@ -96,7 +97,9 @@ def _gemv(x, weight, bias, scale, backend) -> Tensor:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
-    y = autograd.raw.gemv(x.reshape(-1, x.shape[-1]), weight, bias, scale, backend)
+    rows = x.reshape(-1, x.shape[-1]).split(FEW)
+    y = [autograd.raw.gemv(some, weight, bias, scale, backend) for some in rows]
+    y = torch.cat(y) if len(y) > 1 else y[0]
     return y.view(*x.shape[:-1], len(weight))
 
 

@@ -103,6 +103,18 @@ def test_no_keys_give_zeros_and_nan_stays(backend):
     assert o[1, 0, 1].isnan().all() and o.isnan().sum() == 8
 
 
+def test_one_key_outweighs_all_others(backend):
+    """Wherever it lies: neither a step nor a piece after it lowers the maximum."""
+    q, k, v = torch.randn(3, 1, 700, 2, 16, device=DEVICE)
+    lengths = torch.tensor([700], device=DEVICE)
+    for at in (3, 100, 300, 699):
+        heavy = k.clone()
+        heavy[:, at] = 1e4 * q[:, 0]
+        with kernels.use(backend):
+            o = kernels.decode_attention(q[:, :1], heavy, v, lengths)
+        assert torch.allclose(o, v[:, at : at + 1])
+
+
 def test_compiles_without_a_break(backend):
     q, k, v, lengths = draw(2, 40, 2, 16)
 

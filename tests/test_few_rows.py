@@ -7,7 +7,7 @@ from conftest import CPU_SETS, serving
 from util import DTYPES, assert_close_to, bits_equal, guarded, launches
 
 from gpt2 import kernels
-from gpt2.kernels.linear import FEW
+from gpt2.kernels.linear import FEW, FEW_INT8
 from gpt2.kernels.reference import dequantize_int8
 
 
@@ -73,6 +73,29 @@ def test_bits_do_not_depend_on_threads_or_the_batch(backend):
             assert bits_equal(alone, results[0][1, m : m + n])
 
 
+def test_more_rows_of_int8_go_through_the_kernel_too(backend):
+    """Until spelling the weight out costs less than reading it again."""
+    x, weight, bias = draw(FEW_INT8 + 1, 30, 200, torch.bfloat16)
+    packed, scale = kernels.quantize_int8(weight)
+    for M in (FEW + 1, FEW_INT8):
+        with launches() as launched:
+            y = kernels.linear_int8(x[:M].view(1, M, 200), packed, scale, bias)
+        assert launched == [backend] * -(-M // FEW) and y.shape == (1, M, 30)
+        for m in range(M):
+            assert bits_equal(kernels.linear_int8(x[m], packed, scale, bias), y[0, m])
+    with launches() as launched:
+        kernels.linear_int8(x, packed, scale, bias)
+    assert launched == []
+
+
+def test_bf16_is_summed_in_float32(backend):
+    """A bfloat16 sum of ones stops at 256."""
+    x, weight = (torch.ones(n, 2**14, dtype=torch.bfloat16) for n in (2, 5))
+    with launches() as launched:
+        y, y8 = kernels.linear(x, weight), kernels.linear_int8(x, *kernels.quantize_int8(weight))
+    assert launched == [backend] * 2 and (y == 2**14).all() and (y8 == 2**14).all()
+
+
 def test_views_are_read_as_they_are(backend):
     wide = torch.randn(2, 2, 3, 40)
     weight, bias = torch.randn(30, 40).t().contiguous().t(), torch.randn(60)[::2]
@@ -98,7 +121,7 @@ def test_nan_and_infinity_stay_in_their_row(backend):
 def served(call):
     with launches() as launched:
         call()
-    return launched == ["cpu"]
+    return "cpu" in launched
 
 
 def test_who_wants_a_gradient_has_pytorch_s_product(cpu_backend):
@@ -120,6 +143,7 @@ def test_who_wants_a_gradient_has_pytorch_s_product(cpu_backend):
 def test_what_else_is_not_the_kernel_s(cpu_backend):
     x, weight, _ = draw(FEW, 5, 8, torch.float32)
     many = torch.cat([x, x[:1]])
+    assert served(lambda: kernels.linear(x, weight))
     assert not served(lambda: kernels.linear(many, weight))
     assert not served(lambda: kernels.linear(x[:0], weight))
     assert kernels.linear(x[:0], weight).shape == (0, 5)

@@ -30,6 +30,13 @@ def texts(model, prompts, n, sampling=GREEDY, **kwargs):
     return [[t for t in row if t >= 0] for row in zip(*steps, strict=True)]
 
 
+def runs_of(model):
+    """A list that grows by the (B, T) of every run of the model."""
+    shapes, hidden = [], model.hidden
+    model.hidden = lambda ids, *cache: shapes.append(tuple(ids.shape)) or hidden(ids, *cache)
+    return shapes
+
+
 # ---- the cache
 
 
@@ -90,6 +97,47 @@ def test_a_cache_reads_nothing_beyond_a_sequence(backend):
     assert bits_equal(*results)
 
 
+def test_past_tokens_are_computed_once():
+    """The prompts, then a token of each; what fits no more is the last block_size tokens."""
+    model = model_in(fast=True)
+    shapes = runs_of(model)
+    with kernels.use("reference"):
+        texts(model, [[1, 2, 3], [4] * 45], 6)
+    assert shapes == [(2, 45), *[(2, 1)] * 3, *[(2, 48)] * 2]
+
+
+def test_a_prefill_has_no_more_than_chunk_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", 8)
+    model = model_in(fast=True)
+    shapes = runs_of(model)
+    with kernels.use("reference"):
+        texts(model, PROMPTS, 1)
+    assert shapes == [(3, 2), (3, 2), (3, 2), (3, 1)]
+
+
+@pytest.mark.usefixtures("without_the_interpreter")
+def test_under_autocast_the_cache_is_of_its_dtype():
+    model, rows = model_in(fast=True).eval(), Rows(PROMPTS, torch.device(DEVICE))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        cached = Cached(model, rows, 12)
+        assert cached.cache.kv.dtype == torch.bfloat16 and cached.layers is None
+        for _ in range(2):
+            want = generation.recomputed(model, rows)
+            assert (cached.logits() - want).abs().max() < 0.05 * want.std()
+            rows.append(torch.tensor([7, 8, 9], device=DEVICE), [True] * 3)
+
+
+def test_rows_that_have_ended_grow_no_more():
+    rows = Rows([[1, 2], [3]], torch.device("cpu"))
+    for token, growing in ((4, [True, True]), (5, [False, True]), (6, [False, True])):
+        rows.append(torch.tensor([token, token]), growing)
+    assert rows.counts == rows.lengths.tolist() == [3, 4]
+    assert rows.ids[0, :3].tolist() == [1, 2, 4] and rows.ids[1, :4].tolist() == [3, 4, 5, 6]
+    assert rows.last().tolist() == [[4], [6]]
+    ids, lengths = rows.window(3)
+    assert ids.tolist() == [[1, 2, 4], [4, 5, 6]] and lengths.tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["whole", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_all_blocks_as_one_call_have_the_bits_of_the_blocks(dtype, int8, cpu_backend, monkeypatch):
@@ -133,12 +181,18 @@ def test_what_is_not_a_gpt_2_is_named():
         ),
         ({"lengths": torch.tensor([8])}, r"lengths must lie in \[0, 8\), got 8"),
         ({"lengths": torch.tensor([0, 1])}, r"lengths must be \(1,\) int64"),
+        ({"lengths": torch.tensor([0], dtype=torch.int32)}, r"lengths must be \(1,\) int64"),
+        ({"kv": torch.zeros(2, 1, 8, 2, 16, 2).mT}, "kv must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             layers(**({"x": torch.ones(1, 32), "kv": kv, "lengths": lengths} | change))
     model.transformer["h"][1].mlp.c_fc.bias.data = torch.ones(3)
     with pytest.raises(ValueError, match=r"layers\[1\].fc must have a weight \(128, 32\)"):
         layers_of(model)
+    mixed = quantize_int8(model_in())
+    mixed.transformer["h"][0].attn.c_proj = model_in().transformer["h"][0].attn.c_proj
+    with pytest.raises(ValueError, match="layers must be int8 as a whole or not at all"):
+        layers_of(mixed)
     assert layers_of(model_in(), B=9) is None, "more sequences than a few"
     with pytest.raises(ValueError, match="T must be 1 to block_size=48 tokens, got 49"):
         Cache(SMALL, 1, 49)
@@ -209,6 +263,7 @@ def test_compiled_model_trains_evaluates_and_samples_without_recompiling_per_len
 # ---- sampling
 
 
+@pytest.mark.usefixtures("without_the_interpreter")
 def test_a_text_depends_on_its_prompt_and_seed_alone():
     model = model_in(fast=True)
     hot = Sampling(temperature=2.0, top_k=50)
@@ -224,6 +279,7 @@ def test_a_text_depends_on_its_prompt_and_seed_alone():
     assert texts(model, PROMPTS, 20, hot) == first
 
 
+@pytest.mark.usefixtures("without_the_interpreter")
 def test_stop_ends_a_row_and_then_the_stream():
     model = model_in(fast=True)
     free = texts(model, PROMPTS, 30)
@@ -256,6 +312,10 @@ def test_sampling_cuts():
     assert frequencies(top_k=2, top_p=0.7) == near([1 / 3, 2 / 3, 0, 0])
     assert frequencies(temperature=0.5) == near([0.181, 0.725, 0.029, 0.065])
     assert frequencies(temperature=0.0) == [0, 1, 0, 0]
+    equal = torch.zeros(20000, 2)
+    assert Sampling(top_p=0.5).pick(equal, uniform).unique().numel() == 1, "half is enough"
+    uncut, whole = (how.pick(logits, uniform) for how in (Sampling(), Sampling(top_k=4)))
+    assert torch.equal(uncut, whole), "what leaves all tokens changes no choice"
 
 
 def test_the_ends_of_the_unit_interval():
@@ -275,6 +335,7 @@ def test_each_row_has_numbers_of_its_own():
     assert bits_equal(draws[:, 0], draws[:, 2]) and not bits_equal(draws[:, 0], draws[:, 1])
     assert draws.min() >= 0 and draws.max() < 1 and draws[:, 0].unique().numel() > 590
     assert seeds_of([[1], [2], [1], [1]], 7) == [7, 7, 8, 9]
+    assert seeds_of([[1], [1]], 2**63 - 1) == [2**63 - 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -289,6 +350,10 @@ def test_each_row_has_numbers_of_its_own():
         ({"idx": torch.zeros(1, 0).long()}, "T >= 1"),
         ({"idx": torch.tensor([[65]])}, "prompts must hold ids from 0 to 64, got 65"),
         ({"seed": -1}, "seed must be at least 0 and below"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
+        ({"temperature": math.inf}, "temperature must be finite and at least 0, got inf"),
+        ({"idx": torch.tensor([[0, 65]])}, "prompts must hold ids from 0 to 64, got 65"),
+        ({"idx": torch.tensor([[-1, 0]])}, "prompts must hold ids from 0 to 64, got -1"),
     ],
 )
 def test_bad_sampling_arguments_are_named(kwargs, message):
@@ -313,6 +378,7 @@ def test_int8_model_is_near_and_keeps_its_scales():
     with torch.no_grad():
         whole, loss = model(idx, idx)
         quantize_int8(model)
+        assert not any(p.requires_grad for p in model.parameters())
         for fast in (True, False):
             model.fast = fast
             logits, loss8 = model(idx, idx)

@@ -1,5 +1,5 @@
-"""The suite still notices each of the bugs in mutants.py, mutants_rows.py and mutants_attention.py,
-planted one at a time in a copy of the package.
+"""The suite still notices each of the bugs in mutants.py, and in csrc those of mutants_rows.py,
+mutants_attention.py and mutants_gemv.py, planted one at a time in a copy of the package.
 
 Always in the interpreter: a GPU would not notice most stray accesses. Every copy gets a process of
 its own, forked from one that has imported torch already, which is most of what a small test costs.
@@ -19,6 +19,7 @@ import pytest
 import torch
 from mutants import MUTANTS
 from mutants_attention import ATTENTION_MUTANTS
+from mutants_gemv import BLOCK_MUTANTS, GEMV_MUTANTS
 from mutants_rows import ROW_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,16 +124,25 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def compile_csrc(copy, part, isa, dtypes, operators=()):
-    """A library of the copy's csrc with one part, rows or attention, of one instruction set and the
-    kernels for these dtypes; other entries of the tables, most of the time that compiling takes,
-    are null. The operators are compiled, too, unless their object files are given."""
+# The entries of table.h that a part's tests need: others are null, most of the time that compiling
+# takes.
+PARTS = {
+    "rows": "gelu|bias_gelu|layer_norm|cross_entropy",
+    "attention": "attention",
+    "gemv": "gemv",
+    "blocks": "gemv|attention_fwd|attention_decode|layer_norm_fwd|gelu_fwd|bias_gelu_fwd",
+}
+OPERATORS = ("cpu/library.cpp", "ops.cpp", "ops_attention.cpp", "cpu/ops_gemv.cpp",
+             "cpu/ops_decode.cpp")  # fmt: skip
+AS_OPERATOR = ("-O0",) if HAS_AVX512 else ("-O0", "-DGPT2_KERNELS_EMULATED")
+
+
+def compile_kernels(csrc, part, isa, *dtypes):
+    """The object files, by source, of one part, of one instruction set and for these dtypes."""
     from gpt2.kernels import _build  # not above: a child imports the copy's
 
-    csrc = copy / "csrc"
     table = csrc / "cpu/table.h"
-    others = "(?!attention)" if part == "attention" else "attention"
-    text = re.sub(rf"(\.{others}\w+) = [^\n]*,", r"\1 = nullptr,", table.read_text())
+    text = re.sub(rf"\.(?!{PARTS[part]})(\w+) = [^\n]*,", r".\1 = nullptr,", table.read_text())
     table.write_text(text)
     stub = "const Kernels& kernels_{}() {{ static constexpr Kernels none = {{}}; return none; }}\n"
     lines = "".join(stub.format(name) for name in ISAS if name != isa)
@@ -141,17 +151,17 @@ def compile_csrc(copy, part, isa, dtypes, operators=()):
     keep = "|".join(dtypes)
     text = re.sub(rf"&ops<[\w<>]+, (?!{keep})\w+>", "nullptr", (csrc / source).read_text())
     (csrc / source).write_text(text)
-    jobs = {"none.cpp": ("-O0",), source: ("-O1", *_build._SOURCES[source])}
-    if not operators:
-        jobs |= dict.fromkeys(OPERATORS, ("-O0",))
 
     emulated = not HAS_AVX512 and isa.startswith("avx512")
     compiler = [str(ROOT / "tests/avx512/c++")] if emulated else _build.find_compiler()
-    objects = [*compile_all(csrc, compiler, jobs), *operators]
-    torch_cpu = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
-    link = ["-shared", *map(str, objects), *torch_cpu, "-o", "part.so"]
-    subprocess.run([compiler[0], *link], cwd=csrc, check=True)
-    return csrc / "part.so"
+    jobs = {"none.cpp": ("-O0",), source: ("-O1", *_build._SOURCES[source])}
+    return compile_all(csrc, compiler, jobs)
+
+
+def compile_operators(csrc, sources):
+    from gpt2.kernels import _build
+
+    return compile_all(csrc, _build.find_compiler(), dict.fromkeys(sources, AS_OPERATOR))
 
 
 def compile_all(csrc, compiler, jobs):
@@ -163,26 +173,47 @@ def compile_all(csrc, compiler, jobs):
         command = [*compiler, *_build._COMPILE, "-w", "-isystem", include, *own]
         output = ["-c", source, "-o", f"{Path(source).stem}.o"]
         subprocess.run([*command, *output], cwd=csrc, check=True)
-    return [csrc / f"{Path(source).stem}.o" for source in jobs]
+    return {source: csrc / f"{Path(source).stem}.o" for source in jobs}
 
 
-OPERATORS = ("cpu/library.cpp", "ops.cpp", "ops_attention.cpp")
+def link(csrc, objects):
+    from gpt2.kernels import _build
+
+    torch_cpu = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
+    command = ["-shared", *map(str, objects), *torch_cpu, "-o", "part.so"]
+    subprocess.run([_build.find_compiler()[0], *command], cwd=csrc, check=True)
+    return csrc / "part.so"
 
 
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """The operators as they are, compiled: most mutants share them."""
-    from gpt2.kernels import _build
-
     csrc = tmp_path_factory.mktemp("operators") / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    flags = ("-O0",) if HAS_AVX512 else ("-O0", "-DGPT2_KERNELS_EMULATED")
-    return compile_all(csrc, _build.find_compiler(), dict.fromkeys(OPERATORS, flags))
+    return compile_operators(csrc, OPERATORS)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """compile_kernels of csrc as it is: the mutants of operators share them."""
+
+    @functools.cache
+    def compiled(*args):
+        csrc = tmp_path_factory.mktemp("kernels") / "csrc"
+        shutil.copytree(ROOT / "csrc", csrc)
+        return compile_kernels(csrc, *args)
+
+    return compiled
 
 
 CSRC_MUTANTS = [
     pytest.param(part, mutant, id=mutant.name)
-    for part, mutants in {"rows": ROW_MUTANTS, "attention": ATTENTION_MUTANTS}.items()
+    for part, mutants in {
+        "rows": ROW_MUTANTS,
+        "attention": ATTENTION_MUTANTS,
+        "gemv": GEMV_MUTANTS,
+        "blocks": BLOCK_MUTANTS,
+    }.items()
     for mutant in mutants
 ]
 NAMES = {"fp32": "float", "bf16": "bf16", "fp16": "f16"}  # as csrc has them
@@ -191,13 +222,17 @@ NAMES = {"fp32": "float", "bf16": "bf16", "fp16": "f16"}  # as csrc has them
 @pytest.mark.full
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("part, mutant", CSRC_MUTANTS)
-def test_killed_in_csrc(part, mutant, copy, operators, monkeypatch):
+def test_killed_in_csrc(part, mutant, copy, operators, kernels, monkeypatch):
     """That its test passes without it is seen where the test itself runs."""
     plant(mutant, copy)
+    csrc, source = copy / "csrc", mutant.file.removeprefix("csrc/")
     isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by)[1]
     dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
-    shared = () if "ops" in mutant.file else operators
-    library = compile_csrc(copy, part, isa, dtypes, shared)
+    if source in OPERATORS:
+        changed = compile_operators(csrc, [source]) | kernels(part, isa, *dtypes)
+    else:
+        changed = compile_kernels(csrc, part, isa, *dtypes)
+    library = link(csrc, (operators | changed).values())
     load = functools.partial(load_cpu_kernels, library)
     status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, load)
     assert_killed(mutant, status, log)

@@ -56,10 +56,12 @@ def written(tokenizer, n=99, prompts=("x",), **kwargs):
 
 def test_text_streams_in_whole_characters(scripted):
     ids = [*"né 😀".encode(), 0xF0, 0x9F]
-    scripted([[ids]])
+    scripted([[ids], [ids]])
     *pieces, end = written(byte(), len(ids))
     assert pieces == ["n", "é", " ", "😀", "\ufffd"]
     assert end == Completion("x", "né 😀\ufffd", len(ids), "length")
+    *_, end = written(byte(), len(ids), stop=["\ufffd"])
+    assert end == Completion("x", "né 😀", len(ids), "stop")
 
 
 def test_text_ends_with_its_document(scripted):
@@ -82,6 +84,7 @@ STOPS = {
     "not it after all": ("abab", ["ac"], ["ab", "ab"], "abab", 4),
     "a beginning in itself": ("aaab", ["aab"], ["a"], "a", 4),
     "the first of several": ("abcd", ["cd", "b"], ["a"], "a", 2),
+    "the one that begins first": ("xab", ["b", "ab"], ["x"], "x", 3),
     "never": ("abc", ["x"], ["a", "b", "c"], "abc", 3),
     "at once": ("abc", ["a"], [], "", 1),
     "held to the end": ("ab", ["bc"], ["a", "b"], "ab", 2),
@@ -177,6 +180,28 @@ def test_speed_counts_steps_between_the_first_and_the_last():
     seen = sum((2 + n) + (1 + n) + (1 + n) for n in (1, 2, 3))
     assert speed.bytes == 6 * matrices + cache * seen
     assert speed.seconds > 0 and str(speed).startswith("9 tokens, ")
+    rows = (2 * 9 * 16 + 256) * (64 + 4)  # of 64 numbers and a scale
+    rest = 4 * (2 * 13 * 16 + 2 * 16)
+    int8 = quantize.quantize_int8(model)
+    assert generation.step_bytes(int8, [3, 4]) == rows + rest + cache * 7
+
+
+def test_speed_leaves_out_texts_that_have_ended_and_the_time_of_others(scripted, monkeypatch):
+    scripted([[b"a\n", b"xyz"]])
+    clock, steps = [0], generation.tokens
+
+    def tokens(*args, **kwargs):
+        for step in steps(*args, **kwargs):
+            clock[0] += 1
+            yield step
+
+    monkeypatch.setattr(generation, "tokens", tokens)
+    monkeypatch.setattr(generation, "step_bytes", lambda model, lengths: sum(lengths))
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: clock[0])
+    speed = sampling.Speed()
+    for _ in complete(None, byte(), ["1", "22"], 3, stop=["\n"], speed=speed):
+        clock[0] += 100
+    assert speed == sampling.Speed(steps=2, tokens=3, seconds=2, bytes=(1 + 1) + (2 + 1) + (2 + 2))
 
 
 # ---- prompts

@@ -1,0 +1,221 @@
+"""Bugs to plant in csrc's kernels for decoding, as mutants.py plants its own: tests/test_mutants.py
+compiles each copy, with the instruction set and the dtype that its test asks for.
+
+Not in the list: threads whose shares overlap, since both write the same.
+"""
+
+from mutants import Mutant
+
+GEMV_H = "csrc/cpu/gemv.h"
+VEC_H = "csrc/cpu/vec.h"
+AVX2_H = "csrc/cpu/vec_avx2.h"
+OPS_GEMV_CPP = "csrc/cpu/ops_gemv.cpp"
+OPS_DECODE_CPP = "csrc/cpu/ops_decode.cpp"
+
+FEW = "test_few_rows.py::test_a_few_rows[cpu-{}]"
+BLOCKS = "test_generation.py::test_all_blocks_as_one_call_have_the_bits_of_the_blocks[cpu-avx2-{}]"
+
+GEMV_MUTANTS = [
+    # sums over K
+    Mutant(
+        "every second vector of k", GEMV_H,
+        "(sum[i][j][0] + sum[i][j][1]).sum()", "sum[i][j][0].sum()",
+        FEW.format("avx2-whole-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "what is left of a row dropped", GEMV_H,
+        "k < ld; k += V::W, chain ^= 1", "k + V::W <= ld; k += V::W, chain ^= 1",
+        FEW.format("avx2-whole-bias-M1-N4-K7-fp32"),
+    ),
+    Mutant(
+        "tail of a row loaded unmasked", GEMV_H,
+        "V::load(w_n + j * step * ld + k, ld - k)", "V::load(w_n + j * step * ld + k)",
+        FEW.format("avx2-whole-bias-M1-N4-K7-fp32"),
+    ),
+    Mutant(
+        "tail of x loaded unmasked", GEMV_H,
+        "V::load(from + k, p.K - k).store(", "V::load(from + k).store(",
+        FEW.format("avx2-int8-bias-M1-N4-K7-fp32"),
+    ),
+    Mutant(
+        "a block of 64 left to the tail", GEMV_H,
+        "for (; k + kBlock <= ld; k += kBlock) {", "for (; k + kBlock < ld; k += kBlock) {",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "sums rounded to the model's dtype", GEMV_H,
+        "        to = fma(V::load(x_k + i * padded() + J * V::W), w, to);\n",
+        "        T rounded[V::W];\n"
+        "        fma(V::load(x_k + i * padded() + J * V::W), w, to).store(rounded);\n"
+        "        to = V::load(rounded);\n",
+        "test_few_rows.py::test_bf16_is_summed_in_float32[cpu-avx2]",
+    ),
+    # int8
+    Mutant(
+        "rows as long as x's features", GEMV_H,
+        "F::kPacked ? padded : p.K,", "p.K,",
+        FEW.format("avx2-int8-bias-M1-N9-K100-fp32"),
+    ),
+    Mutant(
+        "one scale for all rows", GEMV_H,
+        "sum *= S(p.scale[n]);", "sum *= S(p.scale[0]);",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "a bias that is scaled", GEMV_H,
+        "    if (p.scale) sum *= S(p.scale[n]);\n    if (bias) sum += S(widen(bias[n]));\n",
+        "    if (bias) sum += S(widen(bias[n]));\n    if (p.scale) sum *= S(p.scale[n]);\n",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "bytes without their signs", AVX2_H,
+        "_mm256_srai_epi32(_mm256_slli_epi32(words,", "_mm256_srli_epi32(_mm256_slli_epi32(words,",
+        FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "bytes from the top of their words", AVX2_H,
+        "24 - J / 2 * 8", "J / 2 * 8",
+        FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "bytes in the order of their numbers", VEC_H,
+        "block[J % 16 * 4 + J / 16]", "block[J]",
+        FEW.format("scalar-int8-alone-M1-N4-K64-fp32"),
+    ),
+    # rows of x and of the weight
+    Mutant(
+        "bias left out", GEMV_H,
+        "if (bias) sum += S(widen(bias[n]));", "",
+        FEW.format("avx2-whole-bias-M1-N4-K7-fp32"),
+    ),
+    Mutant(
+        "y transposed", GEMV_H,
+        "y[m * p.N + n]", "y[n * p.M + m]",
+        FEW.format("avx2-whole-bias-M3-N9-K7-fp32"),
+    ),
+    Mutant(
+        "streams one row apart", GEMV_H,
+        "rows<kStreams>(n + i, part);", "rows<kStreams>(n + i, 1);",
+        FEW.format("avx2-whole-bias-M1-N9-K7-fp32"),
+    ),
+    Mutant(
+        "rows that are no multiple of the streams", GEMV_H,
+        "for (n += part * kStreams; n < end; ++n) rows<1>(n, 0);", "",
+        FEW.format("avx2-whole-bias-M1-N9-K7-fp32"),
+    ),
+    Mutant(
+        "each thread's last row", GEMV_H,
+        "f.share(n, end);", "f.share(n, end - 1);",
+        FEW.format("avx2-whole-bias-M1-N9-K7-fp32"),
+    ),
+    Mutant(
+        "a tile's second row is its first", GEMV_H,
+        "fma(V::load(x_k + i * padded() + J * V::W), w, to)",
+        "fma(V::load(x_k + J * V::W), w, to)",
+        FEW.format("avx512-whole-bias-M2-N4-K64-fp32"),
+    ),
+    Mutant(
+        "an odd last row of x", GEMV_H,
+        "    for (; m < p.M; ++m) tile<1, N>(m, n, step);\n", "",
+        FEW.format("avx512-whole-bias-M3-N4-K64-fp32"),
+    ),
+    # the way to the kernel
+    Mutant(
+        "a transposed weight read as it lies", OPS_GEMV_CPP,
+        "weight = as_contiguous(weight_);", "weight = weight_;",
+        "test_few_rows.py::test_views_are_read_as_they_are[cpu-avx2]",
+    ),
+    Mutant(
+        "every second bias read as all", OPS_GEMV_CPP,
+        "bias_ ? as_contiguous(*bias_) : x", "bias_ ? *bias_ : x",
+        "test_few_rows.py::test_views_are_read_as_they_are[cpu-avx2]",
+    ),
+    Mutant(
+        "numbers without their scale", OPS_GEMV_CPP,
+        "scale_ ? scale.const_data_ptr<float>() : nullptr", "nullptr",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+]  # fmt: skip
+
+BLOCK_MUTANTS = [
+    # weights
+    Mutant(
+        "the first layer's weights in all", OPS_DECODE_CPP,
+        "params[layer * kParams + i]", "params[i]",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "the first layer's scales in all", OPS_DECODE_CPP,
+        "scales[layer * 4 + linear]", "scales[linear]",
+        BLOCKS.format("fp32-int8"),
+    ),
+    Mutant(
+        "the bias before the GELU added twice", OPS_DECODE_CPP,
+        "weight == kFc ? nullptr : param", "weight < 0 ? nullptr : param",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "the first norm twice", OPS_DECODE_CPP,
+        "param(layer, kNorm2), param(layer, kNorm2Bias)",
+        "param(layer, kNorm1), param(layer, kNorm1Bias)",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "an eps of its own", OPS_DECODE_CPP,
+        "bias.const_data_ptr(), eps, h", "bias.const_data_ptr(), 2 * eps, h",
+        BLOCKS.format("fp32-whole"),
+    ),
+    # the sum that runs through the blocks
+    Mutant(
+        "a sum that does not grow", OPS_DECODE_CPP,
+        "      std::swap(s, next_s);\n", "",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "a sum without the embedded tokens", OPS_DECODE_CPP,
+        "memcpy(s.mutable_data_ptr(), from.const_data_ptr(), B * C * x.element_size());",
+        "memset(s.mutable_data_ptr(), 0, B * C * x.element_size());",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "the last norm of the last product alone", OPS_DECODE_CPP,
+        "norm, norm_bias, layers == 0);", "norm, norm_bias, true);",
+        BLOCKS.format("fp32-whole"),
+    ),
+    # the cache
+    Mutant(
+        "a token at the place after its own", OPS_DECODE_CPP,
+        "(b * T + lengths[b]) * row", "(b * T + lengths[b] + 1) * row",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "every token at the first one's place", OPS_DECODE_CPP,
+        "(b * T + lengths[b]) * row", "(b * T + lengths[0]) * row",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "one layer's cache for all", OPS_DECODE_CPP,
+        "kv.mutable_data_ptr()) + layer * B * T * row", "kv.mutable_data_ptr())",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "q and k kept for k and v", OPS_DECODE_CPP,
+        "from + (3 * b + 1) * C * size, row", "from + 3 * b * C * size, row",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "keys for values", OPS_DECODE_CPP,
+        ".v = {cache + C * size,", ".v = {cache,",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "a token does not see itself", OPS_DECODE_CPP,
+        "= lengths[b] + 1;", "= lengths[b];",
+        BLOCKS.format("fp32-whole"),
+    ),
+    Mutant(
+        "scores scaled as of one head", OPS_DECODE_CPP,
+        "1 / sqrt(double(D))", "1 / sqrt(double(C))",
+        BLOCKS.format("fp32-whole"),
+    ),
+]  # fmt: skip
