@@ -6,8 +6,8 @@
 Shapes are BxP: sequences, and tokens of the prompt of each. All models have the same random weights
 and choose greedily. Two passes are timed: prefill, from the prompt to its first token; and decode,
 a step that gives every sequence one more, from the whole calls: (time of 33 tokens - time of 1) /
-32. A step is given as a share of what reading the weights and the cache once would take; bytes per
-second are measured on sums of a large tensor, in the same run.
+32. A step is given as a share of what reading the weights and the cache once would take, at the
+best rate at which the same run reads a large tensor.
 
 generate_int8 is the same model with int8 weights, beside its own whole ones and CTranslate2's int8.
 plain has no cache; compiled is transformers with a static cache and torch.compile.

@@ -249,7 +249,7 @@ def run(
                 record.limits[dtype] = limits(clock, DTYPES[dtype], options.quick)
             limit = record.limits[dtype]
             copy, read, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
-            print(f"limits, {dtype}: copy {copy}, sum {read}, matrix product {product}")
+            print(f"limits, {dtype}: copy {copy}, reading {read}, matrix product {product}")
             for measured, shape in itertools.product(cases, options.shapes):
                 case = measured(shape, DTYPES[dtype], clock, limit, record, **extra)
                 if case is not None:  # not asked for

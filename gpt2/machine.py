@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from . import kernels
 from .errors import InputError
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
@@ -85,7 +86,11 @@ def _best(compute: Callable[[], object]) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that device reads from its memory, measured here, in a moment: on sums of
-    more numbers than its caches hold."""
+    """Bytes per second that device reads from its memory, measured here, in a moment: the best of a
+    sum and a matrix times a vector, of more numbers than its caches hold."""
     numbers = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    return numbers.nbytes / _best(lambda: numbers.sum().item())
+    matrix, vector = numbers.view(-1, 1024), torch.ones(1, 1024, device=device)
+    seconds = _best(lambda: numbers.sum().item())
+    with torch.no_grad():
+        multiplied = _best(lambda: kernels.linear(vector, matrix)[0, 0].item())
+    return numbers.nbytes / min(seconds, multiplied)
