@@ -5,9 +5,9 @@
 
 Shapes are BxP: sequences, and tokens of the prompt of each. All models have the same random weights
 and choose greedily. Two passes are timed: prefill, from the prompt to its first token; and decode,
-a step that gives every sequence one more, from the whole calls: (time of 33 tokens - time of 1) /
-32. A step is given as a share of what reading the weights and the cache once would take, at the
-best rate at which the same run reads a large tensor.
+a step that gives every sequence one more, from whole calls: with --tokens N, (time of N tokens -
+time of 1) / (N - 1). A step is given as a share of what reading the weights and the cache once
+would take, at the best rate at which the same run reads a large tensor.
 
 generate_int8 is the same model with int8 weights, beside its own whole ones and CTranslate2's int8.
 plain has no cache; compiled is transformers with a static cache and torch.compile.
@@ -16,6 +16,7 @@ What a contender chose is checked with the plain model in float32, over its own 
 be short of the likeliest by no more than rounding explains.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib.util
@@ -37,7 +38,6 @@ from gpt2.quantize import quantize_int8
 
 DIMS = "BxP"
 SHAPES = {"cpu": "1x16,1x512,8x16", "cuda": "1x16,1x512,8x16,8x512,64x16,64x512"}
-NEW = 33  # tokens of a timed call
 CHECKED = 2  # sequences
 PREFILL, DECODE = "prefill", "decode"
 WHOLE = ["fast", "plain", "transformers", "transformers-static", "compiled", "ctranslate2"]
@@ -172,6 +172,7 @@ def measure(
     limit: dict,
     record: Record,
     chosen: list[str],
+    tokens: int,
 ) -> Case | None:
     """Every contender at one shape: its choices checked, then both passes timed."""
     if name not in chosen:
@@ -196,10 +197,10 @@ def measure(
             truth.append(Model(config).to(device).eval())
             truth[0].load_state_dict(plain.state_dict())
         run = contender.call()
-        tokens = run(prompts, NEW)
-        if tokens.shape != (shape.B, NEW):
-            raise Wrong(f"gave {tuple(tokens.shape)} tokens, not {(shape.B, NEW)}")
-        short, largest = shortfall(truth[0], prompts, tokens)
+        found = run(prompts, tokens)
+        if found.shape != (shape.B, tokens):
+            raise Wrong(f"gave {tuple(found.shape)} tokens, not {(shape.B, tokens)}")
+        short, largest = shortfall(truth[0], prompts, found)
         rounding = torch.bfloat16 if "int8" in contender.name else dtype
         if not short <= 16 * torch.finfo(rounding).eps * largest:
             raise Wrong(f"a token was {short:.2e} below the likeliest")
@@ -212,7 +213,7 @@ def measure(
                 (c, n): (lambda c=c: runs[c](prompts, n), contextlib.nullcontext) for c in group
             }
 
-        times = clock(calls(1) | (calls(NEW) if step == DECODE else {}))
+        times = clock(calls(1) | (calls(tokens) if step == DECODE else {}))
         found = {}
         for c in group:
             first = times[c, 1]
@@ -222,11 +223,13 @@ def measure(
                 }
             else:
                 ms = {
-                    key: (value - first["median_ms"]) / (NEW - 1)
-                    for key, value in times[c, NEW].items()
+                    key: (value - first["median_ms"]) / (tokens - 1)
+                    for key, value in times[c, tokens].items()
                 }
                 found[c] = ms | {"details": {"tokens_per_s": per_second(shape.B, ms)}}
-            found[c]["peak_memory_bytes"] = peak_memory(lambda c=c: runs[c](prompts, NEW), device)
+            found[c]["peak_memory_bytes"] = peak_memory(
+                lambda c=c: runs[c](prompts, tokens), device
+            )
             if step == DECODE and device.type == "cuda":
                 runs.pop(c)
         return found
@@ -234,7 +237,7 @@ def measure(
     def work(step, contender):
         if step == PREFILL:
             return Work(plain.flops_per_token(shape.P) / 3 * shape.B * shape.P, FLOP)
-        lengths = [shape.P + NEW // 2] * shape.B
+        lengths = [shape.P + tokens // 2] * shape.B
         return Work(bytes_of_a_step(config, contender.name, dtype, lengths), READ)
 
     contest(record, case, wanted, clock, limit, work, check, timed)
@@ -259,11 +262,18 @@ def bytes_of_a_step(config: Config, name: str, dtype: torch.dtype, lengths: list
 
 
 def more(parser) -> None:
+    parser.add_argument("--tokens", type=at_least_2, default=33, metavar="N", help="default: 33")
     parser.add_argument(
         "--models", type=lambda text: text.split(","), dest="chosen", metavar="NAME,...",
         default=["gpt2"] if not torch.cuda.is_available() else ["gpt2", "gpt2-xl"],
         help="gpt2, gpt2-xl [default: both on a GPU, gpt2 on a CPU]",
     )  # fmt: skip
+
+
+def at_least_2(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 1")
+    return int(text)
 
 
 CASES = [
@@ -274,4 +284,4 @@ CASES = [
 
 if __name__ == "__main__":
     sys.exit(harness.run("generate", CASES, BACKENDS, PEERS, doc=__doc__, dims=DIMS, shapes=SHAPES,
-                         more=more, own=("chosen",)))  # fmt: skip
+                         more=more, own=("chosen", "tokens")))  # fmt: skip

@@ -25,16 +25,26 @@ TINY = Config(block_size=32, vocab_size=65, n_layer=2, n_head=2, n_embd=64)
 def tiny(monkeypatch):
     """The script, with a model that takes no time."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(generate, "NEW", 4)
     monkeypatch.setattr(generate.Config, "named", staticmethod(lambda name: TINY))
 
 
 def bench(tmp_path, *more):
     path = tmp_path / "out.json"
-    argv = ["--device", "cpu", "--quick", "--shapes", "2x5", "--json", str(path), *more]
+    argv = [
+        "--tokens",
+        "4",
+        "--device",
+        "cpu",
+        "--quick",
+        "--shapes",
+        "2x5",
+        "--json",
+        str(path),
+        *more,
+    ]
     code = harness.run("generate", generate.CASES, generate.BACKENDS, generate.PEERS, doc="",
                        dims=generate.DIMS, shapes=generate.SHAPES, argv=argv, more=generate.more,
-                       own=("chosen",))  # fmt: skip
+                       own=("chosen", "tokens"))  # fmt: skip
     rows = json.loads(path.read_text())["results"]
     return code, {(r["op"], r["contender"], r["step"]): r for r in rows}
 
@@ -92,7 +102,7 @@ def test_a_step_is_a_call_less_its_prompt(tiny):
     kept = record.Record(None, "generate", {}, only={"backend": ["fast"], "peer": []})
     limit = {"GB/s read": 1.0, "GFLOP/s": 1.0}
     shape = SimpleNamespace(B=2, P=5)
-    generate.CASES[0](shape, torch.float32, clock, limit, kept, chosen=["gpt2"])
+    generate.CASES[0](shape, torch.float32, clock, limit, kept, chosen=["gpt2"], tokens=4)
     prefill, decode = kept.results
     assert (prefill.step, prefill.median_ms) == ("prefill", 10.0)
     assert (decode.step, decode.median_ms) == ("decode", 2.0) and calls == [[1], [1, 4]]
@@ -113,4 +123,4 @@ def test_bytes_of_a_step_are_those_of_the_model(dtype):
 def test_models_that_were_not_asked_for_are_not_made(monkeypatch):
     monkeypatch.setattr(generate, "Model", None)
     for case in generate.CASES:
-        assert case(None, None, None, None, None, chosen=["none"]) is None
+        assert case(None, None, None, None, None, chosen=["none"], tokens=4) is None
