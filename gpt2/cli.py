@@ -134,6 +134,9 @@ def _sample(flags: argparse.Namespace) -> None:
     _check(flags, "top_k", flags.top_k is None or flags.top_k >= 1, "at least 1")
     _check(flags, "top_p", flags.top_p is None or 0 < flags.top_p <= 1, "above 0 and at most 1")
     _check(flags, "seed", flags.seed is None or 0 <= flags.seed < 2**63, "at least 0, below 2**63")
+    # A step of decoding is a hundred loops that threads share. Not to spin between them at all made
+    # it half as fast (two EPYC cores); so long, it is two thirds as fast where others want a core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     from . import sampling
 
     prompts = [flags.prompt] if flags.prompts is None else sampling.read_prompts(flags.prompts)
