@@ -69,12 +69,18 @@ GEMV_MUTANTS = [
     ),
     Mutant(
         "bytes without their signs", AVX2_H,
-        "_mm256_srai_epi32(_mm256_slli_epi32(words,", "_mm256_srli_epi32(_mm256_slli_epi32(words,",
+        "_mm256_shuffle_epi8(words, from)",
+        "_mm256_and_si256(_mm256_shuffle_epi8(words, from), _mm256_set1_epi32(0x7fffffff))",
         FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
     ),
     Mutant(
         "bytes from the top of their words", AVX2_H,
-        "24 - J / 2 * 8", "J / 2 * 8",
+        "J / 2 << 24", "(3 - J / 2) << 24",
+        FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "x not in the units of the bytes", GEMV_H,
+        "F::kPacked ? 1 / V::kPackedUnit : 1", "1",
         FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
     ),
     Mutant(

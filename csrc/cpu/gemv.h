@@ -111,7 +111,7 @@ struct FewRows {
   }
 };
 
-// wide (M, K rounded up to 64) S; y (M, N).
+// wide (M, K rounded up to 64) S, x in the units of W; y (M, N).
 template <class V, class T, class Weight>
 void gemv(const Gemv& p, const void* x, const void* weight, const void* bias, void* wide, void* y,
           const Threads& threads) {
@@ -125,10 +125,11 @@ void gemv(const Gemv& p, const void* x, const void* weight, const void* bias, vo
             static_cast<const Weight*>(weight),
             static_cast<const T*>(bias),
             static_cast<T*>(y)};
+  const V unit = V::set(F::kPacked ? 1 / V::kPackedUnit : 1);
   for (int64_t m = 0; m < p.M; ++m) {
     const T* from = static_cast<const T*>(x) + m * p.K;
     for (int64_t k = 0; k < padded; k += V::W)
-      V::load(from + k, p.K - k).store(to + m * padded + k);
+      (V::load(from + k, p.K - k) * unit).store(to + m * padded + k);
   }
   constexpr int64_t kGrainBytes = 1 << 16;  // less is done before another thread has woken up
   const int64_t grain = kGrainBytes / (f.ld * int64_t(sizeof(Weight)) + 1) + 1;

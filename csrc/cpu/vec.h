@@ -6,7 +6,8 @@
 //   V::scalar, V::W                  the lane's type and how many there are
 //   V::set(x)                        x in every lane
 //   V::load(p), V::load(p, n)        W elements of any storage type; the first n, zero in the rest
-//   V::packed<J>(block)              the J-th W of 64 int8, of which number 16 j + i is at 4 i + j
+//   V::packed<J>(block)              the J-th W of 64 int8, of which number 16 j + i is at 4 i + j,
+//   V::kPackedUnit                   as multiples of this, a power of two
 //   v.store(p), v.store(p, n)        rounded to the storage type, to nearest even; the first n
 //   alone
 //   + - * /, fma(a, b, c) = a b + c  max(a, b), min(a, b): b where a is NaN or b is
@@ -117,6 +118,7 @@ struct Vec {
   static GPT2_INLINE Vec load(const T* p, int64_t n) {
     return {n > 0 ? S(widen(*p)) : S(0)};
   }
+  static constexpr S kPackedUnit = 1;
   template <int J>
   static GPT2_INLINE Vec packed(const int8_t* block) {
     return {S(block[J % 16 * 4 + J / 16])};

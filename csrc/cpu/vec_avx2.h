@@ -40,11 +40,16 @@ struct Vec8 {
     return load(whole);
   }
 
-  // Scalar: block[4 i + J / 2], i = J % 2 * 8 + lane
+  // Scalar: block[4 i + J / 2], i = J % 2 * 8 + lane, on top of its word and with zeros below.
+  static constexpr float kPackedUnit = 0x1p24f;
   template <int J>
   static GPT2_INLINE Vec8 packed(const int8_t* block) {
+    constexpr int kZeros = 0x808080, kFrom = J / 2 << 24 | kZeros;
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + J % 2 * 32));
-    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 24 - J / 2 * 8), 24))};
+    const __m256i from =
+        _mm256_set_epi32(kFrom + 0x0c000000, kFrom + 0x08000000, kFrom + 0x04000000, kFrom,
+                         kFrom + 0x0c000000, kFrom + 0x08000000, kFrom + 0x04000000, kFrom);
+    return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(words, from))};
   }
 
   GPT2_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }

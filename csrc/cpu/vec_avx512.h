@@ -39,6 +39,7 @@ struct Vec16 {
   }
 
   // Scalar: block[4 lane + J]
+  static constexpr float kPackedUnit = 1;
   template <int J>
   static GPT2_INLINE Vec16 packed(const int8_t* block) {
     const __m512i words = _mm512_loadu_si512(block);
