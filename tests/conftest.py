@@ -181,6 +181,14 @@ def backend(request, monkeypatch):
         yield request.param.partition("-")[0]
 
 
+@pytest.fixture
+def slow_when_emulated(accelerated, request):
+    """What takes tens of seconds in an interpreter runs there with --full alone."""
+    if accelerated != "cpu" and not torch.cuda.is_available():
+        if not request.config.getoption("--full"):
+            pytest.skip("runs with --full")
+
+
 @pytest.fixture(params=[TRITON, CUDA, CPU])
 def accelerated(request, monkeypatch):
     """Every backend but the reference, where its instruction set does not matter."""

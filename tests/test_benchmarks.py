@@ -35,7 +35,7 @@ TINY = {
     "cross_entropy": "9x101x16",
     "decode_attention": "2x17x2x16",
 }
-SLOW = ("layer_norm", "gelu", "decode_attention")  # of what the others show
+SLOW = ("layer_norm", "gelu", "cross_entropy", "decode_attention")  # of what the others show
 ON_CPU = ["--device", "cpu", "--backends", "reference", "--quick"]
 
 
@@ -96,6 +96,7 @@ def test_script(script, tmp_path):
     assert {r["contender"] for r in rows if r["status"] == "ok"} >= {"reference", "eager"}
 
 
+@pytest.mark.full
 def test_compiled_peer(tmp_path):
     """torch.compile, where the machine has a C++ compiler: checked and timed like any other."""
     done = run(

@@ -57,7 +57,10 @@ def test_attention_of_gpt2(arch, tmp_path, capsys):
     check(rows, "attention")
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "gelu", "cross_entropy"])
+@pytest.mark.parametrize(
+    "op",
+    [pytest.param(op, marks=pytest.mark.full) for op in ("layer_norm", "gelu")] + ["cross_entropy"],
+)
 def test_row_kernels(op, tmp_path, capsys):
     rows = compiled(tmp_path, capsys, "--op", op, "--arch", "90", "--dtype", "bf16")
     check(rows, op)

@@ -260,6 +260,7 @@ def raw_calls():
 
 
 @pytest.mark.no_poison
+@pytest.mark.usefixtures("slow_when_emulated")
 @pytest.mark.filterwarnings("ignore")
 def test_raw_ops_pass_opcheck(accelerated):
     """Schema, fake implementation (shapes, strides, dtypes) and tracing of every raw op."""

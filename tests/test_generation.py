@@ -241,6 +241,7 @@ def test_generate_does_not_look_at_dropout():
     assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("slow_when_emulated")
 def test_compiled_model_trains_evaluates_and_samples_without_recompiling_per_length(accelerated):
     model = model_in(fast=True)
     compiled = torch.compile(model, backend="aot_eager")

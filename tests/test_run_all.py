@@ -187,6 +187,7 @@ def planned_scripts(*commands):
     return lambda *_: plan.Plan(none, none, lambda out, slug: list(benches(out, slug)))
 
 
+@pytest.mark.full
 def test_a_real_script(tmp_path, monkeypatch):
     """From the machine's description to the report, with nothing in between replaced."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -343,8 +343,12 @@ def test_a_second_signal_takes_its_usual_course(text, tmp_path, monkeypatch):
         time.sleep(1)
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    with pytest.raises(KeyboardInterrupt):
-        train(options(text, out=str(tmp_path / "a")))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(options(text, out=str(tmp_path / "a")))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_saves_too_and_the_command_says_how_to_go_on(text, tmp_path, monkeypatch, capsys):
