@@ -184,9 +184,9 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def slow_when_emulated(accelerated, request):
     """What takes tens of seconds in an interpreter runs there with --full alone."""
-    if accelerated != "cpu" and not torch.cuda.is_available():
-        if not request.config.getoption("--full"):
-            pytest.skip("runs with --full")
+    emulated = accelerated != "cpu" and not torch.cuda.is_available()
+    if emulated and not request.config.getoption("--full"):
+        pytest.skip("runs with --full")
 
 
 @pytest.fixture(params=[TRITON, CUDA, CPU])
