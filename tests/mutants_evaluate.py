@@ -4,7 +4,7 @@ from mutants import Mutant
 
 EVALUATE = "gpt2/evaluate.py"
 CHOICES = "gpt2/choices.py"
-CLI = "gpt2/cli.py"
+CLI = "gpt2/cli_model.py"
 DATA = "gpt2/data.py"
 HARNESS = "gpt2/harness.py"
 
