@@ -1,6 +1,5 @@
-"""Bugs to plant in what samples text, in its int8 weights and in decode_attention's Triton kernels,
-as mutants.py plants its own: tests/test_mutants_generation.py plants them. Those of the C++ that
-decodes are in mutants_gemv.py.
+"""Bugs to plant in what chooses the next tokens, its cache and its int8 weights:
+tests/test_mutants_generation.py plants them. Those of the C++ that decodes are in mutants_gemv.py.
 
 Not in the list: what only a GPU runs, the CUDA graph of a step.
 """
@@ -10,10 +9,8 @@ from mutants import Mutant
 GENERATION = "gpt2/generation.py"
 CACHE = "gpt2/cache.py"
 QUANTIZE = "gpt2/quantize.py"
-SAMPLING = "gpt2/sampling.py"
 LINEAR = "kernels/linear.py"
 LAYERS = "kernels/decode_layers.py"
-DECODE = "kernels/triton/decode_attention.py"
 
 GREEDY = "test_generation.py::test_greedy_equals_the_cacheless_reference[reference]"
 LOGITS = "test_generation.py::test_logits_equal_the_full_forward_s[reference-{}]"
@@ -22,10 +19,7 @@ ROWS = "test_generation.py::test_rows_that_have_ended_grow_no_more"
 CUTS = "test_generation.py::test_sampling_cuts"
 BLOCKS = "test_generation.py::test_all_blocks_as_one_call_have_the_bits_of_the_blocks[cpu-avx2-{}]"
 NAMED = "test_generation.py::test_bad_sampling_arguments_are_named[kwargs{}]"
-STOPS = "test_sampling.py::test_a_text_ends_before_a_stop_string[{}]"
 SPEED = "test_sampling.py::test_speed_counts_steps_between_the_first_and_the_last"
-CLOCK = "test_sampling.py::test_speed_leaves_out_texts_that_have_ended_and_the_time_of_others"
-BATCHES = "test_sampling.py::test_a_text_is_the_same_in_every_batch[False]"
 OTHERS = "test_few_rows.py::test_what_else_is_not_the_kernel_s[cpu-avx2]"
 
 GENERATION_MUTANTS = [
@@ -371,226 +365,5 @@ GENERATION_MUTANTS = [
         "the position after a token's own", GENERATION,
         "wte(token[:, 0]) + wpe(lengths)", "wte(token[:, 0]) + wpe(lengths + 1)",
         BLOCKS.format("fp32-whole"),
-    ),
-    # texts
-    Mutant(
-        "the rest of a character lost", SAMPLING,
-        "        self._give(self.decode())\n        if self.finish",
-        "        if self.finish",
-        "test_sampling.py::test_text_streams_in_whole_characters",
-    ),
-    Mutant(
-        "a stop string in what ends a text", SAMPLING,
-        "        if self.finish is None:\n            self.text, self.finish",
-        "        if True:\n            self.text, self.finish",
-        "test_sampling.py::test_text_streams_in_whole_characters",
-    ),
-    Mutant(
-        "the token that ends a document not counted", SAMPLING,
-        "        self.tokens += 1\n        if token == self.eot:\n",
-        "        self.tokens += token != self.eot\n        if token == self.eot:\n",
-        "test_sampling.py::test_text_ends_with_its_document",
-    ),
-    Mutant(
-        "an empty prompt is a line where documents end", SAMPLING,
-        "        return [tokenizer.eot]\n", "        pass\n",
-        "test_sampling.py::test_text_ends_with_its_document",
-    ),
-    Mutant(
-        "one character is not held back", SAMPLING,
-        "range(longest, 0, -1)", "range(longest, 1, -1)",
-        STOPS.format("over tokens"), quick=True,
-    ),
-    Mutant(
-        "the shortest beginning held back", SAMPLING,
-        "range(longest, 0, -1)", "range(1, longest + 1)",
-        STOPS.format("a beginning in itself"),
-    ),
-    Mutant(
-        "what is held back lost at the end", SAMPLING,
-        "self.text + self.held, finish", "self.text, finish",
-        STOPS.format("held to the end"),
-    ),
-    Mutant(
-        "the stop string that begins last", SAMPLING,
-        "self.held[: min(found)]", "self.held[: max(found)]",
-        STOPS.format("the one that begins first"),
-    ),
-    Mutant(
-        "the stop string stays", SAMPLING,
-        "self.text + self.held[: min(found)]", "self.text + self.held",
-        STOPS.format("at once"),
-    ),
-    Mutant(
-        "a text that ends before those in front of it", SAMPLING,
-        "            if texts[front].finish is None:\n                return\n",
-        "            if all(text.finish is None for text in texts):\n                return\n",
-        "test_sampling.py::test_texts_come_in_the_order_of_their_prompts",
-    ),
-    Mutant(
-        "every batch's seeds the first's", SAMPLING,
-        "sampling, seeds[part], speed", "sampling, seeds[: len(texts)], speed",
-        BATCHES,
-    ),
-    Mutant(
-        "equal prompts counted in each batch", SAMPLING,
-        "sampling, seeds[part], speed",
-        "sampling, generation.seeds_of(ids[part], seed), speed",
-        BATCHES,
-    ),
-    # speed
-    Mutant(
-        "the step that reads the prompts", SAMPLING,
-        "if speed is not None and n:", "if speed is not None:",
-        SPEED,
-    ),
-    Mutant(
-        "a cache of the prompts alone", SAMPLING,
-        "[length + n for length, t", "[length for length, t",
-        SPEED,
-    ),
-    Mutant(
-        "tokens of texts that have ended", SAMPLING,
-        "strict=True) if not t.finish]", "strict=True)]",
-        CLOCK,
-    ),
-    Mutant(
-        "the time in which others write", SAMPLING,
-        "        yield step\n        start = time.perf_counter()\n", "        yield step\n",
-        CLOCK,
-    ),
-    # prompts and models
-    Mutant(
-        "a prompt that is a number", SAMPLING,
-        "if not isinstance(prompt, str):", "if prompt is None:",
-        'test_sampling.py::test_a_broken_line_is_named[{"prompt": 1}]',
-    ),
-    Mutant(
-        "lines counted from 0", SAMPLING,
-        "enumerate(lines, 1)", "enumerate(lines)",
-        "test_sampling.py::test_a_broken_line_is_named[x]",
-    ),
-    Mutant(
-        "ids of padding", SAMPLING,
-        "weights.crop(config, found.state(), vocab_size=size)", "(config, found.state())",
-        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
-    ),
-    Mutant(
-        "everyone's padding", SAMPLING,
-        '(found.format != "nanogpt" or size > config.vocab_size)', "size > config.vocab_size",
-        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
-    ),
-    Mutant(
-        "ids that the model does not have", SAMPLING,
-        '(found.format != "nanogpt" or size > config.vocab_size)', 'found.format != "nanogpt"',
-        "test_sampling.py::test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused",
-    ),
-    Mutant(
-        "a dtype that is not heard", SAMPLING,
-        "weights.to_model(config, state, dtype=dtype)",
-        "weights.to_model(config, state, dtype=torch.float32)",
-        "test_sampling.py::test_loads_every_format[model.bin]",
-    ),
-    Mutant(
-        "GPT-2's tokenizer for a run", SAMPLING,
-        'if tokenizer is None and found.format == "run":', "if False:",
-        "test_sampling.py::test_loads_every_format[run]",
-    ),
-]  # fmt: skip
-
-TESTED = "test_decode_attention.py::test_decode[triton-B{}-fp32]"
-HEAVY = "test_decode_attention.py::test_one_key_outweighs_all_others[triton]"
-PIECES = "test_decode_attention.py::test_last_row_of_the_full_forward[triton]"
-
-DECODE_MUTANTS = [
-    # a piece
-    Mutant(
-        "the key after the last", DECODE,
-        "s = tl.where(offs_n < end, s, NEG_INF)", "s = tl.where(offs_n <= end, s, NEG_INF)",
-        TESTED.format("1-T17-D16"), quick=True,
-    ),
-    Mutant(
-        "rows beyond a length read", DECODE,
-        "end = tl.minimum((piece + 1) * PIECE, length)", "end = (piece + 1) * PIECE",
-        TESTED.format("1-T17-D16"),
-    ),
-    Mutant(
-        "pieces without an end", DECODE,
-        "end = tl.minimum((piece + 1) * PIECE, length)", "end = length",
-        PIECES,
-    ),
-    Mutant(
-        "a piece that begins one key late", DECODE,
-        "for start in range(piece * PIECE, end, BLOCK_N):",
-        "for start in range(piece * (PIECE + 1), end, BLOCK_N):",
-        PIECES,
-    ),
-    Mutant(
-        "a last piece of one key left out", DECODE,
-        "if piece * PIECE >= length:", "if piece * PIECE >= length - 1:",
-        TESTED.format("1-T257-D16"),
-    ),
-    Mutant(
-        "l of a step not rescaled", DECODE,
-        "l = l * alpha + tl.sum(p, axis=0)", "l = l + tl.sum(p, axis=0)",
-        TESTED.format("1-T255-D16"),
-    ),
-    Mutant(
-        "acc of a step not rescaled", DECODE,
-        "acc = acc * alpha + tl.sum(p[:, None]", "acc = acc + tl.sum(p[:, None]",
-        TESTED.format("1-T255-D16"),
-    ),
-    Mutant(
-        "a step that lowers the maximum", DECODE,
-        "m_new = tl.maximum(m, tl.max(s, axis=0))", "m_new = tl.max(s, axis=0)",
-        HEAVY,
-    ),
-    Mutant(
-        "a natural scale in powers of two", DECODE,
-        "scale_log2 = softmax_scale * LOG2E.value", "scale_log2 = softmax_scale",
-        TESTED.format("1-T17-D16"),
-    ),
-    Mutant(
-        "padding of the head read", DECODE,
-        "stride_qh + offs_d, mask=offs_d < D, other=0.0)", "stride_qh + offs_d)",
-        TESTED.format("1-T2-D7"),
-    ),
-    Mutant(
-        "padding of the head stored", DECODE,
-        "tl.store(acc_ptr + at * D + offs_d, acc, mask=offs_d < D)",
-        "tl.store(acc_ptr + at * D + offs_d, acc)",
-        TESTED.format("1-T2-D7"),
-    ),
-    Mutant(
-        "the first sequence's length", DECODE,
-        "length = tl.load(lengths_ptr + b)", "length = tl.load(lengths_ptr)",
-        TESTED.format("3-T17-D16"),
-    ),
-    # their sum
-    Mutant(
-        "pieces added as they are", DECODE,
-        "acc = acc * alpha + acc_i * beta", "acc = acc + acc_i",
-        PIECES,
-    ),
-    Mutant(
-        "a piece that lowers the maximum", DECODE,
-        "m_new = tl.maximum(m, m_i)", "m_new = m_i",
-        HEAVY,
-    ),
-    Mutant(
-        "the last piece left out", DECODE,
-        "used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)",
-        "used = tl.load(lengths_ptr + bh // H) // PIECE",
-        TESTED.format("1-T257-D16"),
-    ),
-    Mutant(
-        "pieces beyond a length", DECODE,
-        "used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)", "used = pieces",
-        PIECES,
-    ),
-    Mutant(
-        "no keys give 0 / 0", DECODE,
-        "tl.where(used > 0, acc / l, 0.0)", "acc / l",
-        "test_decode_attention.py::test_no_keys_give_zeros_and_nan_stays[triton]",
     ),
 ]  # fmt: skip

@@ -94,11 +94,13 @@ def test_without_a_bug_all_pass(mutants, copy, monkeypatch):
     assert "skipped" not in log.lower(), log
 
 
+def cases(mutants):
+    """A test each; the quick ones run by default."""
+    return [pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full) for m in mutants]
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize(
-    "mutant",
-    [pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full) for m in MUTANTS],
-)
+@pytest.mark.parametrize("mutant", cases(MUTANTS))
 def test_killed(mutant, copy, monkeypatch):
     plant(mutant, copy)
     status, log = run_tests(copy, {mutant.killed_by}, monkeypatch)

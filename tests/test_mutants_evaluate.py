@@ -3,12 +3,9 @@ of the package, as test_mutants.py does."""
 
 import pytest
 from mutants_evaluate import EVALUATE_MUTANTS, HARNESS_MUTANTS
-from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
+from test_mutants import assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
-MUTANTS = [
-    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full)
-    for m in EVALUATE_MUTANTS + HARNESS_MUTANTS
-]
+MUTANTS = cases(EVALUATE_MUTANTS + HARNESS_MUTANTS)
 
 
 def import_helpers():

@@ -1,17 +1,16 @@
-"""The suite still notices each of the bugs in mutants_generation.py, planted one at a time in a
-copy of the package, as test_mutants.py does."""
+"""The suite still notices each of the bugs in mutants_generation.py, mutants_sampling.py and
+mutants_decode.py, planted one at a time in a copy of the package, as test_mutants.py does."""
 
 import pytest
-from mutants_generation import DECODE_MUTANTS, GENERATION_MUTANTS
-from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
+from mutants_decode import DECODE_MUTANTS
+from mutants_generation import GENERATION_MUTANTS
+from mutants_sampling import SAMPLING_MUTANTS
+from test_mutants import assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
 # Their tests run on the cpu backend alone.
 CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast")
 
-MUTANTS = [
-    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full)
-    for m in (*GENERATION_MUTANTS, *DECODE_MUTANTS)
-]
+MUTANTS = cases((*GENERATION_MUTANTS, *SAMPLING_MUTANTS, *DECODE_MUTANTS))
 
 
 def import_helpers():

@@ -4,12 +4,9 @@ planted one at a time in a copy of the package, as test_mutants.py does."""
 import pytest
 from mutants_interop import INTEROP_MUTANTS
 from mutants_transformers import TRANSFORMERS_MUTANTS
-from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
+from test_mutants import assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
-MUTANTS = [
-    pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full)
-    for m in (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
-]
+MUTANTS = cases((*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS))
 
 
 def import_helpers():

@@ -1,0 +1,137 @@
+"""Bugs to plant in what turns prompts into text: tests/test_mutants_generation.py plants them."""
+
+from mutants import Mutant
+
+SAMPLING = "gpt2/sampling.py"
+
+STOPS = "test_sampling.py::test_a_text_ends_before_a_stop_string[{}]"
+SPEED = "test_sampling.py::test_speed_counts_steps_between_the_first_and_the_last"
+CLOCK = "test_sampling.py::test_speed_leaves_out_texts_that_have_ended_and_the_time_of_others"
+BATCHES = "test_sampling.py::test_a_text_is_the_same_in_every_batch[False]"
+
+SAMPLING_MUTANTS = [
+    # texts
+    Mutant(
+        "the rest of a character lost", SAMPLING,
+        "        self._give(self.decode())\n        if self.finish",
+        "        if self.finish",
+        "test_sampling.py::test_text_streams_in_whole_characters",
+    ),
+    Mutant(
+        "a stop string in what ends a text", SAMPLING,
+        "        if self.finish is None:\n            self.text, self.finish",
+        "        if True:\n            self.text, self.finish",
+        "test_sampling.py::test_text_streams_in_whole_characters",
+    ),
+    Mutant(
+        "the token that ends a document not counted", SAMPLING,
+        "        self.tokens += 1\n        if token == self.eot:\n",
+        "        self.tokens += token != self.eot\n        if token == self.eot:\n",
+        "test_sampling.py::test_text_ends_with_its_document",
+    ),
+    Mutant(
+        "an empty prompt is a line where documents end", SAMPLING,
+        "        return [tokenizer.eot]\n", "        pass\n",
+        "test_sampling.py::test_text_ends_with_its_document",
+    ),
+    Mutant(
+        "one character is not held back", SAMPLING,
+        "range(longest, 0, -1)", "range(longest, 1, -1)",
+        STOPS.format("over tokens"), quick=True,
+    ),
+    Mutant(
+        "the shortest beginning held back", SAMPLING,
+        "range(longest, 0, -1)", "range(1, longest + 1)",
+        STOPS.format("a beginning in itself"),
+    ),
+    Mutant(
+        "what is held back lost at the end", SAMPLING,
+        "self.text + self.held, finish", "self.text, finish",
+        STOPS.format("held to the end"),
+    ),
+    Mutant(
+        "the stop string that begins last", SAMPLING,
+        "self.held[: min(found)]", "self.held[: max(found)]",
+        STOPS.format("the one that begins first"),
+    ),
+    Mutant(
+        "the stop string stays", SAMPLING,
+        "self.text + self.held[: min(found)]", "self.text + self.held",
+        STOPS.format("at once"),
+    ),
+    Mutant(
+        "a text that ends before those in front of it", SAMPLING,
+        "            if texts[front].finish is None:\n                return\n",
+        "            if all(text.finish is None for text in texts):\n                return\n",
+        "test_sampling.py::test_texts_come_in_the_order_of_their_prompts",
+    ),
+    Mutant(
+        "every batch's seeds the first's", SAMPLING,
+        "sampling, seeds[part], speed", "sampling, seeds[: len(texts)], speed",
+        BATCHES,
+    ),
+    Mutant(
+        "equal prompts counted in each batch", SAMPLING,
+        "sampling, seeds[part], speed",
+        "sampling, generation.seeds_of(ids[part], seed), speed",
+        BATCHES,
+    ),
+    # speed
+    Mutant(
+        "the step that reads the prompts", SAMPLING,
+        "if speed is not None and n:", "if speed is not None:",
+        SPEED,
+    ),
+    Mutant(
+        "a cache of the prompts alone", SAMPLING,
+        "[length + n for length, t", "[length for length, t",
+        SPEED,
+    ),
+    Mutant(
+        "tokens of texts that have ended", SAMPLING,
+        "strict=True) if not t.finish]", "strict=True)]",
+        CLOCK,
+    ),
+    Mutant(
+        "the time in which others write", SAMPLING,
+        "        yield step\n        start = time.perf_counter()\n", "        yield step\n",
+        CLOCK,
+    ),
+    # prompts and models
+    Mutant(
+        "a prompt that is a number", SAMPLING,
+        "if not isinstance(prompt, str):", "if prompt is None:",
+        'test_sampling.py::test_a_broken_line_is_named[{"prompt": 1}]',
+    ),
+    Mutant(
+        "lines counted from 0", SAMPLING,
+        "enumerate(lines, 1)", "enumerate(lines)",
+        "test_sampling.py::test_a_broken_line_is_named[x]",
+    ),
+    Mutant(
+        "ids of padding", SAMPLING,
+        "weights.crop(config, found.state(), vocab_size=size)", "(config, found.state())",
+        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
+    ),
+    Mutant(
+        "everyone's padding", SAMPLING,
+        '(found.format != "nanogpt" or size > config.vocab_size)', "size > config.vocab_size",
+        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
+    ),
+    Mutant(
+        "ids that the model does not have", SAMPLING,
+        '(found.format != "nanogpt" or size > config.vocab_size)', 'found.format != "nanogpt"',
+        "test_sampling.py::test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused",
+    ),
+    Mutant(
+        "a dtype that is not heard", SAMPLING,
+        "weights.to_model(config, state, dtype=dtype)",
+        "weights.to_model(config, state, dtype=torch.float32)",
+        "test_sampling.py::test_loads_every_format[model.bin]",
+    ),
+    Mutant(
+        "GPT-2's tokenizer for a run", SAMPLING,
+        'if tokenizer is None and found.format == "run":', "if False:",
+        "test_sampling.py::test_loads_every_format[run]",
+    ),
+]  # fmt: skip
