@@ -79,7 +79,8 @@ class Emulation:
 
     @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
     def pytest_testnodedown(self, node):
-        found = json.loads(node.workeroutput.get("emulation", "{}")) if node.workeroutput else {}
+        output = getattr(node, "workeroutput", {})  # a worker that crashed has none
+        found = json.loads(output.get("emulation", "{}"))
         self.add({name: Kernel(*kernel) for name, kernel in found.items()})
 
     def pytest_terminal_summary(self, terminalreporter):

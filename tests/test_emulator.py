@@ -634,5 +634,23 @@ def test_cuda_launches_run_on_the_emulator(tmp_path):
     assert [f.kind for f in device.findings] == ["uninitialised", "bounds", "bounds"]
     assert len(device.launches) == 1
     before = len(device.memory().allocations)
-    z = torch.ones(300)  # from the old allocator again
+    z = torch.ones(300)  # of no interest to it any more
     assert len(device.memory().allocations) == before and z.sum() == 300
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch was built without oneDNN"
+)
+def test_bare_pointers_go_back_to_where_they_came_from():
+    """oneDNN keeps pointers without their deleters, null ones among them."""
+    from emulator.cuda_device import EmulatedDevice
+
+    x, weight = torch.randn(1, 1), torch.randn(64, 1)
+    with EmulatedDevice() as device:
+        known = len(device.memory().allocations)
+        for _ in range(3):
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        assert len(device.memory().allocations) == known + 1
+    assert torch.allclose(y, x @ weight.t(), atol=1e-5)
+    del y
+    assert len(device.memory().allocations) == known

@@ -1,4 +1,3 @@
-#include <utility>
 // A GPU that is not there, for host code that nvcc compiled: the part of libcudart that such code
 // calls, and the allocator that PyTorch's CPU tensors come from.
 //
@@ -18,6 +17,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -92,22 +92,31 @@ bool allocated(const void* data, size_t nbytes) {
   return address + nbytes <= start + allocation.nbytes;
 }
 
+// Whoever keeps a bare pointer, as oneDNN does, gives it to the allocator of that moment: it may be
+// null, or come from the allocator below.
 void free_recorded(void* data) {
   Allocation allocation;
   {
     std::lock_guard<std::mutex> lock(mutex);
     const auto found = allocations.find(reinterpret_cast<uintptr_t>(data));
-    allocation = found->second;
-    allocations.erase(found);
+    if (found != allocations.end() && found->second.deleter != nullptr) {
+      allocation = found->second;
+      allocations.erase(found);
+    }
   }
-  allocation.deleter(allocation.context);
+  if (allocation.deleter != nullptr) {
+    allocation.deleter(allocation.context);
+  } else {
+    below->raw_deallocate(data);
+  }
 }
 
+// Once active it stays PyTorch's allocator, as what it has recorded may be freed at any time.
 struct Recorder final : c10::Allocator {
   c10::DataPtr allocate(size_t nbytes) override {
     c10::DataPtr inner = below->allocate(nbytes);
     void* data = inner.get();
-    if (data == nullptr) return inner;
+    if (data == nullptr || launch == nullptr) return inner;
     std::fill_n(static_cast<uint16_t*>(data), nbytes / 2, CANARY);
     const auto deleter = inner.get_deleter();
     const auto device = inner.device();
@@ -140,7 +149,6 @@ API void emulator_activate(Launch callback) {
 }
 
 API void emulator_deactivate() {
-  c10::SetCPUAllocator(below, /*priority=*/255);
   launch = nullptr;
 }
 
