@@ -1,11 +1,14 @@
 """Time, memory, and the limits of the machine they are measured on."""
 
 import contextlib
+import ctypes
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -116,10 +119,29 @@ def limits(clock: Clock, dtype: torch.dtype, quick: bool) -> dict[str, float]:
 
 
 def peak_memory(run: Callable, device: torch.device) -> int | None:
-    """What `run` allocates at most, in bytes; None on a CPU, where PyTorch keeps no count."""
+    """What `run` takes at most, in bytes, beyond what is there before it. On a CPU that is resident
+    memory, to a page or a few, and None where the system does not tell."""
     if device.type != "cuda":
-        return None
+        return _peak_resident(run)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_resident(run: Callable) -> int | None:
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed counts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now: man 5 proc
+        before = _status("VmRSS")
+    except (OSError, AttributeError, KeyError):
+        return None
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[field].removesuffix("kB")) * 1024

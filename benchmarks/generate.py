@@ -10,7 +10,8 @@ time of 1) / (N - 1). A step is given as a share of what reading the weights and
 would take, at the best rate at which the same run reads a large tensor.
 
 generate_int8 is the same model with int8 weights, beside its own whole ones and CTranslate2's int8.
-plain has no cache; compiled is transformers with a static cache and torch.compile.
+plain has no cache; compiled is transformers with a static cache and torch.compile; onnxruntime is
+the graph that Hugging Face's optimum exports. Peak memory is what a call takes beyond the weights.
 
 What a contender chose is checked with the plain model in float32, over its own tokens: a choice may
 be short of the likeliest by no more than rounding explains.
@@ -19,135 +20,22 @@ be short of the likeliest by no more than rounding explains.
 import argparse
 import contextlib
 import functools
-import importlib.util
 import sys
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import harness
-import models
 import torch
 from clock import FLOP, READ, Clock, Work, peak_memory
 from contest import contest, released
+from generators import BACKENDS, INT8, PEERS, WHOLE, Makers, why_not
 from harness import Contender, Wrong
 from record import Case, Record
 
 from gpt2 import Config, Model, generation
-from gpt2.quantize import quantize_int8
 
 DIMS = "BxP"
 SHAPES = {"cpu": "1x16,1x512,8x16", "cuda": "1x16,1x512,8x16,8x512,64x16,64x512"}
 CHECKED = 2  # sequences
 PREFILL, DECODE = "prefill", "decode"
-WHOLE = ["fast", "plain", "transformers", "transformers-static", "compiled", "ctranslate2"]
-INT8 = ["fast-int8", "whole", "ctranslate2-int8"]  # whole is fast without int8
-BACKENDS = ["fast", "fast-int8"]
-PEERS = [name for name in (*WHOLE, *INT8) if name not in BACKENDS]
-
-
-class Makers:
-    """Functions generate(prompts (B, P), n) -> (B, n), made when they are first asked for. A model
-    that serves several is there once."""
-
-    def __init__(self, plain: Model, device: torch.device, dtype: torch.dtype):
-        self.plain, self.device, self.dtype = plain, device, dtype
-
-    @functools.cached_property
-    def ours(self) -> Model:
-        return self._copy().eval()
-
-    @functools.cached_property
-    def theirs(self):
-        model = models.transformers(self.plain).to(self.device, self.dtype).eval()
-        model.config.use_cache = True
-        model.generation_config.eos_token_id = None
-        return model
-
-    def _copy(self) -> Model:
-        model = Model(self.plain.config)
-        model.load_state_dict(self.plain.state_dict())
-        return model.to(self.device, self.dtype)
-
-    def fast(self):
-        return functools.partial(_ours, self.ours, True)
-
-    whole = fast
-
-    def plain_(self):
-        return functools.partial(_ours, self.ours, False)
-
-    def fast_int8(self):
-        return functools.partial(_ours, quantize_int8(self._copy()).eval(), True)
-
-    def transformers(self):
-        return functools.partial(_theirs, self.theirs)
-
-    def transformers_static(self):
-        return functools.partial(_theirs, self.theirs, cache_implementation="static")
-
-    def compiled(self):
-        """A static cache and torch.compile, as transformers' own documentation combines them."""
-        model = models.transformers(self.plain).to(self.device, self.dtype).eval()
-        model.generation_config.eos_token_id = None
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        model.forward = torch.compile(model.forward, mode=mode, fullgraph=True)
-        return functools.partial(_theirs, model, cache_implementation="static")
-
-    def ctranslate2(self, compute_type: str | None = None):
-        import ctranslate2
-        from ctranslate2.converters import TransformersConverter
-
-        name = str(self.dtype).removeprefix("torch.")
-        names = [f"token{i}" for i in range(self.plain.config.vocab_size)]
-
-        class Converter(TransformersConverter):
-            def load_tokenizer(self, *args, **kwargs):
-                vocabulary = {name: i for i, name in enumerate(names)}
-                return SimpleNamespace(get_vocab=lambda: vocabulary, bos_token=names[0],
-                                       eos_token=names[-1], unk_token=names[0])  # fmt: skip
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.plain.save_pretrained(Path(folder) / "hf")
-            Converter(str(Path(folder) / "hf")).convert(str(Path(folder) / "ct2"))
-            generator = ctranslate2.Generator(
-                str(Path(folder) / "ct2"), device=self.device.type,
-                compute_type=compute_type or name, inter_threads=1,
-                intra_threads=torch.get_num_threads(),
-            )  # fmt: skip
-        if compute_type is None and generator.compute_type != name:
-            raise RuntimeError(f"computes in {generator.compute_type}, not in {name}")
-
-        def generate(prompts, n):
-            tokens = [[names[i] for i in row] for row in prompts.tolist()]
-            results = generator.generate_batch(tokens, max_length=n, min_length=n,
-                                               include_prompt_in_result=False)  # fmt: skip
-            return torch.tensor([r.sequences_ids[0] for r in results])
-
-        return generate
-
-    def ctranslate2_int8(self):
-        return self.ctranslate2("int8")
-
-
-def _ours(model, fast, prompts, n):
-    model.fast = fast
-    return model.generate(prompts, n, temperature=0.0)[:, prompts.shape[1] :]
-
-
-def _theirs(model, prompts, n, **options):
-    return model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, do_sample=False,
-        pad_token_id=0, **options,
-    )[:, prompts.shape[1] :]  # fmt: skip
-
-
-def why_not(name: str, shape, device: torch.device) -> str | None:
-    if name == "plain" and device.type == "cpu" and shape.P > 64:
-        return "without a cache each token takes as long as the prompt"
-    if name.startswith("ctranslate2") and not importlib.util.find_spec("ctranslate2"):
-        return "ctranslate2 is not installed"
-    return None
 
 
 def shortfall(truth: Model, prompts, tokens) -> tuple[float, float]:
@@ -184,8 +72,8 @@ def measure(
     plain = Model(config).to(dtype)  # the weights of all are rounded alike
     make = Makers(plain, device, dtype)
     wanted = record.wanted(case, [
-        Contender(c, getattr(make, {"plain": "plain_"}.get(c, c.replace("-", "_"))),
-                  kind="backend" if c in BACKENDS else "peer", why_not=why_not(c, shape, device))
+        Contender(c, make.by_name(c), kind="backend" if c in BACKENDS else "peer",
+                  why_not=why_not(c, shape, device, dtype))
         for c in contenders
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -227,8 +115,9 @@ def measure(
                     for key, value in times[c, tokens].items()
                 }
                 found[c] = ms | {"details": {"tokens_per_s": per_second(shape.B, ms)}}
+            n = tokens if step == DECODE else 1
             found[c]["peak_memory_bytes"] = peak_memory(
-                lambda c=c: runs[c](prompts, tokens), device
+                lambda c=c, n=n: runs[c](prompts, n), device
             )
             if step == DECODE and device.type == "cuda":
                 runs.pop(c)

@@ -20,7 +20,7 @@ import torch
 
 # Peers by the names of their packages; those that PyTorch brings have its version
 PACKAGES = ("liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4", "quack-kernels",
-            "transformers", "ctranslate2", "tiktoken")  # fmt: skip
+            "transformers", "ctranslate2", "onnxruntime", "tiktoken")  # fmt: skip
 SMI = ("name", "driver_version", "pstate", "clocks.sm", "clocks.max.sm", "clocks.mem",
        "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu", "memory.total",
        "persistence_mode", "mig.mode.current")  # fmt: skip

@@ -26,7 +26,7 @@ class Result:
     percent_of_limit: float | None = None
     times_faster_than: dict = field(default_factory=dict)  # per peer
     max_error: float | None = None
-    peak_memory_bytes: int | None = None  # beyond the inputs, saved tensors included; GPU only
+    peak_memory_bytes: int | None = None  # beyond the inputs, saved tensors included
     details: dict = field(default_factory=dict)  # of a training step: tokens/s, where time goes
 
 

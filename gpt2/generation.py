@@ -232,12 +232,14 @@ class Cached:
 
 def step_bytes(model, lengths: Sequence[int]) -> int:
     """What a step of decoding has to read at least: each weight once (of the embeddings a row,
-    which does not count), and the keys and values of the tokens so far, lengths (B,)."""
+    which does not count), and the keys and values of the tokens so far, lengths (B,), as long as
+    all fit into the cache."""
     parts = (model.transformer["h"], model.transformer["ln_f"], model.lm_head)
     weights = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
     c = model.config
+    cached = sum(lengths) if max(lengths, default=0) <= c.block_size else 0
     itemsize = model.transformer["wte"].weight.itemsize
-    return weights + sum(lengths) * 2 * c.n_layer * c.n_embd * itemsize
+    return weights + cached * 2 * c.n_layer * c.n_embd * itemsize
 
 
 def tokens(

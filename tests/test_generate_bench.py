@@ -11,6 +11,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import generate
+import generators
 import harness
 import record
 
@@ -62,6 +63,7 @@ def test_every_contender_of_this_machine(dtype, tiny, tmp_path):
     }  # fmt: skip
     for (_, _, step), row in rows.items():
         assert row["status"] == "ok", row["reason"]
+        assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] >= 0
         assert row["unit"] == ("GB/s read" if step == "decode" else "GFLOP/s")
         tokens = 2 if step == "decode" else 2 * 5
         assert row["details"]["tokens_per_s"] == pytest.approx(tokens / row["median_ms"] * 1e3)
@@ -69,7 +71,7 @@ def test_every_contender_of_this_machine(dtype, tiny, tmp_path):
 
 def test_wrong_tokens_are_reported_and_not_timed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        generate, "_ours", lambda model, fast, prompts, n: prompts[:, :1].repeat(1, n)
+        generators, "_ours", lambda model, fast, prompts, n: prompts[:, :1].repeat(1, n)
     )
     code, rows = bench(tmp_path, "--peers", "none")
     assert code == 1
@@ -118,6 +120,15 @@ def test_bytes_of_a_step_are_those_of_the_model(dtype):
     assert whole == generation.step_bytes(model, lengths)
     int8 = generate.bytes_of_a_step(TINY, "ctranslate2-int8", dtype, lengths)
     assert int8 == generation.step_bytes(quantize_int8(model), lengths)
+
+
+def test_onnxruntime_agrees_where_it_is_installed(tiny, tmp_path):
+    pytest.importorskip("optimum.onnxruntime")
+    code, rows = bench(tmp_path, "--dtype", "float32", "--peers", "onnxruntime")
+    assert code == 0
+    assert {rows["generate", "onnxruntime", step]["status"] for step in ("prefill", "decode")} == {
+        "ok"
+    }
 
 
 def test_models_that_were_not_asked_for_are_not_made(monkeypatch):

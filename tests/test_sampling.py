@@ -184,6 +184,9 @@ def test_speed_counts_steps_between_the_first_and_the_last():
     rest = 4 * (2 * 13 * 16 + 2 * 16)
     int8 = quantize.quantize_int8(model)
     assert generation.step_bytes(int8, [3, 4]) == rows + rest + cache * 7
+    room = int8.config.block_size
+    assert generation.step_bytes(int8, [1, room]) == rows + rest + cache * (1 + room)
+    assert generation.step_bytes(int8, [1, room + 1]) == rows + rest  # nothing is cached
 
 
 def test_speed_leaves_out_texts_that_have_ended_and_the_time_of_others(scripted, monkeypatch):
