@@ -80,6 +80,27 @@ def load_cpu_kernels(library):
     native._reasons["cpu"] = None  # loaded
 
 
+@pytest.fixture(scope="session")
+def as_built():
+    """Prepares a copy's process: its native library is this one's, where there is any."""
+    from conftest import why_no_cpu_kernels  # not above: a child imports the copy's
+
+    from gpt2.kernels import native
+
+    library = None
+    if why_no_cpu_kernels("") is None:
+        name = native._file_name("cpu")
+        library = next(path for path in torch.ops.loaded_libraries if Path(path).name == name)
+    return functools.partial(load_as_built, library)
+
+
+def load_as_built(library):
+    import util  # noqa: F401  what run_tests looks for: not every test imports it
+
+    if library is not None:
+        load_cpu_kernels(library)
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize(
     "mutants",

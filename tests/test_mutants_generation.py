@@ -5,7 +5,7 @@ import pytest
 from mutants_decode import DECODE_MUTANTS
 from mutants_generation import GENERATION_MUTANTS
 from mutants_sampling import SAMPLING_MUTANTS
-from test_mutants import assert_killed, cases, copy, plant, run_tests  # noqa: F401
+from test_mutants import as_built, assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
 # Their tests run on the cpu backend alone.
 CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast")
@@ -13,14 +13,9 @@ CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast")
 MUTANTS = cases((*GENERATION_MUTANTS, *SAMPLING_MUTANTS, *DECODE_MUTANTS))
 
 
-def import_helpers():
-    """What run_tests looks for in the copy."""
-    import util  # noqa: F401
-
-
 @pytest.mark.triton
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_killed_in_generation(mutant, copy, monkeypatch):  # noqa: F811
+def test_killed_in_generation(mutant, copy, as_built, monkeypatch):  # noqa: F811
     """That its test passes without it is seen where the test itself runs."""
     from conftest import why_no_cpu_kernels  # not above: a child imports the copy's
 
@@ -28,5 +23,5 @@ def test_killed_in_generation(mutant, copy, monkeypatch):  # noqa: F811
     if needs_cpu and (reason := why_no_cpu_kernels("avx2")):
         pytest.skip(reason)
     plant(mutant, copy)
-    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, import_helpers)
+    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, as_built)
     assert_killed(mutant, status, log)
