@@ -225,6 +225,27 @@ def without_the_interpreter():
         yield
 
 
+@pytest.fixture
+def served_by_one_backend():
+    """transformers' models on our kernels: those of this machine, never the interpreter's."""
+    from their_gpt2 import BACKEND
+
+    from gpt2 import kernels
+
+    with kernels.use(BACKEND):
+        yield
+
+
+@pytest.fixture
+def no_sdpa(monkeypatch):
+    """In transformers' models PyTorch's attention computes nothing in our kernels' place."""
+    from gpt2 import transformers_attention
+
+    monkeypatch.setattr(
+        transformers_attention, "sdpa_attention_forward", lambda *a, **k: pytest.fail("SDPA serves")
+    )
+
+
 def serving(param, monkeypatch, **options):
     """Within it the backend serves the tests' tensors; an emulated device, if it is one, is what it
     yields, and the options are its."""

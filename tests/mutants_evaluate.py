@@ -134,89 +134,89 @@ EVALUATE_MUTANTS = [
     Mutant(
         "JSON that is none", EVALUATE,
         "self.perplexity if math.isfinite(self.perplexity) else None", "self.perplexity",
-        "test_evaluate.py::test_what_is_infinite_is_null_in_json",
+        "test_eval_command.py::test_what_is_infinite_is_null_in_json",
     ),
     # multiple choice
     Mutant(
         "no space before an ending", CHOICES,
         'f" {ending}"', "ending",
-        "test_evaluate.py::test_what_is_scored_is_the_space_and_the_ending",
+        "test_choices.py::test_what_is_scored_is_the_space_and_the_ending",
     ),
     Mutant(
         "the sum for the mean", CHOICES,
         "(1, np.array(question.characters), tokens)", "(1, 1, tokens)",
-        "test_evaluate.py::test_choices_by_hand", quick=True,
+        "test_choices.py::test_choices_by_hand", quick=True,
     ),
     Mutant(
         "tokens for characters", CHOICES,
         "(1, np.array(question.characters), tokens)", "(1, tokens, tokens)",
-        "test_evaluate.py::test_choices_by_hand",
+        "test_choices.py::test_choices_by_hand",
     ),
     Mutant(
         "bytes for characters", CHOICES,
         "[len(ending) for ending in endings]", "[len(ending.encode()) for ending in endings]",
-        "test_evaluate.py::test_a_byte_and_a_character_are_not_the_same",
+        "test_choices.py::test_a_byte_and_a_character_are_not_the_same",
     ),
     Mutant(
         "the unlikeliest ending", CHOICES,
         "[-next(scores)", "[next(scores)",
-        "test_evaluate.py::test_choices_equal_each_token_by_itself[3-0]",
+        "test_choices.py::test_choices_equal_each_token_by_itself[3-0]",
     ),
     Mutant(
         "cut on the right", CHOICES,
         "(prompt + ids)[-block_size - 1 :]", "(prompt + ids)[: block_size + 1]",
-        "test_evaluate.py::test_a_context_is_cut_on_the_left",
+        "test_choices.py::test_a_context_is_cut_on_the_left",
     ),
     Mutant(
         "cut one token early", CHOICES,
         "(prompt + ids)[-block_size - 1 :]", "(prompt + ids)[-block_size:]",
-        "test_evaluate.py::test_a_context_is_cut_on_the_left",
+        "test_choices.py::test_a_context_is_cut_on_the_left",
     ),
     Mutant(
         "cut, and no word of it", CHOICES,
         "cut |= len(prompt) + len(ids) > block_size + 1", "cut |= False",
-        "test_evaluate.py::test_a_context_is_cut_on_the_left",
+        "test_choices.py::test_a_context_is_cut_on_the_left",
     ),
     Mutant(
         "the label of a test split", CHOICES,
         "not 0 <= label < endings", "not -1 <= label < endings",
-        'test_evaluate.py::test_a_bad_line_is_named[{"ctx": "a", "endings": ["a", "b"], '
+        'test_choices.py::test_a_bad_line_is_named[{"ctx": "a", "endings": ["a", "b"], '
         '"label": -1}]',
     ),
     Mutant(
         "True is 1", CHOICES,
         "type(label) is not int", "not isinstance(label, int)",
-        'test_evaluate.py::test_a_bad_line_is_named[{"ctx": "a", "endings": ["a", "b"], '
+        'test_choices.py::test_a_bad_line_is_named[{"ctx": "a", "endings": ["a", "b"], '
         '"label": true}]',
     ),
     Mutant(
         "a standard error over n", CHOICES,
         "(accuracy * (1 - accuracy) / (n - 1))", "(accuracy * (1 - accuracy) / n)",
-        "test_evaluate.py::test_choices_by_hand",
+        "test_choices.py::test_choices_by_hand",
     ),
     Mutant(
         "lines counted without the empty ones", CHOICES,
         "enumerate(lines, 1)", "enumerate(lines, 2)",
-        "test_evaluate.py::test_a_bad_line_is_named[[1]]",
+        "test_choices.py::test_a_bad_line_is_named[[1]]",
     ),
     # the command
     Mutant(
         "a stride that is not heard", CLI,
         "                stride=stride,\n", "",
-        "test_evaluate.py::test_the_command_prints_what_the_functions_return",
+        "test_eval_command.py::test_the_command_prints_what_the_functions_return",
     ),
     Mutant(
         "something computed before the questions are read", CLI,
         "    texts = questions = ()\n    if flags.data is not None:\n",
         "    texts = questions = ()\n    evaluate.score(model, (), 1)\n"
         "    if flags.data is not None:\n",
-        "test_evaluate.py::test_what_is_wrong_is_one_line_before_anything_is_computed"
+        "test_eval_command.py::test_what_is_wrong_is_one_line_before_anything_is_computed"
         "[eval run --choices bad.jsonl]",
     ),
     Mutant(
         "one shard of several", DATA,
         "for path in paths])\n    return", "for path in paths[:1]])\n    return",
-        "test_evaluate.py::test_shards_are_evaluated_each_by_itself",
+        "test_eval_command.py::test_shards_are_evaluated_each_by_itself",
     ),
 ]  # fmt: skip
 

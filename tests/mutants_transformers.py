@@ -7,10 +7,10 @@ MODEL = "gpt2/transformers_model.py"
 INTEROP = "gpt2/interop.py"
 GENERATES = "test_transformers.py::test_generates_what_they_do"
 EQUALS = "test_transformers.py::test_equals_theirs"
-SPANS = "test_transformers.py::test_attention_over_spans"
-OTHER_MASKS = "test_transformers.py::test_other_masks_are_left_to_sdpa_and_it_is_said"
-REFUSED = "test_transformers.py::test_a_model_that_is_not_gpt_2_is_refused_as_it_is"
-BACK = "test_transformers.py::test_there_and_back"
+SPANS = "test_transformers_masks.py::test_attention_over_spans"
+OTHER_MASKS = "test_transformers_masks.py::test_other_masks_are_left_to_sdpa_and_it_is_said"
+REFUSED = "test_transformers_swap.py::test_a_model_that_is_not_gpt_2_is_refused_as_it_is"
+BACK = "test_transformers_swap.py::test_there_and_back"
 
 TRANSFORMERS_MUTANTS = [
     # the mask function
@@ -50,29 +50,29 @@ TRANSFORMERS_MUTANTS = [
         "allow_is_bidirectional_skip=False,\n        **kwargs,\n    )\n",
         "allow_is_bidirectional_skip=allow_is_bidirectional_skip,\n        **kwargs,\n    )\n"
         "    if found is None:\n        return None\n",
-        "test_transformers.py::test_a_mask_is_spelled_out_where_it_is_not_causal",
+        "test_transformers_masks.py::test_a_mask_is_spelled_out_where_it_is_not_causal",
     ),
     Mutant(
         "spans read in every layer", ATTENTION,
         "        setattr(found, _SPANS, spans_of(found))  # for every layer\n", "        pass\n",
-        "test_transformers.py::test_spans_are_read_once_per_forward",
+        "test_transformers_masks.py::test_spans_are_read_once_per_forward",
     ),
     # spans
     Mutant(
         "any mask one of spans", ATTENTION,
         "if not torch.equal(seen, expected):", "if False:",
-        "test_transformers.py::test_a_mask_is_one_of_spans_or_is_not[2-2]",
+        "test_transformers_masks.py::test_a_mask_is_one_of_spans_or_is_not[2-2]",
     ),
     Mutant(
         "the offset of the last query", ATTENTION,
         "masked_fill(counts == 0, 0).max().clamp(0, Tk - Tq)",
         "masked_fill(counts == 0, 0).max() * 0 + (Tk - Tq)",
-        "test_transformers.py::test_a_mask_is_one_of_spans_or_is_not[2-4]",
+        "test_transformers_masks.py::test_a_mask_is_one_of_spans_or_is_not[2-4]",
     ),
     Mutant(
         "keys from the first on", ATTENTION,
         "(starts[..., None] <= j) & (j <= own[..., None])", "(j <= own[..., None])",
-        "test_transformers.py::test_a_mask_is_one_of_spans_or_is_not[3-3]",
+        "test_transformers_masks.py::test_a_mask_is_one_of_spans_or_is_not[3-3]",
     ),
     Mutant(
         "one start for all", ATTENTION,
@@ -131,17 +131,17 @@ TRANSFORMERS_MUTANTS = [
     Mutant(
         "every attention causal", ATTENTION,
         "    if not causal:\n", "    if False:\n",
-        "test_transformers.py::test_cross_attention_is_left_to_sdpa",
+        "test_transformers_masks.py::test_cross_attention_is_left_to_sdpa",
     ),
     Mutant(
         "no mask, aligned as SDPA does", ATTENTION,
         "attention_mask = _aligned(query, key)", "pass",
-        "test_transformers.py::test_other_models_are_right[grouped]",
+        "test_transformers_masks.py::test_other_models_are_right[grouped]",
     ),
     Mutant(
         "one mask for all not read", ATTENTION,
         "if mask.shape != shape and mask.dim() == 4:", "if False:",
-        "test_transformers.py::test_a_causal_mask_of_four_dimensions_is_the_kernels_own"
+        "test_transformers_masks.py::test_a_causal_mask_of_four_dimensions_is_the_kernels_own"
         "[one-for-all-causal]",
     ),
     Mutant(
@@ -157,17 +157,17 @@ TRANSFORMERS_MUTANTS = [
     Mutant(
         "no probabilities, and no word", ATTENTION,
         'if "attentions" in (', 'if "attention" in (',
-        "test_transformers.py::test_what_the_kernels_never_hold_is_refused",
+        "test_transformers_swap.py::test_what_the_kernels_never_hold_is_refused",
     ),
     Mutant(
         "a head_mask ignored", ATTENTION,
         'if kwargs.get("head_mask") is not None:', "if False:",
-        "test_transformers.py::test_what_the_kernels_never_hold_is_refused",
+        "test_transformers_swap.py::test_what_the_kernels_never_hold_is_refused",
     ),
     Mutant(
         "a mask looked at while it is traced", ATTENTION,
         '        return None, "a mask that torch.compile cannot look at"\n', "        pass\n",
-        "test_transformers.py::test_compiled[left]",
+        "test_transformers_swap.py::test_compiled[left]",
     ),
     # the model
     Mutant(
@@ -240,12 +240,12 @@ TRANSFORMERS_MUTANTS = [
         "what was chosen since is lost", MODEL,
         "    if model.config._attn_implementation == transformers_attention.NAME:\n",
         "    if True:\n",
-        "test_transformers.py::test_what_was_chosen_before_comes_back",
+        "test_transformers_swap.py::test_what_was_chosen_before_comes_back",
     ),
     Mutant(
         "a pickle without its attention", MODEL,
         "        transformers_attention.register()\n        super()", "        super()",
-        "test_transformers.py::test_a_pickle_is_read_where_nothing_was_registered",
+        "test_transformers_swap.py::test_a_pickle_is_read_where_nothing_was_registered",
     ),
     Mutant(
         "a new parameter for the old", MODEL,
@@ -258,6 +258,6 @@ TRANSFORMERS_MUTANTS = [
     Mutant(
         "transformers of any age", INTEROP,
         'if "q_offset" not in', 'if "kv_length" in',
-        "test_transformers.py::test_without_transformers_one_line_says_how_to_get_it[register]",
+        "test_transformers_swap.py::test_without_transformers_one_line_says_how_to_get_it[register]",
     ),
 ]  # fmt: skip
