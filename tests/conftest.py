@@ -58,7 +58,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "grid: one of a grid's many cases; sampled without --full")
+    config.addinivalue_line(
+        "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
+    )
     config.addinivalue_line("markers", "full: runs only with --full")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
@@ -94,6 +96,8 @@ def pytest_collection_modifyitems(config, items):
     for (_, _, backend), grid in grids.items():
         random.Random(0).shuffle(grid)
         share = sample_of(backend or "triton", config.option.full)
+        if config.option.full:
+            share = grid[0].get_closest_marker("grid").kwargs.get("full", share)
         dropped.update(grid[-(-len(grid) // share) :])
     if dropped:
         config.hook.pytest_deselected(items=[item for item in items if item in dropped])

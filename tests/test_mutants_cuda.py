@@ -1,7 +1,8 @@
-"""The suite still notices each of the bugs in mutants_cuda.py, planted one at a time in a copy.
+"""The suite still notices bugs of csrc/cuda, planted one at a time (planting.py).
 
 All of csrc/cuda is compiled once; of a copy, what the bug is in, for the head size and the dropout
-that its test asks for.
+that its test asks for. With --full one in four is planted; all of them by naming the test, as in
+test_mutants_csrc.py.
 """
 
 import functools
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import cuda_backend
 import pytest
-from mutants_cuda import CUDA_MUTANTS
-from test_mutants import assert_killed, copy, plant, run_tests  # noqa: F401
+from mutants.csrc_cuda import CUDA_MUTANTS
+from planting import assert_killed, copy, plant, run_tests  # noqa: F401
 
 LIBRARY = "libgpt2_kernels_cuda.so"
 
@@ -86,6 +87,7 @@ def narrow(csrc, test):
 
 
 @pytest.mark.full
+@pytest.mark.grid(full=4)
 @pytest.mark.cuda_kernels
 @pytest.mark.skipif(cuda_backend.ON_GPU, reason="on a GPU nothing is emulated")
 @pytest.mark.parametrize("mutant", CUDA_MUTANTS, ids=lambda mutant: mutant.name)
@@ -97,5 +99,4 @@ def test_killed_in_csrc_cuda(mutant, copy, built, monkeypatch):  # noqa: F811
     sources = INCLUDED_BY.get(Path(mutant.file).name, own)
     compile_copy(copy / "csrc", copy / "work", built, sources)
     load = functools.partial(load_copy, copy / "work")
-    status, log = run_tests(copy, {mutant.killed_by}, monkeypatch, load)
-    assert_killed(mutant, status, log)
+    assert_killed(mutant, *run_tests(copy, {mutant.killed_by}, monkeypatch, load))

@@ -1,13 +1,12 @@
-"""Bugs to plant in csrc/cuda, as mutants.py plants its own: tests/test_mutants_cuda.py compiles
-each copy and runs its test on the emulator (tests/emulator), which sees what no interpreter does:
-lost barriers, races, copies that nobody waited for.
+"""Bugs to plant in csrc/cuda, whose tests run on the emulator (tests/emulator), which sees what no
+interpreter does: lost barriers, races, copies that nobody waited for.
 
 Outcome on 2026-11-24: all 62 are killed, each by the test that is named beside it.
 
 Not in the list: a race in global memory, which the emulator does not look for.
 """
 
-from mutants import Mutant
+from . import Mutant
 
 MMA = "csrc/cuda/mma.cuh"
 COMMON = "csrc/cuda/attention.cuh"

@@ -1,10 +1,10 @@
-"""Bugs to plant in what chooses the next tokens, its cache and its int8 weights:
-tests/test_mutants_generation.py plants them. Those of the C++ that decodes are in mutants_gemv.py.
+"""Bugs to plant in what chooses the next tokens, its cache and its int8 weights; those of the C++
+that decodes are in csrc_gemv.py.
 
 Not in the list: what only a GPU runs, the CUDA graph of a step.
 """
 
-from mutants import Mutant
+from . import Mutant
 
 GENERATION = "gpt2/generation.py"
 CACHE = "gpt2/cache.py"

@@ -1,10 +1,9 @@
-"""Bugs to plant in csrc's attention, as mutants.py plants its own: tests/test_mutants.py compiles
-each copy, with the instruction set and the dtype that its test asks for.
+"""Bugs to plant in csrc's attention.
 
 Not in the list: a workspace that two threads share, which fails now and then.
 """
 
-from mutants import Mutant
+from . import Mutant
 
 FORWARD_H = "csrc/cpu/attention.h"
 BACKWARD_H = "csrc/cpu/attention_bwd.h"

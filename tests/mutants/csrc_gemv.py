@@ -1,10 +1,9 @@
-"""Bugs to plant in csrc's kernels for decoding, as mutants.py plants its own: tests/test_mutants.py
-compiles each copy, with the instruction set and the dtype that its test asks for.
+"""Bugs to plant in csrc's kernels for decoding.
 
 Not in the list: threads whose shares overlap, since both write the same.
 """
 
-from mutants import Mutant
+from . import Mutant
 
 GEMV_H = "csrc/cpu/gemv.h"
 VEC_H = "csrc/cpu/vec.h"
@@ -34,7 +33,7 @@ GEMV_MUTANTS = [
     ),
     Mutant(
         "tail of x loaded unmasked", GEMV_H,
-        "V::load(from + k, p.K - k).store(", "V::load(from + k).store(",
+        "(V::load(from + k, p.K - k) * unit).store(", "(V::load(from + k) * unit).store(",
         FEW.format("avx2-int8-bias-M1-N4-K7-fp32"),
     ),
     Mutant(

@@ -1,6 +1,6 @@
-"""Bugs to plant in decode_attention of Triton: tests/test_mutants_generation.py plants them."""
+"""Bugs to plant in decode_attention of Triton."""
 
-from mutants import Mutant
+from . import Mutant
 
 DECODE = "kernels/triton/decode_attention.py"
 

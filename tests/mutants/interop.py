@@ -1,6 +1,6 @@
-"""Bugs to plant in what reads and writes weights: tests/test_mutants_interop.py plants them."""
+"""Bugs to plant in what reads and writes weights."""
 
-from mutants import Mutant
+from . import Mutant
 
 INTEROP = "gpt2/interop.py"
 WEIGHTS = "gpt2/weights.py"

@@ -1,6 +1,6 @@
-"""Bugs to plant in what turns prompts into text: tests/test_mutants_generation.py plants them."""
+"""Bugs to plant in what turns prompts into text."""
 
-from mutants import Mutant
+from . import Mutant
 
 SAMPLING = "gpt2/sampling.py"
 

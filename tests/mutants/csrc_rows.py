@@ -1,7 +1,6 @@
-"""Bugs to plant in csrc's row kernels, as mutants.py plants its own: tests/test_mutants.py compiles
-each copy, with the instruction set and the dtype that its test asks for."""
+"""Bugs to plant in csrc's row kernels."""
 
-from mutants import Mutant
+from . import Mutant
 
 GELU_H = "csrc/cpu/gelu.h"
 NORM_H = "csrc/cpu/layer_norm.h"

@@ -1,6 +1,7 @@
-"""Bugs to plant in transformers' GPT-2 on our kernels: test_mutants_interop.py plants them."""
+"""Bugs to plant in transformers' GPT-2 on our kernels."""
 
-from mutants import OPS, Mutant
+from . import Mutant
+from .kernels import OPS
 
 ATTENTION = "gpt2/transformers_attention.py"
 MODEL = "gpt2/transformers_model.py"

@@ -1,6 +1,6 @@
-"""Bugs to plant in evaluation: tests/test_mutants_evaluate.py plants them."""
+"""Bugs to plant in evaluation."""
 
-from mutants import Mutant
+from . import Mutant
 
 EVALUATE = "gpt2/evaluate.py"
 CHOICES = "gpt2/choices.py"

@@ -1,0 +1,111 @@
+"""How a bug is planted: in a copy of the package, whose tests run in a process of their own.
+
+Always in the interpreter: a GPU would not notice most stray accesses. The process is forked from
+one that has imported torch already, which is most of what a small test costs.
+"""
+
+import functools
+import multiprocessing
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETER = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}
+
+# Errors of a mutant that does not run at all: no test can be credited with those.
+BROKEN = ("SyntaxError", "NameError", "AttributeError", "TypeError", "CompilationError")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The package and its tests; gpt2/kernels is a link within the copy."""
+    for folder in ("kernels", "gpt2", "tests", "csrc"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignore)
+    return tmp_path
+
+
+def run_tests(copy, tests, monkeypatch, prepare=None):
+    """pytest's exit status and output for these tests of the copy; prepare, called before they are
+    imported, loads its native library."""
+    for name, value in INTERPRETER.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GPT2_EXPECT", raising=False)  # how many cases the whole suite should run
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch", "triton"])
+    log = copy / "log"
+    process = context.Process(target=_run_pytest, args=(copy, sorted(tests), log, prepare))
+    process.start()
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def _run_pytest(copy, tests, log, prepare):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.chdir(copy / "tests")
+    # the copy, not what is installed, perhaps in editable mode
+    original = (str(ROOT), str(ROOT / "tests"))
+    ours = [str(copy), str(copy / "tests")]
+    sys.path[:] = [*ours, *(path for path in sys.path if path not in original)]
+    if prepare is not None:
+        prepare()
+    status = pytest.main(["-q", "-x", "--full", "--tb=line", "--rootdir", str(copy), *tests])
+    for name in ("gpt2", "gpt2.kernels.ops", "gpt2.kernels.triton", "util", "interpreter"):
+        assert Path(sys.modules[name].__file__).is_relative_to(copy), sys.modules[name]
+    sys.exit(int(status))
+
+
+def load_cpu_kernels(library):
+    from gpt2.kernels import native
+
+    torch.ops.load_library(library)
+    native._reasons["cpu"] = None  # loaded
+
+
+@pytest.fixture(scope="session")
+def as_built():
+    """Prepares a copy's process: its native library is this one's, where there is any."""
+    from conftest import why_no_cpu_kernels  # not above: a child imports the copy's
+
+    from gpt2.kernels import native
+
+    library = None
+    if why_no_cpu_kernels("") is None:
+        name = native._file_name("cpu")
+        library = next(path for path in torch.ops.loaded_libraries if Path(path).name == name)
+    return functools.partial(load_as_built, library)
+
+
+def load_as_built(library):
+    import util  # noqa: F401  what run_tests looks for: not every test imports it
+
+    if library is not None:
+        load_cpu_kernels(library)
+
+
+def cases(mutants):
+    """A test each; the quick ones run by default."""
+    return [pytest.param(m, id=m.name, marks=[] if m.quick else pytest.mark.full) for m in mutants]
+
+
+def plant(mutant, copy):
+    file = copy / mutant.file
+    text = file.read_text()
+    assert text.count(mutant.old) == 1, f"{mutant.file} does not hold this once:\n{mutant.old}"
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+def assert_killed(mutant, status, log):
+    assert status != 0, f"survived {mutant.killed_by}"
+    assert status == 1 and "Traceback" not in log, log  # 1: a test failed; else none could run
+    assert not any(error in log for error in BROKEN), log
