@@ -4,7 +4,7 @@ test:  ## what a user runs
 	pytest tests/
 
 full:  ## the whole grid, the AVX-512 kernels over an emulation where the machine has none
-	GPT2_TEST_AVX512=1 OMP_NUM_THREADS=1 pytest tests/ --full -n auto
+	GPT2_TEST_AVX512=1 pytest tests/ --full
 
 bench: OUT = runs/bench
 bench:  ## every op, every backend and peer on this machine: runs/bench/report.md

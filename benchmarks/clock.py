@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import math
 import statistics
 import time
@@ -131,7 +130,6 @@ def peak_memory(run: Callable, device: torch.device) -> int | None:
 
 def _peak_resident(run: Callable) -> int | None:
     try:
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed counts anew
         Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now: man 5 proc
         before = _status("VmRSS")

@@ -3,6 +3,8 @@ random inputs; memory that nobody has written yet full of NaN.
 
     pytest tests/            every op, backend and bug class: a fair sample of the grid
     pytest tests/ --full     the whole grid
+
+Both in a process per core, unless there is a GPU or -n 0 says so.
 """
 
 import collections
@@ -44,6 +46,7 @@ elif not ON_GPU:
 else:
     NO_TRITON = None
 
+MOST_WORKERS = 8  # each has its own PyTorch and Triton: some gigabytes
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
 BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
 # Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
@@ -55,6 +58,21 @@ FULL_SAMPLE_AVX512 = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() el
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="run the whole grid, not a sample of it")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite goes to a process per core, of one thread each, where pytest-xdist is there;
+    -n 0 leaves it to one."""
+    option = config.option
+    whole = all(Path(arg).is_dir() for arg in config.args)
+    within = "PYTEST_XDIST_WORKER" in os.environ
+    if ON_GPU or within or not whole or not config.pluginmanager.hasplugin("xdist"):
+        return
+    seen = option.usepdb or option.collectonly or option.capture == "no"
+    if not seen and option.numprocesses is None and option.dist == "no":
+        option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):

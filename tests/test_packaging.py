@@ -190,16 +190,9 @@ def test_installing_compiles_nothing_and_the_first_use_does(how, source, index, 
     assert reason == "None" and loaded.startswith(str(cache))
 
 
-def cases():
-    for installed in ("wheel", "editable", "no"):
-        for theirs in ("absent", "first", "last"):
-            # One by default: importing transformers takes its seconds.
-            default = (installed, theirs) == ("wheel", "last")
-            marks = [] if default else [pytest.mark.full]
-            yield pytest.param(installed, theirs, marks=marks, id=f"{installed}-theirs {theirs}")
-
-
-@pytest.mark.parametrize("installed, theirs", list(cases()))
+@pytest.mark.full  # an environment each, with transformers in it
+@pytest.mark.parametrize("theirs", ["absent", "first", "last"])
+@pytest.mark.parametrize("installed", ["wheel", "editable", "no"])
 def test_beside_the_library_that_owns_the_name(installed, theirs, source, index, tmp_path, request):
     pytest.importorskip("transformers")
     environment = Environment(tmp_path / "venv")
