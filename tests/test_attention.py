@@ -195,6 +195,7 @@ def test_packed_makes_no_copy():
     assert sorted(sizes) == sorted([B * T * H * D, B * H * T, 3 * B * T * H * D])  # o, lse, dqkv
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), 6e4], ids=["nan", "huge"])
 @pytest.mark.parametrize("i", [0, 31, 63, 64, 100])

@@ -132,6 +132,7 @@ def test_initialisation():
 # ---- fast against plain
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 33, 48])
