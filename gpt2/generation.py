@@ -46,7 +46,7 @@ class Sampling:
         the order of ids, passes `uniform`: a row's choice depends on nothing but the row.
         """
         if self.temperature == 0.0:
-            return logits.argmax(dim=-1)
+            return logits.max(dim=-1).indices  # argmax of 16 bits: four times as long on a CPU
         logits, ids = logits.float() / self.temperature, None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits, ids = logits.topk(self.top_k)
