@@ -99,7 +99,7 @@ _COMPILE = (
 _NVCC = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _OPTIMIZE = ("-O3",)
 _SANITIZE = (
-    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-O1", "-g1", "-fno-omit-frame-pointer"),  # -g: half as long again to compile
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
 )
 
