@@ -119,7 +119,7 @@ def limits(clock: Clock, dtype: torch.dtype, quick: bool) -> dict[str, float]:
 
 def peak_memory(run: Callable, device: torch.device) -> int | None:
     """What `run` takes at most, in bytes, beyond what is there before it. On a CPU that is resident
-    memory, to a page or a few, and None where the system does not tell."""
+    memory, which Linux knows to some hundred kilobytes; None where the system does not tell."""
     if device.type != "cuda":
         return _peak_resident(run)
     torch.cuda.reset_peak_memory_stats(device)
