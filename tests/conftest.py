@@ -349,6 +349,8 @@ def why_no_cpu_kernels(isa):
     if reason is not None:
         return reason
     here = torch.ops.gpt2_kernels_cpu.isas().split()
+    if "avx512" not in here and os.environ.get("GPT2_TEST_AVX512") == "1":
+        raise pytest.UsageError("the native library was loaded before GPT2_TEST_AVX512=1 was heeded")
     return None if not isa or isa in here else f"this machine runs {', '.join(here)}"
 
 
@@ -395,8 +397,13 @@ class Counts:
             how = " (on the GPU)" if ON_GPU and name in how else how.get(name, "")
             results = f"{self.comparisons[name]} results compared with float64"
             terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
-        for line in [*self.missing(), *filter(None, [NO_TRITON])]:
-            terminalreporter.write_line(line, red=True)
+        if NO_TRITON:
+            terminalreporter.write_line(NO_TRITON, red=True)
+
+    def pytest_unconfigure(self, config):
+        """The last lines of a run, as it fails for them."""
+        for line in [] if self.is_worker else self.missing():
+            config.pluginmanager.get_plugin("terminalreporter").write_line(line, red=True)
 
 
 def pytest_report_header(config):

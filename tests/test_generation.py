@@ -17,13 +17,6 @@ GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
 
-needs_cpu = pytest.mark.skipif(
-    kernels.why_not("cpu", "gemv", torch.device("cpu"), torch.float32) is not None
-    or DEVICE != "cpu",
-    reason="the cpu backend does not serve here",
-)
-
-
 def texts(model, prompts, n, sampling=GREEDY, **kwargs):
     """What follows each prompt, as lists; -1 after a stop is left out."""
     steps = [t.tolist() for t in generation.tokens(model, prompts, n, sampling, **kwargs)]
@@ -167,7 +160,7 @@ def layers_of(model, B=1):
         return generation.decode_layers(model, model.transformer["wte"].weight, B)
 
 
-@needs_cpu
+@pytest.mark.cpu_kernels
 def test_what_is_not_a_gpt_2_is_named():
     model = model_in().eval()
     layers = layers_of(model)
@@ -198,7 +191,7 @@ def test_what_is_not_a_gpt_2_is_named():
         Cache(SMALL, 1, 49)
 
 
-@needs_cpu
+@pytest.mark.cpu_kernels
 def test_the_raw_op_passes_opcheck():
     layers = layers_of(model_in().eval(), B=2)
     args = (torch.ones(2, 32), layers.params, [], *layers.norm, torch.zeros(2, 2, 8, 2, 2, 16),
