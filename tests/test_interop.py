@@ -5,7 +5,6 @@ import graphlib
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from util import bits_equal
 
 import gpt2
-from gpt2 import Config, Model, hub, interop
+from gpt2 import Config, Model, interop
 from gpt2.errors import InputError
 
 SMALL = Config(block_size=16, vocab_size=33, n_layer=2, n_head=2, n_embd=8)
@@ -412,47 +411,6 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(saved):
 
 
 # ---- names
-
-
-@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2", "distilgpt2"])
-def test_a_published_name_is_downloaded_though_a_folder_has_it(name, saved, monkeypatch, tmp_path):
-    model, folder = saved
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).mkdir(parents=True)
-    asked = []
-
-    def snapshot_download(repository, allow_patterns):
-        asked.append((repository, tuple(allow_patterns)))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert same(Model.from_pretrained(name), model)
-    repository = "distilbert/distilgpt2" if name == "distilgpt2" else "openai-community/gpt2"
-    assert asked == [(repository, interop.FILES)]
-    with pytest.raises(InputError, match=r"config.json' cannot be read"):
-        Model.from_pretrained(f"./{name}")
-
-
-def test_without_huggingface_hub_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"'gpt2-xl' must be downloaded.*pip install huggingf"):
-        Model.from_pretrained("gpt2-xl")
-
-
-def test_no_network_is_one_line(monkeypatch, tmp_path):
-    pytest.importorskip("huggingface_hub")
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"'gpt2' is neither in .*cache nor") as error:
-        Model.from_pretrained("gpt2")
-    assert "\n" not in str(error.value)
-
-
-def test_all_published_names():
-    assert set(hub.PUBLISHED) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
-    assert hub.is_published("openai-community/gpt2-large") and not hub.is_published("gpt3")
 
 
 # ---- imports

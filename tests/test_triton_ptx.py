@@ -24,11 +24,13 @@ ONE_OF_EACH = [
     "test_cross_entropy.py::test_cross_entropy[triton-1.0-V257-N3-bf16-some]",
     "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[triton-33-bf16]",
 ]
+ATTENTION = ["test_attention.py", "test_attention_hazards.py"]
 OTHERS = "not bf16 and not fp16 and not fp32"
 PARTS = {
     "one-of-each": ONE_OF_EACH,
-    **{f"attention-{k}": ["test_attention.py", "-k", k] for k in ("bf16", "fp16", "fp32", OTHERS)},
-    **{op: [f"test_{op}.py"] for op in ("layer_norm", "gelu", "cross_entropy", "decode_attention")},
+    **{f"attention-{k}": [*ATTENTION, "-k", k] for k in ("bf16", "fp16", "fp32", OTHERS)},
+    "cross_entropy": ["test_cross_entropy.py", "test_linear_cross_entropy.py"],
+    **{op: [f"test_{op}.py"] for op in ("layer_norm", "gelu", "decode_attention")},
 }
 
 

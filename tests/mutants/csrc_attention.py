@@ -49,7 +49,7 @@ ATTENTION_MUTANTS = [
         "a maximum above the diagonal", FORWARD_H,
         "top = max(top, first(sees - j, V::load(s + j), lowest));",
         "top = max(top, V::load(s + j));",
-        "test_attention.py::test_no_row_depends_on_a_later_key[cpu-avx2-0-huge-fp32]",
+        "test_attention_hazards.py::test_no_row_depends_on_a_later_key[cpu-avx2-0-huge-fp32]",
     ),
     Mutant(
         "what is not seen is not zero", FORWARD_H,
@@ -70,7 +70,7 @@ ATTENTION_MUTANTS = [
     Mutant(
         "a maximum that starts at -inf", COMMON_H,
         "sizeof(S) == 4 ? S(-__FLT_MAX__) : S(-__DBL_MAX__);", "-S(INFINITY);",
-        "test_attention.py::test_scores_of_minus_infinity[cpu-avx2]",
+        "test_attention_hazards.py::test_scores_of_minus_infinity[cpu-avx2]",
     ),
     Mutant(
         "natural scale in powers of two", FORWARD_H,
@@ -81,7 +81,7 @@ ATTENTION_MUTANTS = [
         "scale folded into the maximum", FORWARD_H,
         "power_of(exp2_below((V::load(s + j) - m_r) * scale));",
         "power_of(exp2_below(fma(V::load(s + j), scale, V::set(0) - m_r * scale)));",
-        "test_attention.py::test_huge_scores[cpu-avx2-fp32]",
+        "test_attention_hazards.py::test_huge_scores[cpu-avx2-fp32]",
     ),
     Mutant(
         "lse in powers of two", FORWARD_H,

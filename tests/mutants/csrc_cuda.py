@@ -158,7 +158,7 @@ CUDA_MUTANTS = [
         "s[i][n][e] = exp2_fast((s[i][n][e] - m[i][e / 2]) * scores.scale_log2);",
         "s[i][n][e] =\n"
         "exp2_fast(fmaf(s[i][n][e], scores.scale_log2, -m[i][e / 2] * scores.scale_log2));",
-        "test_attention.py::test_huge_scores[cuda-fp32]",
+        "test_attention_hazards.py::test_huge_scores[cuda-fp32]",
     ),
     Mutant(
         "maximum of two lanes of four", MMA,
@@ -173,7 +173,7 @@ CUDA_MUTANTS = [
     Mutant(
         "maximum starts at -inf", COMMON,
         "kLowest = -3.40282347e38f;", "kLowest = -INFINITY;",
-        "test_attention.py::test_scores_of_minus_infinity[cuda]",
+        "test_attention_hazards.py::test_scores_of_minus_infinity[cuda]",
     ),
     # backward
     Mutant(

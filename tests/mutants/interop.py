@@ -82,7 +82,7 @@ INTEROP_MUTANTS = [
     Mutant(
         "a folder before a published name", "gpt2/hub.py",
         "str(name) in PUBLISHED or", "(str(name) in PUBLISHED and not Path(name).is_dir()) or",
-        "test_interop.py::test_a_published_name_is_downloaded_though_a_folder_has_it[gpt2]",
+        "test_hub.py::test_a_published_name_is_downloaded_though_a_folder_has_it[gpt2]",
     ),
     # weights
     Mutant(

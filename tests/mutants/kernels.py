@@ -170,17 +170,17 @@ KERNEL_MUTANTS = [
     Mutant(
         "chunks overlap", LINEAR,
         "range(0, N, rows)", "range(0, N, max(rows - 1, 1))",
-        "test_cross_entropy.py::test_linear_cross_entropy[triton-V65-N33-C16-fp32-same-none]",
+        "test_linear_cross_entropy.py::test_linear_cross_entropy[triton-V65-N33-C16-fp32-same-none]",
     ),
     Mutant(
         "last chunk alone in dweight", LINEAR,
         "beta=0 if first else 1", "beta=0",
-        "test_cross_entropy.py::test_linear_cross_entropy[triton-V65-N200-C16-fp32-same-none]",
+        "test_linear_cross_entropy.py::test_linear_cross_entropy[triton-V65-N200-C16-fp32-same-none]",
     ),
     Mutant(
         "gradients taken under no_grad", OPS,
         "(torch.is_grad_enabled() and t.requires_grad for", "(t.requires_grad for",
-        "test_cross_entropy.py::test_only_what_is_needed_is_computed[triton-x-no_grad]",
+        "test_linear_cross_entropy.py::test_only_what_is_needed_is_computed[triton-x-no_grad]",
     ),
     Mutant(
         "gradient in place of expanded logits", AUTOGRAD,
@@ -190,7 +190,7 @@ KERNEL_MUTANTS = [
     Mutant(
         "saved gradient scaled in place", AUTOGRAD,
         "dx = dx * dtotal if", "dx = dx.mul_(dtotal) if",
-        "test_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+        "test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
     ),
     # the products of the model and of the head
     Mutant(
@@ -231,7 +231,7 @@ KERNEL_MUTANTS = [
     Mutant(
         "two chunks of logits at a time", LINEAR,
         "chunk = None", "pass",
-        "test_cross_entropy.py::test_one_chunk_of_logits_at_a_time[triton]",
+        "test_linear_cross_entropy.py::test_one_chunk_of_logits_at_a_time[triton]",
     ),
     # the way to a kernel
     Mutant(

@@ -12,7 +12,8 @@ ATTENTION_MUTANTS = [
         "causal mask dropped", ATTENTION,
         "s = tl.where(offs_n[None, :] <= offs_m[:, None] + (Tk - Tq), s, NEG_INF)",
         "s = tl.where(offs_n[None, :] < Tk, s, NEG_INF)",
-        "test_attention.py::test_no_row_depends_on_a_later_key[triton-100-huge-fp32]", quick=True,
+        "test_attention_hazards.py::test_no_row_depends_on_a_later_key[triton-100-huge-fp32]",
+        quick=True,
     ),
     Mutant(
         "a query does not see its own key", ATTENTION,
@@ -29,7 +30,7 @@ ATTENTION_MUTANTS = [
         "dk dv see one query too many", ATTENTION,
         "<= offs_m[None, :] + (Tk - Tq), p_t, 0.0)",
         "<= offs_m[None, :] + (Tk - Tq) + 1, p_t, 0.0)",
-        "test_attention.py::test_no_gradient_flows_back_in_time[triton]",
+        "test_attention_hazards.py::test_no_gradient_flows_back_in_time[triton]",
     ),
     Mutant(
         "first query aligned with first key", ATTENTION,
@@ -46,7 +47,7 @@ ATTENTION_MUTANTS = [
         "dk dv leave the diagonal unmasked", ATTENTION,
         "tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M)",
         "tl.cdiv(tl.maximum(start_n - (Tk - Tq), 0), BLOCK_M)",
-        "test_attention.py::test_no_gradient_flows_back_in_time[triton]",
+        "test_attention_hazards.py::test_no_gradient_flows_back_in_time[triton]",
     ),
     # attention: the online softmax and its scales
     Mutant(
@@ -63,7 +64,7 @@ ATTENTION_MUTANTS = [
         "a maximum that starts at -inf", ATTENTION,
         "m = tl.full((BLOCK_M,), LOWEST, tl.float32)",
         "m = tl.full((BLOCK_M,), NEG_INF, tl.float32)",
-        "test_attention.py::test_scores_of_minus_infinity[triton]",
+        "test_attention_hazards.py::test_scores_of_minus_infinity[triton]",
     ),
     Mutant(
         "natural scale in powers of two", ATTENTION,
@@ -114,7 +115,7 @@ ATTENTION_MUTANTS = [
         "NaN swallowed", ATTENTION,
         "store_rows(o_ptr, acc / l[:, None],",
         "store_rows(o_ptr, tl.where(l[:, None] > 0, acc / l[:, None], 0.0),",
-        "test_attention.py::test_nan_in_a_query_stays_in_its_row[triton-40]",
+        "test_attention_hazards.py::test_nan_in_a_query_stays_in_its_row[triton-40]",
     ),
     # attention: memory
     Mutant(
@@ -141,7 +142,7 @@ ATTENTION_MUTANTS = [
         "row offsets in 32 bits", LANG,
         "offs_row[:, None].to(tl.int64) * stride + offs_d[None, :]\n    if MASKED:",
         "offs_row[:, None] * stride + offs_d[None, :]\n    if MASKED:",
-        "test_attention.py::test_row_strides_that_overflow_int32[triton]", quick=True,
+        "test_attention_hazards.py::test_row_strides_that_overflow_int32[triton]", quick=True,
     ),
     Mutant(
         "o laid out with heads first", ATTENTION,
