@@ -54,6 +54,9 @@ struct Decode {
 struct Gemv {
   int64_t M, N, K;
   const float* scale;
+
+  // How many S of workspace a row of x takes.
+  static int64_t workspace(int64_t K) { return (K + 63) / 64 * 65; }
 };
 
 struct Ops {
@@ -65,8 +68,8 @@ struct Ops {
   // o (B, H, D); workspace as above.
   int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Executor&);
 
-  // y (M, N); bias (N,) T, or null; wide (M, K rounded up to 64) S is workspace. The weight is (N,
-  // K) T, or int8 in packed rows of K rounded up to 64 (cpu/gemv.h). On a GPU PyTorch's products do
+  // y (M, N); bias (N,) T, or null; wide (M, Gemv::workspace(K)) S. The weight is (N, K) T, or
+  // int8 in packed rows of K rounded up to 64 (cpu/gemv.h). On a GPU PyTorch's products do
   // it, and these are null.
   void (*gemv)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
                void* y, const Executor&);

@@ -2,7 +2,7 @@
 
 A token of one sequence takes the time of reading the weights, so that this is what it saves. Each
 row of a linear weight is kept as int8 numbers and one scale (kernels.quantize_int8); activations
-are not rounded. Embeddings, norms and biases stay as they are: of the table of embeddings a token
+are never int8. Embeddings, norms and biases stay as they are: of the table of embeddings a token
 reads one row, while the head, which shares it, gets int8 numbers of its own.
 """
 

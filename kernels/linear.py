@@ -37,7 +37,8 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = 
     """linear with the weight of quantize_int8: packed (N, K rounded up to 64) int8, scale (N,).
 
     x (..., K) of any floating dtype. On a CPU up to 64 rows for which no gradient is wanted read
-    the numbers as they are; else the weight is spelled out in x's dtype first. Gradients reach x
+    the numbers as they are, and lose of 64 numbers of a 16-bit x what lies below 2^-13 of the
+    largest (docs/decoding.md); else the weight is spelled out in x's dtype first. Gradients reach x
     and bias, not the weight. Raises TypeError or ValueError, naming the argument.
     """
     _check_int8(x, packed, scale, bias)
@@ -50,7 +51,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) as (packed, scale): int8 numbers (N, K rounded up to 64) of which the nearest
     multiple of scale (N,), float32, is each weight's; the largest of a row is +-127.
 
-    packed holds 64 numbers of a row as 16 words: byte j of word i is number 16 j + i. Raises
+    packed holds 64 numbers of a row as 32 words: byte j of word i is number 32 j + i. Raises
     TypeError where weight is no floating matrix, ValueError where it is not finite.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
@@ -66,7 +67,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(largest > 0, largest / 127, 1.0)
     numbers = weight.new_zeros(N, _padded(K), dtype=torch.int8)
     numbers[:, :K] = (weight / scale[:, None]).round().clamp(-127, 127)
-    packed = numbers.view(N, -1, 4, 16).transpose(-1, -2).reshape(numbers.shape)
+    packed = numbers.view(N, -1, 2, 32).transpose(-1, -2).reshape(numbers.shape)
     return packed, scale
 
 

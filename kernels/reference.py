@@ -104,8 +104,8 @@ def linear_int8(
 
 def dequantize_int8(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     """The weight (N, K): scale (N,) times the numbers that packed (N, K rounded up to 64) holds,
-    byte 4 i + j of 64 being number 16 j + i; rounded to dtype."""
-    numbers = packed.view(len(packed), -1, 16, 4).transpose(-1, -2).reshape(packed.shape)[:, :K]
+    byte 2 i + j of 64 being number 32 j + i; rounded to dtype."""
+    numbers = packed.view(len(packed), -1, 32, 2).transpose(-1, -2).reshape(packed.shape)[:, :K]
     return (numbers * scale[:, None]).to(dtype)
 
 

@@ -96,6 +96,41 @@ def test_bf16_is_summed_in_float32(backend):
     assert launched == [backend] * 2 and (y == 2**14).all() and (y8 == 2**14).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_of_whole_numbers_fit(sign, backend):
+    """x just below a power of two, where its whole numbers are largest, and all weights 127."""
+    x = torch.full((1, 640), 255 / 256 * sign, dtype=torch.bfloat16)
+    packed, scale = kernels.quantize_int8(torch.ones(4, 640))
+    y = kernels.linear_int8(x, packed, scale)
+    assert (y == (640 * x[0, 0].float()).bfloat16()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exponent", [-90, -40, 40, 110])
+def test_x_of_any_size_keeps_its_digits_in_int8(exponent, dtype, backend):
+    """Each block of 64 has a unit of its own, whatever the size of those beside it."""
+    if dtype == "fp16":
+        exponent //= 20
+    x, weight, _ = draw(2, 30, 256, torch.float32)
+    x = (x * 2.0**exponent * torch.tensor([1, 2.0**-9]).repeat_interleave(128)).to(DTYPES[dtype])
+    packed, scale = kernels.quantize_int8(weight)
+    weight = dequantize_int8(packed, scale, 256, torch.float64)
+    for part in (slice(0, 256), slice(128, 256)):
+        some = torch.zeros_like(x)
+        some[:, part] = x[:, part]
+        y, exact = kernels.linear_int8(some, packed, scale).double(), some.double() @ weight.T
+        size = (some.double().abs() @ weight.abs().T).max()
+        assert ((y - exact).abs() <= 0.51 * torch.finfo(x.dtype).eps * size).all()
+
+
+def test_zeros_and_subnormals_have_a_unit_too(backend):
+    packed, scale = kernels.quantize_int8(torch.ones(3, 128))
+    x = torch.zeros(2, 128)
+    x[1, 64:] = 2.0**-130
+    y = kernels.linear_int8(x, packed, scale)
+    assert not y[0].any() and torch.allclose(y[1], torch.tensor(2.0**-124), rtol=0.1)
+
+
 def test_views_are_read_as_they_are(backend):
     wide = torch.randn(2, 2, 3, 40)
     weight, bias = torch.randn(30, 40).t().contiguous().t(), torch.randn(60)[::2]
@@ -194,13 +229,13 @@ def test_each_weight_is_the_nearest_multiple_of_its_scale():
 
 
 def test_the_packing_is_as_documented():
-    """Byte j of word i of 64 is number 16 j + i."""
+    """Byte j of word i of 64 is number 32 j + i."""
     weight = torch.arange(-63.0, 65.0)[None] / 64 * 127
     packed, scale = kernels.quantize_int8(weight)
-    for i in range(16):
-        for j in range(4):
-            number = round(weight[0, 64 + 16 * j + i].item() / scale.item())
-            assert packed[0, 64 + 4 * i + j].item() == number
+    for i in range(32):
+        for j in range(2):
+            number = round(weight[0, 64 + 32 * j + i].item() / scale.item())
+            assert packed[0, 64 + 2 * i + j].item() == number
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ struct Step {
   Tensor s = like({B, C}), next_s = like({B, C}), h = like({B, C}), qkv = like({B, 3 * C}),
          o = like({B, C}), inner = like({B, 4 * C}), activated = like({B, 4 * C}),
          added = like({B, C});
-  Tensor wide = gpt2::new_empty(x, {B, (4 * C + 63) / 64 * 64}, accumulator(x)),
+  Tensor wide = gpt2::new_empty(x, {B, Gemv::workspace(4 * C)}, accumulator(x)),
          stats = gpt2::new_empty(x, {2, B}, accumulator(x)),
          seen = gpt2::new_empty(x, {B}, ScalarType::Long);
 

@@ -13,7 +13,7 @@ Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optiona
                   .K = x.size(1),
                   .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
   Tensor y = gpt2::new_empty(x, {p.M, p.N});
-  Tensor wide = gpt2::new_empty(x, {p.M, (p.K + 63) / 64 * 64}, accumulator(x));
+  Tensor wide = gpt2::new_empty(x, {p.M, Gemv::workspace(p.K)}, accumulator(x));
   const Ops& ops = ops_for(x);
   (scale_ ? ops.gemv_int8 : ops.gemv)(p, x.const_data_ptr(), weight.const_data_ptr(),
                                       bias_ ? bias.const_data_ptr() : nullptr,

@@ -6,8 +6,8 @@
 //   V::scalar, V::W                  the lane's type and how many there are
 //   V::set(x)                        x in every lane
 //   V::load(p), V::load(p, n)        W elements of any storage type; the first n, zero in the rest
-//   V::packed<J>(block)              the J-th W of 64 int8, of which number 16 j + i is at 4 i + j,
-//   V::kPackedUnit                   as multiples of this, a power of two
+//   V::Bytes(block).dot(x)           64 int8, of which number 32 j + i is at 2 i + j, times 2^8 and
+//                                    64 int16 below 2^13: sums that together are the whole one
 //   v.store(p), v.store(p, n)        rounded to the storage type, to nearest even; the first n
 //   alone
 //   + - * /, fma(a, b, c) = a b + c  max(a, b), min(a, b): b where a is NaN or b is
@@ -44,6 +44,12 @@ struct f16 {
 GPT2_INLINE uint32_t bits_of(float x) {
   uint32_t u;
   memcpy(&u, &x, 4);
+  return u;
+}
+
+GPT2_INLINE uint64_t bits_of(double x) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
   return u;
 }
 
@@ -118,11 +124,17 @@ struct Vec {
   static GPT2_INLINE Vec load(const T* p, int64_t n) {
     return {n > 0 ? S(widen(*p)) : S(0)};
   }
-  static constexpr S kPackedUnit = 1;
-  template <int J>
-  static GPT2_INLINE Vec packed(const int8_t* block) {
-    return {S(block[J % 16 * 4 + J / 16])};
-  }
+  struct Bytes {
+    const int8_t* block;
+
+    explicit Bytes(const int8_t* from) : block(from) {}
+
+    Vec dot(const int16_t* x) const {
+      int32_t sum = 0;
+      for (int i = 0; i < 64; ++i) sum += x[i] * block[i % 32 * 2 + i / 32];
+      return {S(256) * sum};
+    }
+  };
   template <class T>
   GPT2_INLINE void store(T* p) const {
     narrow(v, *p);

@@ -40,17 +40,28 @@ struct Vec8 {
     return load(whole);
   }
 
-  // Scalar: block[4 i + J / 2], i = J % 2 * 8 + lane, on top of its word and with zeros below.
-  static constexpr float kPackedUnit = 0x1p24f;
-  template <int J>
-  static GPT2_INLINE Vec8 packed(const int8_t* block) {
-    constexpr int kZeros = 0x808080, kFrom = J / 2 << 24 | kZeros;
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + J % 2 * 32));
-    const __m256i from =
-        _mm256_set_epi32(kFrom + 0x0c000000, kFrom + 0x08000000, kFrom + 0x04000000, kFrom,
-                         kFrom + 0x0c000000, kFrom + 0x08000000, kFrom + 0x04000000, kFrom);
-    return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(words, from))};
-  }
+  // 64 packed int8, each on top of a 16-bit word.
+  struct Bytes {
+    __m256i numbers[4];
+
+    explicit GPT2_INLINE Bytes(const int8_t* block) {
+      const __m256i* words = reinterpret_cast<const __m256i*>(block);
+      for (int i = 0; i < 2; ++i) {
+        const __m256i w = _mm256_loadu_si256(words + i);
+        numbers[i] = _mm256_slli_epi16(w, 8);
+        numbers[i + 2] = _mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xff00)));
+      }
+    }
+
+    GPT2_INLINE Vec8 dot(const int16_t* x) const {
+      __m256i sum = _mm256_setzero_si256();
+      for (int i = 0; i < 4; ++i) {
+        const __m256i x_i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x_i, numbers[i]));
+      }
+      return {_mm256_cvtepi32_ps(sum)};
+    }
+  };
 
   GPT2_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   GPT2_INLINE void store(bf16* p) const {

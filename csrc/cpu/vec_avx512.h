@@ -38,13 +38,22 @@ struct Vec16 {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p))};
   }
 
-  // Scalar: block[4 lane + J]
-  static constexpr float kPackedUnit = 1;
-  template <int J>
-  static GPT2_INLINE Vec16 packed(const int8_t* block) {
-    const __m512i words = _mm512_loadu_si512(block);
-    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 24 - 8 * J), 24))};
-  }
+  // 64 packed int8, each on top of a 16-bit word.
+  struct Bytes {
+    __m512i numbers[2];
+
+    explicit GPT2_INLINE Bytes(const int8_t* block) {
+      const __m512i words = _mm512_loadu_si512(block);
+      numbers[0] = _mm512_slli_epi16(words, 8);
+      numbers[1] = _mm512_and_si512(words, _mm512_set1_epi16(int16_t(0xff00)));
+    }
+
+    GPT2_INLINE Vec16 dot(const int16_t* x) const {
+      const __m512i a = _mm512_madd_epi16(_mm512_loadu_si512(x), numbers[0]);
+      const __m512i b = _mm512_madd_epi16(_mm512_loadu_si512(x + 32), numbers[1]);
+      return {_mm512_cvtepi32_ps(_mm512_add_epi32(a, b))};
+    }
+  };
 
   GPT2_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   GPT2_INLINE void store(bf16* p) const {

@@ -15,6 +15,7 @@ using Mask = unsigned short;
 using Int = int;
 typedef Int Ints __attribute__((vector_size(64)));
 typedef unsigned Words __attribute__((vector_size(64)));
+typedef short Shorts __attribute__((vector_size(64)));
 
 template <class To, class From>
 inline To as(From x) {
@@ -153,6 +154,13 @@ inline __m512 floats(__m512i x) {
   return each([&](int i) { return static_cast<float>(lanes[i]); });
 }
 
+inline __m512i madd(__m512i a, __m512i b) {
+  const Shorts x = as<Shorts>(a), y = as<Shorts>(b);
+  Ints sum;
+  for (int i = 0; i < 16; ++i) sum[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return as<__m512i>(sum);
+}
+
 inline __m512 from_half(__m256i x) {
   __m128i halves[2];
   __builtin_memcpy(halves, &x, sizeof halves);
@@ -170,6 +178,7 @@ inline __m256i to_half(__m512 x) {
 }  // namespace emulated
 
 #define _mm512_set1_ps(x) emulated::each([&](int) { return float(x); })
+#define _mm512_set1_epi16(x) emulated::as<__m512i>(emulated::Shorts{} + short(x))
 #define _mm512_set1_epi32(x) emulated::as<__m512i>(emulated::Ints{} + int(x))
 #define _mm512_loadu_ps(p) emulated::load<__m512>(p)
 #define _mm512_loadu_si512(p) emulated::load<__m512i>(p)
@@ -198,7 +207,8 @@ inline __m256i to_half(__m512 x) {
 #define _mm512_slli_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Words>(x) << (n))
 #define _mm512_srli_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Words>(x) >> (n))
 
-#define _mm512_srai_epi32(x, n) emulated::as<__m512i>(emulated::as<emulated::Ints>(x) >> (n))
+#define _mm512_slli_epi16(x, n) emulated::as<__m512i>(emulated::as<emulated::Shorts>(x) << (n))
+#define _mm512_madd_epi16(a, b) emulated::madd(a, b)
 
 #define _mm512_castps_si512(x) emulated::as<__m512i>(x)
 #define _mm512_castsi512_ps(x) emulated::as<__m512>(x)

@@ -18,7 +18,7 @@ GEMV_MUTANTS = [
     # sums over K
     Mutant(
         "every second vector of k", GEMV_H,
-        "(sum[i][j][0] + sum[i][j][1]).sum()", "sum[i][j][0].sum()",
+        "sum[i][j] = chains[i][j][0] + chains[i][j][1];", "sum[i][j] = chains[i][j][0];",
         FEW.format("avx2-whole-bias-M1-N4-K64-fp32"),
     ),
     Mutant(
@@ -28,25 +28,25 @@ GEMV_MUTANTS = [
     ),
     Mutant(
         "tail of a row loaded unmasked", GEMV_H,
-        "V::load(w_n + j * step * ld + k, ld - k)", "V::load(w_n + j * step * ld + k)",
+        "V::load(w + j * step + k, ld - k)", "V::load(w + j * step + k)",
         FEW.format("avx2-whole-bias-M1-N4-K7-fp32"),
     ),
     Mutant(
         "tail of x loaded unmasked", GEMV_H,
-        "(V::load(from + k, p.K - k) * unit).store(", "(V::load(from + k) * unit).store(",
-        FEW.format("avx2-int8-bias-M1-N4-K7-fp32"),
+        "V::load(from + k, p.K - k).store(", "V::load(from + k).store(",
+        FEW.format("avx2-whole-bias-M1-N4-K7-fp32"),
     ),
     Mutant(
         "a block of 64 left to the tail", GEMV_H,
         "for (; k + kBlock <= ld; k += kBlock) {", "for (; k + kBlock < ld; k += kBlock) {",
-        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+        FEW.format("avx2-whole-bias-M1-N4-K64-fp32"),
     ),
     Mutant(
         "sums rounded to the model's dtype", GEMV_H,
-        "        to = fma(V::load(x_k + i * padded() + J * V::W), w, to);\n",
-        "        T rounded[V::W];\n"
-        "        fma(V::load(x_k + i * padded() + J * V::W), w, to).store(rounded);\n"
-        "        to = V::load(rounded);\n",
+        "            to = fma(V::load(x_m + i * padded + at), w_k, to);\n",
+        "            T rounded[V::W];\n"
+        "            fma(V::load(x_m + i * padded + at), w_k, to).store(rounded);\n"
+        "            to = V::load(rounded);\n",
         "test_few_rows.py::test_bf16_is_summed_in_float32[cpu-avx2]",
     ),
     # int8
@@ -68,24 +68,80 @@ GEMV_MUTANTS = [
     ),
     Mutant(
         "bytes without their signs", AVX2_H,
-        "_mm256_shuffle_epi8(words, from)",
-        "_mm256_and_si256(_mm256_shuffle_epi8(words, from), _mm256_set1_epi32(0x7fffffff))",
+        "_mm256_set1_epi16(int16_t(0xff00))", "_mm256_set1_epi16(0x7f00)",
         FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
     ),
     Mutant(
-        "bytes from the top of their words", AVX2_H,
-        "J / 2 << 24", "(3 - J / 2) << 24",
-        FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
+        "low bytes left in their words", AVX2_H,
+        "_mm256_and_si256(w, _mm256_set1_epi16(int16_t(0xff00)))", "w",
+        FEW.format("avx2-int8-alone-M1-N4-K64-bf16"),
     ),
     Mutant(
-        "x not in the units of the bytes", GEMV_H,
-        "F::kPacked ? 1 / V::kPackedUnit : 1", "1",
+        "half a block of 64", AVX2_H,
+        "for (int i = 0; i < 4; ++i) {", "for (int i = 0; i < 2; ++i) {",
         FEW.format("avx2-int8-alone-M1-N4-K64-fp32"),
     ),
     Mutant(
         "bytes in the order of their numbers", VEC_H,
-        "block[J % 16 * 4 + J / 16]", "block[J]",
+        "block[i % 32 * 2 + i / 32]", "block[i]",
         FEW.format("scalar-int8-alone-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "a last block that is not whole", GEMV_H,
+        "blocks = ld / kBlock;", "blocks = p.K / kBlock;",
+        FEW.format("avx2-int8-bias-M1-N4-K100-fp32"),
+    ),
+    # x as whole numbers
+    Mutant(
+        "x beyond its end", GEMV_H,
+        "V::load(from + k, n - k)", "V::load(from + k)",
+        FEW.format("avx2-int8-bias-M1-N4-K7-fp32"),
+    ),
+    Mutant(
+        "sums of whole numbers that overflow", GEMV_H,
+        "kBits = 13", "kBits = 14",
+        "test_few_rows.py::test_the_largest_sums_of_whole_numbers_fit[cpu-avx2-1]",
+    ),
+    Mutant(
+        "the largest of a block's last numbers", GEMV_H,
+        "largest = max(largest, max(v, V::set(0) - v));", "largest = max(v, V::set(0) - v);",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "the largest of a block's positive numbers", GEMV_H,
+        "max(v, V::set(0) - v)", "v",
+        "test_few_rows.py::test_the_largest_sums_of_whole_numbers_fit[cpu-avx2--1]",
+    ),
+    Mutant(
+        "one unit for all blocks", GEMV_H,
+        "const int of_unit = (exponent > kLeast ? exponent : kLeast) - kBits;",
+        "const int of_unit = 3 - kBits;",
+        "test_few_rows.py::test_x_of_any_size_keeps_its_digits_in_int8[cpu-avx2--40-fp32]",
+    ),
+    Mutant(
+        "units beyond the range of float32", GEMV_H,
+        "sizeof(S) == 4 ? -112 : -1000", "-1000",
+        "test_few_rows.py::test_zeros_and_subnormals_have_a_unit_too[cpu-avx2]",
+    ),
+    Mutant(
+        "NaN lost among whole numbers", GEMV_H,
+        " + nothing.sum()", "",
+        "test_few_rows.py::test_nan_and_infinity_stay_in_their_row[cpu-avx2]",
+    ),
+    Mutant(
+        "what is rounded off lost", GEMV_H,
+        "rest = (rest - (shifted - kRound)) * kFiner;", "rest = 0;",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "parts in the same unit", GEMV_H,
+        ", unit /= X::kFiner", "",
+        FEW.format("avx2-int8-bias-M1-N4-K64-fp32"),
+    ),
+    Mutant(
+        "the first row's whole numbers in all", GEMV_H,
+        "x_m[i * blocks + block]", "x_m[block]",
+        FEW.format("avx512-int8-bias-M2-N4-K64-fp32"),
     ),
     # rows of x and of the weight
     Mutant(
@@ -115,8 +171,7 @@ GEMV_MUTANTS = [
     ),
     Mutant(
         "a tile's second row is its first", GEMV_H,
-        "fma(V::load(x_k + i * padded() + J * V::W), w, to)",
-        "fma(V::load(x_k + J * V::W), w, to)",
+        "fma(V::load(x_m + i * padded + at), w_k, to)", "fma(V::load(x_m + at), w_k, to)",
         FEW.format("avx512-whole-bias-M2-N4-K64-fp32"),
     ),
     Mutant(
