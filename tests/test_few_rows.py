@@ -99,7 +99,7 @@ def test_bf16_is_summed_in_float32(backend):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_of_whole_numbers_fit(sign, backend):
     """x just below a power of two, where its whole numbers are largest, and all weights 127."""
-    x = torch.full((1, 640), 255 / 256 * sign)
+    x = torch.full((1, 640), 255.0 * 2**20 * sign)
     packed, scale = kernels.quantize_int8(torch.ones(4, 640))
     y = kernels.linear_int8(x, packed, scale)
     assert torch.allclose(y, 640 * x[0, 0])
@@ -128,7 +128,17 @@ def test_zeros_and_subnormals_have_a_unit_too(backend):
     x = torch.zeros(2, 128)
     x[1, 64:] = 2.0**-130
     y = kernels.linear_int8(x, packed, scale)
-    assert not y[0].any() and torch.allclose(y[1], torch.tensor(2.0**-124), rtol=0.1)
+    assert not y[0].any() and torch.allclose(y[1], torch.tensor(2.0**-124), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("k", [0, 63, 64, 100])
+def test_one_number_far_larger_than_the_others(k, backend):
+    x, weight, _ = draw(1, 30, 101, torch.float32)
+    x[0, k] = -1e4
+    packed, scale = kernels.quantize_int8(weight)
+    exact = x.double() @ dequantize_int8(packed, scale, 101, torch.float64).T
+    error = (kernels.linear_int8(x, packed, scale) - exact).abs()
+    assert (error <= 2 * torch.finfo(torch.float32).eps * exact.abs().max()).all()
 
 
 def test_views_are_read_as_they_are(backend):
