@@ -80,6 +80,7 @@ def pytest_configure(config):
         "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
     )
     config.addinivalue_line("markers", "full: runs only with --full")
+    config.addinivalue_line("markers", "long: takes minutes, and begins before the others")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
     config.addinivalue_line("markers", "cuda_kernels: needs nvcc, and a GPU or the emulator")
@@ -92,6 +93,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if EMULATE_TRITON:
         keep_those_of("triton", config, items)
+    items.sort(key=lambda item: "long" not in item.keywords)
     for item in items:
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; none is present"))

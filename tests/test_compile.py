@@ -68,6 +68,7 @@ def test_row_kernels(op, tmp_path, capsys):
 
 
 @pytest.mark.full
+@pytest.mark.long
 @pytest.mark.parametrize(
     "op, dtype, arch",
     itertools.product(PROGRAMS, ("fp32", "bf16", "fp16"), ("80", "90")),

@@ -25,12 +25,26 @@ def draw(B, T, H, D, dtype=torch.float32):
     return guarded(q), guarded(k), guarded(v), lengths
 
 
+SIZES = pytest.mark.parametrize("D", (1, 7, 16, 64, 80, 128, 256), ids=lambda D: f"D{D}")
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", (1, 7, 16, 64, 80, 128, 256), ids=lambda D: f"D{D}")
-@pytest.mark.parametrize("T", (1, 2, 17, 255, 256, 257, 700), ids=lambda T: f"T{T}")
+@SIZES
+@pytest.mark.parametrize("T", (1, 2, 17, 255, 256, 257), ids=lambda T: f"T{T}")
 @pytest.mark.parametrize("B", (1, 3), ids=lambda B: f"B{B}")
 def test_decode(B, T, D, dtype, backend, ran):
+    check(B, T, D, dtype, backend, ran)
+
+
+@pytest.mark.grid(full=1)  # in an emulator, too: every instruction of each size's kernel runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@SIZES
+def test_several_pieces(D, dtype, backend, ran):
+    check(3, 700, D, dtype, backend, ran)
+
+
+def check(B, T, D, dtype, backend, ran):
     reason = kernels.why_not(backend, "decode_attention", torch.device(DEVICE), DTYPES[dtype], D)
     if reason is not None:
         pytest.skip(reason)

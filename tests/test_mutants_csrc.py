@@ -1,7 +1,7 @@
 """The suite still notices bugs of csrc/cpu, planted one at a time (planting.py).
 
 A copy compiles what its test runs, less optimised: one instruction set, one dtype, some kernels.
-With --full one in four is planted; all of them by naming the test:
+With --full one in eight is planted; all of them by naming the test:
 
     pytest tests/test_mutants_csrc.py::test_killed_in_csrc --full
 """
@@ -119,7 +119,7 @@ NAMES = {"fp32": "float", "bf16": "bf16", "fp16": "f16"}  # as csrc has them
 
 
 @pytest.mark.full
-@pytest.mark.grid(full=4)
+@pytest.mark.grid(full=8)
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("part, mutant", CSRC_MUTANTS)
 def test_killed_in_csrc(part, mutant, copy, operators, kernels, monkeypatch):  # noqa: F811

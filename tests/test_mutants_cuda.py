@@ -1,7 +1,7 @@
 """The suite still notices bugs of csrc/cuda, planted one at a time (planting.py).
 
 All of csrc/cuda is compiled once; of a copy, what the bug is in, for the head size and the dropout
-that its test asks for. With --full one in four is planted; all of them by naming the test, as in
+that its test asks for. With --full one in eight is planted; all of them by naming the test, as in
 test_mutants_csrc.py.
 """
 
@@ -87,7 +87,7 @@ def narrow(csrc, test):
 
 
 @pytest.mark.full
-@pytest.mark.grid(full=4)
+@pytest.mark.grid(full=8)
 @pytest.mark.cuda_kernels
 @pytest.mark.skipif(cuda_backend.ON_GPU, reason="on a GPU nothing is emulated")
 @pytest.mark.parametrize("mutant", CUDA_MUTANTS, ids=lambda mutant: mutant.name)

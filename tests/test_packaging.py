@@ -191,6 +191,7 @@ def test_installing_compiles_nothing_and_the_first_use_does(how, source, index, 
 
 
 @pytest.mark.full  # an environment each, with transformers in it
+@pytest.mark.grid(full=2)
 @pytest.mark.parametrize("theirs", ["absent", "first", "last"])
 @pytest.mark.parametrize("installed", ["wheel", "editable", "no"])
 def test_beside_the_library_that_owns_the_name(installed, theirs, source, index, tmp_path, request):

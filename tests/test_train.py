@@ -382,6 +382,7 @@ def test_a_run_whose_files_do_not_fit_is_refused(finished):
 
 
 @pytest.mark.full
+@pytest.mark.long
 def test_tiny_shakespeare_as_nanogpt(tmp_path):
     """nanoGPT's setting for a CPU: 1.92 measured with its own code, 1.88 published."""
     folder = os.environ.get("GPT2_TEST_DATA")

@@ -35,6 +35,7 @@ PARTS = {
 
 
 @pytest.mark.triton
+@pytest.mark.long
 @pytest.mark.skipif(ON_GPU or EMULATE_TRITON, reason="the other tests run the compiled kernels")
 @pytest.mark.parametrize(
     "part",

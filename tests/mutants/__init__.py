@@ -2,7 +2,7 @@
 
 A mutant replaces one piece of text, which occurs exactly once in its file, and names the test that
 must notice. Quick ones are planted in every run, the others with --full; those of csrc, which must
-be compiled, one in four. Not in the lists, since a test cannot see them here: what changes nothing
+be compiled, one in eight. Not in the lists, since a test cannot see them here: what changes nothing
 (a second mask where one is enough), and what only a GPU does differently (a barrier, a fused
 multiply-add).
 """

@@ -274,7 +274,7 @@ ATTENTION_MUTANTS = [
     Mutant(
         "keys beyond a length", DECODE_H,
         "n = at_most(kPiece, x.lengths[b] - j0);", "n = at_most(kPiece, x.T - j0);",
-        "test_decode_attention.py::test_decode[cpu-avx2-B3-T700-D64-fp32]",
+        "test_decode_attention.py::test_several_pieces[cpu-avx2-D64-fp32]",
     ),
     Mutant(
         "products without the tail of D", DECODE_H,
@@ -286,7 +286,7 @@ ATTENTION_MUTANTS = [
     Mutant(
         "pieces added as they are", DECODE_H,
         "l += factor * acc[ld + 1];", "l += acc[ld + 1];",
-        "test_decode_attention.py::test_decode[cpu-avx2-B1-T700-D64-fp32]",
+        "test_decode_attention.py::test_several_pieces[cpu-avx2-D64-fp32]",
     ),
     Mutant(
         "a piece too many", DECODE_H,
