@@ -5,9 +5,9 @@ typed by hand.
     python benchmarks/table.py --write    # rewrite what stands between the markers of both files
     python benchmarks/table.py --check    # write nothing; exit code 1 if either is out of date
 
-For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers.
-README has the ratio of the two alone. Before them, in docs/benchmarks.md, every goal (goals.py)
-beside its newest measurement.
+For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers of
+the same run. README has the ratio of the two alone, from the newest run. Before them, in
+docs/benchmarks.md, every goal (goals.py) beside its newest measurement.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def render(documents: list[dict]) -> str:
 
 def summary(documents: list[dict]) -> str:
     """Markdown: a table per machine and version, a line per operation and dtype, and for each pass
-    the ratios over all shapes."""
+    the newest ratios over all shapes."""
     if not documents:
         return "No measurement is recorded in benchmarks/results yet."
     machines, blocks = {}, []
@@ -74,12 +74,16 @@ def summary(documents: list[dict]) -> str:
     for name, group in machines.items():
         commits = dict.fromkeys(commit(document["environment"]) for document in group)
         blocks.append(f"*{name}, {', '.join(commits)}*")
-        rows = [row for document in group for row in document["results"]]
+        newest = {}  # of each case: its date, and the two that the same run measured
+        for document in group:
+            date = document["environment"]["date"]
+            for key, pair in cases_of(document["results"]).items():
+                if all(pair) and (key not in newest or date > newest[key][0]):
+                    newest[key] = date, pair
         ratios = {}  # (op, dtype) -> pass -> the ratios of all shapes
-        for (op, dtype, _, step), (ours, peer) in cases_of(rows).items():
-            if ours and peer:
-                by_pass = ratios.setdefault((op, dtype), {})
-                by_pass.setdefault(step, []).append(peer["median_ms"] / ours["median_ms"])
+        for (op, dtype, _, step), (_, (ours, peer)) in newest.items():
+            by_pass = ratios.setdefault((op, dtype), {})
+            by_pass.setdefault(step, []).append(peer["median_ms"] / ours["median_ms"])
         passes = dict.fromkeys(step for by_pass in ratios.values() for step in by_pass)
         lines = [("operation", "dtype", *passes), ("---",) * (2 + len(passes))]
         for (op, dtype), by_pass in ratios.items():

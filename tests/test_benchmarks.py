@@ -342,10 +342,10 @@ def result(**changes):
     }  # fmt: skip
 
 
-def document(*results):
+def document(*results, date="2026-01-02T03:04:05Z"):
     about = {
         "device_name": "Abacus", "torch": "2", "triton": None, "cuda": None, "cudnn": None,
-        "threads": 2, "commit": "abc", "dirty": False, "date": "2026-01-02T03:04:05Z",
+        "threads": 2, "commit": "abc", "dirty": False, "date": date,
     }  # fmt: skip
     limits = {"float32": {"GB/s": 2.468, "GFLOP/s": 100.0}}
     return {"schema": 1, "environment": about, "limits": limits, "results": list(results)}
@@ -395,6 +395,18 @@ def test_summary_spans_the_shapes():
         "| gelu | float32 | 1.00 to 1.50× | 1.00× |",
     ]
     assert "No measurement" in table.summary([])
+
+
+def test_summary_has_the_newest_and_never_ours_beside_a_peer_of_another_run():
+    peer = {"contender": "eager", "kind": "peer"}
+    newest = document(result(), result(**peer, median_ms=8.0), date="2026-03-01T00:00:00Z")
+    text = table.summary([
+        document(result(), result(**peer, median_ms=3.0), date="2026-01-01T00:00:00Z"),
+        newest,
+        document(result(median_ms=1.0), result(**peer, median_ms=7.0), date="2026-02-01T00:00:00Z"),
+        document(result(median_ms=0.5), date="2026-04-01T00:00:00Z"),  # with nobody beside it
+    ])  # fmt: skip
+    assert text.splitlines()[-1] == "| gelu | float32 | 4.00× |"
 
 
 def test_tables_are_rewritten_and_checked(tmp_path, capsys):
