@@ -55,8 +55,8 @@ struct Gemv {
   int64_t M, N, K;
   const float* scale;
 
-  // How many S of workspace a row of x takes.
-  static int64_t workspace(int64_t K) { return (K + 63) / 64 * 65; }
+  // How many S of workspace a row of x takes: 64 and a unit for each 64 of its numbers.
+  static constexpr int64_t workspace(int64_t K) { return (K + 63) / 64 * 65; }
 };
 
 struct Ops {

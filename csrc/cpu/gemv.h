@@ -63,10 +63,11 @@ struct Fixed {
 template <class V, class T, class Weight>
 struct FewRows {
   using S = typename V::scalar;
-  static constexpr int kStreams = 4, kBlock = 64, kVectors = kBlock / V::W;
+  static constexpr int kStreams = 4, kBlock = Fixed<V, T>::kBlock, kVectors = kBlock / V::W;
   static constexpr bool kPacked = std::is_same_v<Weight, int8_t>;
   static constexpr int kTile = V::W >= 16 ? 2 : 1;  // rows of x whose sums fit into registers
   using X = std::conditional_t<kPacked, Fixed<V, T>, S>;
+  static_assert(sizeof(Fixed<V, T>) <= Gemv::workspace(kBlock) * sizeof(S));
 
   const Gemv& p;
   const X* x;  // (M, K_padded) S, or a Fixed for each 64
