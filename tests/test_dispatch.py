@@ -1,6 +1,5 @@
-"""Which backend serves a call, what PyTorch's machinery makes of it, and how the parts depend."""
+"""Which backend serves a call, and what PyTorch's machinery makes of it."""
 
-import ast
 import itertools
 import os
 import subprocess
@@ -399,57 +398,3 @@ def test_no_flush_to_zero_leaks_out(accelerated):
             call(*inputs)
             assert torch.tensor(5e-324, dtype=torch.float64).item() != 0
             assert (torch.tensor(1e-45) * 1).item() != 0
-
-
-# ---- imports
-
-
-def imports(path: Path):
-    """Modules of this package that a file imports, as they stand in the folder tree."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = path.relative_to(ROOT).parent.parts
-            base = base[: len(base) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *filter(None, [node.module])])
-            yield module.replace("gpt2.kernels", "kernels")
-            if not node.module or node.level:
-                for alias in node.names:
-                    yield f"{module}.{alias.name}".replace("gpt2.kernels", "kernels")
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.replace("gpt2.kernels", "kernels") for alias in node.names)
-
-
-def test_imports_point_one_way():
-    """cli -> train / sampling -> model -> kernels (ops -> dispatch -> backends); nothing in the
-    package looks at tests or benchmarks."""
-    for path in itertools.chain(ROOT.glob("kernels/**/*.py"), ROOT.glob("gpt2/*.py")):
-        found = set(imports(path))
-        name = path.relative_to(ROOT).with_suffix("").as_posix()
-        assert not any(m.split(".")[0] in ("tests", "benchmarks") for m in found), name
-        if name.startswith("kernels/") and name != "kernels/_alias":
-            assert not any(m == "gpt2" or m.startswith("gpt2.") for m in found), name
-        if name == "kernels/reference":
-            assert {m.split(".")[0] for m in found} <= {"math", "torch"}
-        if name == "kernels/dispatch":
-            assert not any(m.startswith(("kernels.ops", "kernels.autograd")) for m in found)
-        if name.startswith("kernels/triton/"):
-            assert not any(
-                m.startswith(("kernels.ops", "kernels.autograd", "kernels.dispatch")) for m in found
-            ), name
-        if name in ("gpt2/model", "gpt2/config"):
-            above = ("cli", "train", "sampling", "checkpoint", "data", "tokenizer", "optim")
-            assert not any(m.startswith(tuple(f"gpt2.{a}" for a in above)) for m in found), name
-
-
-def test_importing_touches_nothing():
-    """No GPU is initialised, no compiler starts, triton itself is not imported, and it is quick."""
-    done = run_python(
-        "import time, torch, sys, subprocess\n"
-        "subprocess.Popen = None\n"
-        "start = time.perf_counter(); import gpt2.model; took = time.perf_counter() - start\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "assert not {'torch._dynamo', 'triton'} & set(sys.modules)\n"
-        "print(took)"
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.3

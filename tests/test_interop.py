@@ -1,11 +1,8 @@
 """Hugging Face's GPT-2, in and out: equal to transformers, whole or refused, never a pickle."""
 
-import ast
-import graphlib
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from util import bits_equal
 
-import gpt2
 from gpt2 import Config, Model, interop
 from gpt2.errors import InputError
 
@@ -408,30 +404,3 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(saved):
     assert (python, flag) == ("python", "-c")
     exec(code, {})
     assert same(Model.from_pretrained(folder), model)
-
-
-# ---- names
-
-
-# ---- imports
-
-
-def test_imports_point_one_way():
-    """Those of a module, not of a function: Model.from_pretrained may reach for interop."""
-    imports = {}
-    for path in Path(gpt2.__file__).parent.glob("[a-z]*.py"):
-        found = imports[path.stem] = set()
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                modules = [node.module] if node.module else [a.name for a in node.names]
-                found.update(module.partition(".")[0] for module in modules)
-    list(graphlib.TopologicalSorter(imports).static_order())  # raises where there is a cycle
-
-    def reached(module):
-        return {module}.union(*map(reached, imports.get(module, ())))
-
-    for above, below in itertools.pairwise(("cli", "train", "finetune", "convert", "interop")):
-        assert above not in reached(below)
-        assert below in reached(above) or above == "cli"  # which imports what a command needs
-    assert "model" in reached("interop")
-    assert not reached("model") & {"interop", "weights", "convert", "sampling", "train", "cli"}

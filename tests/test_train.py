@@ -375,9 +375,6 @@ def test_a_run_whose_files_do_not_fit_is_refused(finished):
         sampling.load(folder)
 
 
-# What is seen
-
-
 # The published figure
 
 
