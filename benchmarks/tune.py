@@ -56,21 +56,28 @@ def attention_tile(kernel: str) -> Callable:
 
 
 def norm_tile(kernel: str) -> Callable:
-    """The last extent is the number of resident programs on an SM, which the backward has."""
+    """Candidates are (ROWS, num_warps) of the forward, (ROWS, num_warps, per_sm) of a backward."""
 
     def patches(candidate):
-        now, resident = configs.layer_norm_config, configs.resident_programs
-        tile, per_sm = configs.RowTile(*candidate[:2]), candidate[2:]
+        now = configs.layer_norm_config
+        tile = configs.RowTile(*candidate)
 
         def chosen(name, C):
             return tile if name == kernel else now(name, C)
 
-        def programs(device, tiles):
-            return min(tiles, resident(device, tiles) * per_sm[0] // 4 or 1)
+        return triton_layer_norm, {"layer_norm_config": chosen}
 
-        return triton_layer_norm, {
-            "layer_norm_config": chosen, **({"resident_programs": programs} if per_sm else {}),
-        }  # fmt: skip
+    return patches
+
+
+def cross_entropy_tile(kernel: str) -> Callable:
+    def patches(candidate):
+        now = configs.cross_entropy_config
+
+        def chosen(name):
+            return configs.VocabularyTile(*candidate) if name == kernel else now(name)
+
+        return triton_cross_entropy, {"cross_entropy_config": chosen}
 
     return patches
 
@@ -88,14 +95,19 @@ SWEEPS = {
     "attention_bwd_dkdv": Sweep(attention, 0, ((32, 64, 128), (64, 128), WARPS, STAGES[:3]),
                                 attention_tile("bwd_dkdv")),
     "layer_norm_fwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8)), norm_tile("fwd")),
-    "layer_norm_bwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8)),
+    "layer_norm_bwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16)),
                             norm_tile("bwd")),
+    "add_layer_norm_bwd": Sweep(layer_norm, 1, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16)),
+                                norm_tile("bwd")),
     "gelu": Sweep(gelu, 0, ((1024, 2048, 4096, 8192), (2, 4, 8)),
                   constants(triton_gelu, "GELU_BLOCK", "GELU_WARPS")),
-    "cross_entropy": Sweep(
-        cross_entropy, 0, ((1024, 2048, 4096, 8192, 16384), (4, 8, 16)),
-        constants(triton_cross_entropy, "CROSS_ENTROPY_BLOCK", "CROSS_ENTROPY_WARPS"),
-    ),
+    **{
+        f"cross_entropy_{kernel}": Sweep(
+            cross_entropy, 0, ((1024, 2048, 4096, 8192, 16384), (4, 8, 16)),
+            cross_entropy_tile(kernel),
+        )
+        for kernel in ("fwd", "bwd")
+    },
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 Each pass is registered under torch.ops.gpt2_kernels, with a fake implementation, so that
 torch.compile, CUDA graphs and selective checkpointing see one opaque node; the autograd functions
-stand outside of it, the cheapest boundary there is. A raw op's last argument names the backend: a
-backward runs where its forward did. Gradients are first derivatives only; a second raises.
+stand outside of it, the cheapest boundary there is. A raw op's last argument names the backend,
+which the forward chooses for both passes. Gradients are first derivatives only; a second raises.
 
     B batch   T time (Tq queries, Tk keys)   H heads   D head size
     N rows   C features   V vocabulary
@@ -226,25 +226,25 @@ def _(dy, ds, x, weight, stats, backend):
 
 class LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, backend):
+    def forward(ctx, x, weight, bias, eps, backend, backward):
         y, stats = raw.layer_norm_fwd(x, weight, bias, eps, backend)
         ctx.save_for_backward(x, weight, stats)
-        ctx.backend = backend
+        ctx.backend = backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         dx, (dweight, dbias) = raw.layer_norm_bwd(dy, None, *ctx.saved_tensors, ctx.backend)
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, backend):
+    def forward(ctx, x, residual, weight, bias, eps, backend, backward):
         y, s, stats = raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
         ctx.save_for_backward(s, weight, stats)
-        ctx.backend = backend
+        ctx.backend = backward
         return y, s
 
     @staticmethod
@@ -252,7 +252,7 @@ class AddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, ds):
         # s = x + residual: one tensor is the gradient of both.
         dx, (dweight, dbias) = raw.layer_norm_bwd(dy, ds, *ctx.saved_tensors, ctx.backend)
-        return dx, dx, dweight, dbias, None, None
+        return dx, dx, dweight, dbias, None, None, None
 
 
 # ---- gelu

@@ -7,35 +7,70 @@ A backend is a module with two functions,
 
 where size is the one extent that a kernel may not support: the head size D of attention, the row
 length C of a norm. `reference` is no such module: ops.py calls it directly, and autograd does the
-rest. The choice is made once, in the forward; the backward uses the same backend.
+rest. Both choices are made in the forward: its own backend, and the backward's.
 """
 
 import contextlib
 import warnings
+from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda, triton
+from . import cpu, cuda, native, triton
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
-# Who is asked, in order, and why triton before cuda, whose library takes nvcc a minute to build. On
-# a CPU there is only cpu (and triton, in its interpreter), measured against plain PyTorch in
-# docs/log.md. Elementwise GELU is left to Inductor inside torch.compile: it fuses into its
-# neighbours there, which a kernel of its own never can.
+# The backends of an op, in the order in which they are asked. On an NVIDIA GPU triton comes before
+# cuda, whose library takes nvcc most of a minute to build. The figures are the kernels' own times
+# on an H200 in bfloat16 (docs/log.md, 2026-11-27), triton's first. On a CPU there is only cpu (and
+# triton, in its interpreter), measured against plain PyTorch in docs/log.md. Elementwise GELU is
+# left to Inductor inside torch.compile: it fuses into its neighbours there, which a kernel of its
+# own never can.
 PRIORITY = {
-    "attention": ("triton", "cuda", "cpu"),  # not measured
-    "decode_attention": ("triton", "cuda", "cpu"),  # not measured
+    # T = 512, 1024, 2048, 4096: forward 66, 101, 170, 308 µs against 82, 130, 229, 420; backward
+    # 1.5 to 1.7 times as fast
+    "attention": ("triton", "cuda", "cpu"),
+    # A cache of 1024 rows, B = 1, 8, 64: 7, 12, 79 µs against 7, 11, 58
+    "decode_attention": ("triton", "cuda", "cpu"),
     "gemv": ("cpu",),  # elsewhere PyTorch's own product serves, and nothing is missing
-    "layer_norm": ("triton", "cuda", "cpu"),  # not measured
-    "gelu": ("triton", "cuda", "cpu"),  # not measured
-    "cross_entropy": ("triton", "cuda", "cpu"),  # not measured
+    # 65536 x 768: forward 54 µs against 58, with the residual 101 against 106
+    "layer_norm": ("triton", "cuda", "cpu"),
+    # 65536 x 3072: forward 191 µs against 209, backward 305 against 307; with the bias 199 against
+    # 235, and 410 against 404
+    "gelu": ("triton", "cuda", "cpu"),
+    "cross_entropy": ("triton", "cuda", "cpu"),  # see FASTER
+    "linear_cross_entropy": ("triton", "cuda", "cpu"),  # see FASTER
 }
 OPS = tuple(PRIORITY)
+
+
+class Faster(NamedTuple):
+    """A backend that beats the first of PRIORITY on a GPU, where its library is built already."""
+
+    backend: str
+    than: str
+    measured: str  # a sentence for the report
+
+
+# By op, or by op and "_bwd" for the backward alone.
+FASTER = {
+    "cross_entropy": Faster(
+        "cuda", "triton", "690 µs against 915 for 8192 x 50257, forward and backward (H200)"
+    ),
+    "linear_cross_entropy": Faster(
+        "cuda", "triton", "496 µs against 684 for the loss of 8192 x 50257 in place (H200)"
+    ),
+    "layer_norm_bwd": Faster(
+        "cuda",
+        "triton",
+        "90 µs against 103 for 65536 x 768, 129 against 135 with the residual (H200)",
+    ),
+}
 
 _MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
 _forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
+_built: dict[str, bool] = {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -69,13 +104,45 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
             raise BackendUnavailable(f"{_forced} cannot serve {op}: {reason}")
         return _forced
     reasons = []
-    for name in PRIORITY[op]:
+    for name in _candidates(op, device):
         reason = why_not(name, op, device, dtype, size)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
     _say_once(op, "; ".join(reasons))
     return "reference"
+
+
+def choose_backward(
+    op: str, forward: str, device: torch.device, dtype: torch.dtype, size: int = 0
+) -> str:
+    """The backend of the backward of a call that `forward` serves: the same, unless another is
+    measured to be faster and its library is there."""
+    faster = FASTER.get(f"{op}_bwd")
+    if _forced is None and faster is not None and forward == faster.than:
+        name = faster.backend
+        if _is_ready(name, device) and why_not(name, op, device, dtype, size) is None:
+            return name
+    return forward
+
+
+def _candidates(op: str, device: torch.device) -> tuple[str, ...]:
+    """The backends to ask for this op, in order."""
+    faster = FASTER.get(op)
+    if faster is not None and faster.backend in PRIORITY[op] and _is_ready(faster.backend, device):
+        return (faster.backend, *PRIORITY[op])
+    return PRIORITY[op]
+
+
+def _is_ready(backend: str, device: torch.device) -> bool:
+    return device.type == "cuda" and _library_is_built(backend)
+
+
+def _library_is_built(name: str) -> bool:
+    """Decided once per process, so that a choice does not change within it."""
+    if name not in _built:
+        _built[name] = native.unbuilt(name) is None
+    return _built[name]
 
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -107,26 +174,45 @@ def _say_once(op: str, reason: str) -> None:
         warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
 
 
-# torch.compile calls it instead of tracing it: what torch.compiler.assume_constant_result sets,
-# without importing the compiler, which takes longer than all the rest of this package.
-_say_once._dynamo_marked_constant = True
+# torch.compile calls these instead of tracing them: what torch.compiler.assume_constant_result
+# sets, without importing the compiler, which takes longer than all the rest of this package.
+for _function in (_say_once, _library_is_built):
+    _function._dynamo_marked_constant = True
 
 
 def report() -> str:
     """The table of python -m gpt2.kernels: per op the backend that serves it on this machine, and
     for every backend "yes" or the reason why it cannot. Sampled at GPT-2's sizes, D = 64, C = 768.
+
+    Builds the library for the CPU if need be, as a first call would, and never the one for GPUs:
+    where that would be faster, the lines below the table say so, and how to build it.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    unbuilt = native.unbuilt("cuda") if on_gpu else None
     rows = [("op", "served by", *BACKENDS)]
     for op in OPS:
         size = {"attention": 64, "decode_attention": 64, "layer_norm": 768}.get(op, 0)
-        reasons = {b: why_not(b, op, device, dtype, size) for b in BACKENDS}
-        served_by = next(b for b in (*PRIORITY[op], "reference") if reasons[b] is None)
+        reasons = {
+            b: unbuilt if b == "cuda" and unbuilt else why_not(b, op, device, dtype, size)
+            for b in BACKENDS
+        }
+        order = (*_candidates(op, device), "reference")
+        served_by = next(b for b in order if reasons[b] is None)
+        backward = choose_backward(op, served_by, device, dtype, size)
+        served_by += "" if backward == served_by else f", backward {backward}"
         rows.append((op, served_by, *(reasons[b] or "yes" for b in BACKENDS)))
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     lines = ["".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     where = torch.cuda.get_device_name(device) if on_gpu else "no CUDA device"
     head = f"torch {torch.__version__}, {where}; {dtype} on {device.type}"
-    return "\n".join([head, "", *(line.rstrip() for line in lines)])
+    return "\n".join([head, "", *(line.rstrip() for line in lines), *_advice(unbuilt)])
+
+
+def _advice(unbuilt: str | None) -> list[str]:
+    """The ops that the cuda backend would serve faster, and how to build it; nothing once it is."""
+    if unbuilt is None:
+        return []
+    faster = (f"  {name}: {faster.measured}" for name, faster in FASTER.items())
+    return ["", f"cuda would be faster here ({unbuilt}):", *faster]

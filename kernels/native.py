@@ -92,6 +92,26 @@ def missing(name: str) -> str | None:
     return reason
 
 
+def unbuilt(name: str) -> str | None:
+    """None where load(name) would compile nothing: the library is there, or its build has failed.
+    Else how to build it, or what is missing for that, in one line. Neither loads nor builds."""
+    _check(name)
+    if name in _reasons:
+        return None
+    try:
+        shipped = SHIPPED / _file_name(name)
+        if _is_sound(shipped, _recipe(name)) or _cached(name) or _failed_before(name):
+            return None
+    except (BuildError, OSError):
+        return None  # load says what is wrong
+    return missing(name) or f"not built: python -m gpt2.kernels build{_flag(name)}"
+
+
+def _flag(name: str) -> str:
+    """The option of `python -m gpt2.kernels build` for this library."""
+    return "" if name == "cpu" else f" --{name}"
+
+
 def _check(name: str) -> None:
     if name not in _build.LIBRARIES:
         raise ValueError(f"name must be one of {', '.join(_build.LIBRARIES)}, got {name!r}")
@@ -171,6 +191,15 @@ def _cached(name: str) -> Path | None:
     return next((library for library in libraries if _is_sound(library, recipe)), None)
 
 
+def _failed_before(name: str) -> bool:
+    """Whether load(name) would find that this compiler has failed to build these sources."""
+    try:
+        compiler = _build.identity(_build.find_tools(_build.LIBRARIES[name]))
+    except BuildError:
+        return False
+    return (_cache_folder() / name / _entry_name(_recipe(name), compiler) / "failed.log").exists()
+
+
 def _entry_name(recipe: str, compiler: str) -> str:
     return f"{recipe[:16]}-torch{torch.__version__}-{compiler[:8]}"
 
@@ -215,7 +244,7 @@ def _build_into_cache(name: str, *, force: bool, retry: bool) -> Path:
         try:
             log = _build.run(library, tools, work, new / target.name)
         except _build.CompilerError as error:
-            again = f"python -m gpt2.kernels build{'' if name == 'cpu' else f' --{name}'}"
+            again = f"python -m gpt2.kernels build{_flag(name)}"
             told = f"{error} (log: {failed}; to try again: {again})"
             entry.mkdir(exist_ok=True)
             _write(work / "failed.log", f"{told}\n\n{error.log}")

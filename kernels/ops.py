@@ -141,10 +141,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """
     _check_norm(x, weight, bias, eps)
     (x,) = _autocast(x)
-    backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
+    backend, backward = _norm_backends(x)
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
-    return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend)
+    return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend, backward)
 
 
 def add_layer_norm(
@@ -160,10 +160,10 @@ def add_layer_norm(
     x, residual = _autocast(x, residual)
     if residual.dtype != x.dtype:
         raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
-    backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
+    backend, backward = _norm_backends(x)
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
-    return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)
+    return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend, backward)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def linear_cross_entropy(
         )
     _check_targets(targets, x, weight.shape[0], ignore_index)
     (x,) = _autocast(x)
-    backend = dispatch.choose("cross_entropy", x.device, x.dtype)
+    backend = dispatch.choose("linear_cross_entropy", x.device, x.dtype)
     if backend == "reference":
         return reference.linear_cross_entropy(x, weight, targets, ignore_index)
     rows, targets = x.flatten(0, -2), targets.flatten()
@@ -291,6 +291,13 @@ def _check_norm(x, weight, bias, eps) -> None:
         raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def _norm_backends(x: Tensor) -> tuple[str, str]:
+    """The backends of layer_norm's forward and backward for rows of x."""
+    asked = x.device, x.dtype, x.shape[-1]
+    forward = dispatch.choose("layer_norm", *asked)
+    return forward, dispatch.choose_backward("layer_norm", forward, *asked)
 
 
 def _check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:

@@ -16,7 +16,9 @@ import pytest
 pytestmark = pytest.mark.triton
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-SHARED = 99 * 1024  # bytes a program may take on every GPU from compute capability 8.0 on
+# Bytes that a program may take: what every GPU from compute capability 8.0 on has, and what Hopper
+# has, for the tiles that configs.py keeps for it.
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
 REGISTERS = 64 * 1024  # of an SM
 PROGRAMS = {"attention": 1, "layer_norm": 1, "gelu": 4, "cross_entropy": 4}  # at a time on an SM
 
@@ -39,7 +41,7 @@ def check(rows, op):
         what = f"{row['kernel']} for sm_{row['arch']}, {row['dtype']}, {row['size']}: {row}"
         threads = 32 * int(row["tile"].partition("num_warps=")[2].partition(",")[0])
         assert row["spills"] == 0 and row["stack"] == 0, f"spills: {what}"
-        assert row["shared"] <= SHARED, f"shared memory: {what}"
+        assert row["shared"] <= SHARED[row["arch"]], f"shared memory: {what}"
         assert row["reg"] * threads * PROGRAMS[op] <= REGISTERS, f"registers: {what}"
         if op != "attention" or row["dtype"] == "fp32":
             assert row["mma"] == 0, f"no tensor core computes in true float32: {what}"

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import CROSS_ENTROPY_BLOCK, CROSS_ENTROPY_WARPS
+from .configs import cross_entropy_config
 from .lang import LN2, LOG2E, NEG_INF
 
 
@@ -124,7 +124,7 @@ def _forward(logits, targets, ignore_index, V, grad):
         _cross_entropy_fwd_kernel[(N,)](
             logits, targets, losses, *stats,
             logits.stride(0), V, logits.shape[1], ignore_index,
-            BLOCK_V=CROSS_ENTROPY_BLOCK, GRAD=grad, num_warps=CROSS_ENTROPY_WARPS,
+            GRAD=grad, **cross_entropy_config("fwd_bwd" if grad else "fwd")._asdict(),
         )  # fmt: skip
     return losses, stats
 
@@ -135,6 +135,6 @@ def _backward(dlosses, logits, targets, stats, ignore_index, dlogits):
         _cross_entropy_bwd_kernel[(N,)](
             dlosses, dlosses.stride(0), logits, targets, *stats, dlogits,
             logits.stride(0), dlogits.stride(0), V, ignore_index,
-            BLOCK_V=CROSS_ENTROPY_BLOCK, num_warps=CROSS_ENTROPY_WARPS,
+            **cross_entropy_config("bwd")._asdict(),
         )  # fmt: skip
     return dlogits

@@ -10,7 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import GELU_BLOCK, GELU_WARPS, bias_gelu_config, resident_programs
+from .configs import (
+    BIAS_GELU_PER_SM,
+    GELU_BLOCK,
+    GELU_WARPS,
+    bias_gelu_config,
+    resident_programs,
+)
 from .lang import gelu, gelu_grad
 
 
@@ -115,7 +121,7 @@ def bias_gelu_bwd(dy, x, bias):
     N = x.numel() // C
     tile = bias_gelu_config(C)
     columns = triton.cdiv(C, tile.BLOCK_C)
-    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), columns)
+    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), BIAS_GELU_PER_SM, columns)
     partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
     _bias_gelu_bwd_kernel[(programs, columns)](dy, x, bias, dx, partial, N, C, **tile._asdict())
     return dx, partial.sum(0).to(bias.dtype)

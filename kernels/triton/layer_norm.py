@@ -127,12 +127,13 @@ def layer_norm_bwd(dy, ds, x, weight, stats):
     if N == 0:
         return dx, weight.new_zeros((2, C))
     tile = layer_norm_config("bwd", C)
-    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS))
+    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), tile.per_sm)
     partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[(programs,)](
         dy2, ds2, x2, weight, *stats, dx, *partial,
         dy2.stride(0), ds2.stride(0), x2.stride(0), N,
-        C=C, BLOCK_C=triton.next_power_of_2(C), ADD=ds is not None, **tile._asdict(), **SUMS_ALIKE,
+        C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=ds is not None,
+        num_warps=tile.num_warps, **SUMS_ALIKE,
     )  # fmt: skip
     return dx, partial.sum(1).to(weight.dtype)
 
@@ -150,8 +151,8 @@ def _forward(x, residual, weight, bias, eps):
         _layer_norm_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
             x2, residual2, weight, bias, y, s, *stats,
             x2.stride(0), residual2.stride(0), N, eps,
-            C=C, BLOCK_C=triton.next_power_of_2(C), ADD=residual is not None, **tile._asdict(),
-            **SUMS_ALIKE,
+            C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=residual is not None,
+            num_warps=tile.num_warps, **SUMS_ALIKE,
         )  # fmt: skip
     return y, s, stats
 

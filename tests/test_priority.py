@@ -1,0 +1,166 @@
+"""The order in which backends are asked on a GPU: by measurement, and without building a library
+that nobody asked for."""
+
+import pytest
+import torch
+from toy import needs_compiler
+from util import as_tuple
+
+from gpt2 import kernels
+from gpt2.kernels import _build, autograd, dispatch, native
+
+GPU = torch.device("cuda", 0)
+ASKED = GPU, torch.bfloat16
+GPU_OPS = [op for op in dispatch.OPS if op != "gemv"]  # which is PyTorch's there
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that Triton and the cuda backend serve, as far as dispatch can see. Called with whether
+    the cuda library is built."""
+    monkeypatch.setattr(kernels.triton, "why_not", lambda *args: None)
+    monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: None)
+
+    def with_library(built):
+        monkeypatch.setattr(dispatch, "_built", {})
+        monkeypatch.setattr(native, "unbuilt", lambda name: None if built else "not built: so")
+
+    return with_library
+
+
+def test_a_built_library_serves_what_it_is_faster_at(gpu):
+    gpu(True)
+    chosen = {op: dispatch.choose(op, *ASKED, 64) for op in GPU_OPS}
+    faster = {"cross_entropy": "cuda", "linear_cross_entropy": "cuda"}
+    assert chosen == dict.fromkeys(GPU_OPS, "triton") | faster
+    assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "cuda"
+
+
+def test_a_library_that_is_not_built_is_not_asked(gpu, monkeypatch):
+    gpu(False)
+    monkeypatch.setattr(native, "load", lambda name: pytest.fail(f"{name} was asked for"))
+    for op in GPU_OPS:
+        assert dispatch.choose(op, *ASKED, 64) == "triton"
+        assert dispatch.choose_backward(op, "triton", *ASKED, 64) == "triton"
+
+
+def test_the_choice_does_not_change_within_a_process(gpu, monkeypatch):
+    """A library that is built meanwhile serves from the next process on: the same call gives the
+    same bits for as long as a process lives."""
+    gpu(False)
+    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
+    monkeypatch.setattr(native, "unbuilt", lambda name: None)
+    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
+
+
+def test_a_faster_backend_that_cannot_serve_is_passed_over(gpu, monkeypatch):
+    gpu(True)
+    monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: "not this dtype")
+    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
+    assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "triton"
+
+
+def test_the_backward_follows_a_forward_that_was_chosen_otherwise(gpu):
+    """By use(), or because the first backend could not serve."""
+    gpu(True)
+    with kernels.use("triton"):
+        assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "triton"
+    for forward in ("cuda", "cpu", "reference"):
+        assert dispatch.choose_backward("layer_norm", forward, *ASKED, 768) == forward
+
+
+def test_a_cpu_tensor_asks_no_library_for_gpus(monkeypatch):
+    monkeypatch.setattr(native, "unbuilt", lambda name: pytest.fail(f"{name} was asked for"))
+    for op in dispatch.OPS:
+        dispatch.choose(op, torch.device("cpu"), torch.float32, 64)
+        dispatch.choose_backward(op, "cpu", torch.device("cpu"), torch.float32, 64)
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
+def test_the_norms_backward_runs_where_it_was_chosen(op, monkeypatch):
+    """On another backend than the forward: each raw op gets its own name."""
+    raw, asked = autograd.raw, []
+
+    class Spy:
+        def __getattr__(self, name):
+            def call(*args):
+                asked.append((name, args[-1]))
+                return getattr(raw, name)(*args[:-1], "cpu")
+
+            return call
+
+    monkeypatch.setattr(autograd, "raw", Spy())
+    monkeypatch.setattr(dispatch, "choose", lambda *args: "one")
+    monkeypatch.setattr(dispatch, "choose_backward", lambda *args: "another")
+    x, row = torch.randn(3, 16, requires_grad=True), torch.ones(16)
+    inputs = (x, x, row, row) if op == "add_layer_norm" else (x, row, row)
+    outputs = as_tuple(getattr(kernels, op)(*inputs))
+    torch.cat(outputs).sum().backward()
+    assert asked == [(f"{op}_fwd", "one"), ("layer_norm_bwd", "another")]
+
+
+# ---- the report
+
+
+@pytest.fixture
+def report(gpu, monkeypatch):
+    """kernels.report() on the GPU of that fixture, called with whether the library is built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+
+    def reported(built):
+        gpu(built)
+        return kernels.report()
+
+    return reported
+
+
+def test_the_report_says_what_a_library_would_be_faster_at(report, monkeypatch):
+    """And builds nothing."""
+    monkeypatch.setattr(native, "load", lambda name: pytest.fail(f"{name} was asked for"))
+    monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: pytest.fail("asks the library"))
+    table, _, advice = report(False).partition("\n\ncuda would be faster here (not built: so):\n")
+    assert table.count("not built: so") == len(dispatch.OPS)
+    assert [line.split(":")[0].strip() for line in advice.splitlines()] == list(dispatch.FASTER)
+    assert all(faster.measured in advice for faster in dispatch.FASTER.values())
+
+
+def test_the_report_names_what_a_built_library_serves(report):
+    served = {line.split()[0]: line for line in report(True).splitlines()[3:]}
+    assert list(served) == list(dispatch.OPS), "no advice"
+    assert "  triton, backward cuda  " in served["layer_norm"]
+    assert served["cross_entropy"].split()[1] == "cuda"
+    assert served["attention"].split()[1] == "triton"
+
+
+# ---- what is built
+
+
+class TestUnbuilt:
+    """native.unbuilt: it tells without building, and without loading."""
+
+    pytestmark = needs_compiler
+
+    def test_before_and_after_the_build(self, toy):
+        assert native.unbuilt("cpu") == "not built: python -m gpt2.kernels build"
+        assert toy.compiled() == 0
+        native.build("cpu")
+        assert native.unbuilt("cpu") is None and not native._reasons
+
+    def test_what_a_build_lacks(self, toy):
+        toy.without_compiler()
+        lacks = native.missing("cpu")
+        assert lacks and native.unbuilt("cpu") == lacks
+
+    def test_a_failed_build_is_not_asked_for_again(self, toy):
+        """load() gives the compiler's error: advice to build would send the user in a circle."""
+        toy.fail.touch()
+        assert native.load("cpu") is not None
+        native._reasons.clear()
+        assert native.unbuilt("cpu") is None
+
+    def test_the_flag_of_the_command(self, toy, monkeypatch):
+        monkeypatch.setattr(_build, "LIBRARIES", {"cuda": toy.library})
+        assert native.unbuilt("cuda") == "not built: python -m gpt2.kernels build --cuda"
