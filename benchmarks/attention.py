@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from clock import FLOP, Work
 from harness import BACKWARD, Contender, Op
-from peers import autotuned, compiled, flash
+from peers import autotuned, compiled, deterministic_flash, flash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2 import kernels
@@ -66,14 +66,15 @@ def flex(device):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return fused(q, k, v, block_mask=masks[T]).transpose(1, 2)
 
-    return Contender("flex", call)
+    return Contender("flex", call, compiles=True)
 
 
 def peers(device, wrap=lambda call: call):
     """The likely fastest first, the slowest to compile last: time may end in between."""
     for name, backend in SDPA.items():
         yield Contender(name, wrap(sdpa), lambda backend=backend: sdpa_kernel(backend))
-    for peer in flash("flash_attn_func", lambda f, q, k, v: f(q, k, v, causal=True), device):
+    theirs = "flash_attn_func", lambda f, q, k, v: f(q, k, v, causal=True), device
+    for peer in (*flash(*theirs), deterministic_flash(*theirs)):
         yield replace(peer, call=peer.call and wrap(peer.call))
     yield Contender("eager", wrap(eager))
     flexible = flex(device)

@@ -36,7 +36,7 @@ class Clock:
     """Median, 20th and 80th percentile in milliseconds of several functions, measured together."""
 
     def __init__(self, device: torch.device, quick: bool):
-        self.device = device
+        self.device, self.quick = device, quick
         self.rounds, self.sample_s = (7, 0.002) if quick else (11, 0.02)
         self.slow_s, self.slow_rounds = 30, 3  # where one takes so long, so many rounds must do
         # On a GPU: so long, but so many runs of what is slow, within so long

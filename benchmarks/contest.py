@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from report import Result
 from gpt2 import kernels
 
 LATE = {"status": "skipped", "reason": "out of time"}
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # some compilers colour their errors
 
 
 class Wrong(Exception):
@@ -33,6 +35,7 @@ class Contender:
     context: Callable = contextlib.nullcontext  # entered around its runs, outside the clock
     why_not: str | None = None
     kind: str = "peer"
+    compiles: bool = False  # by torch.compile, whose cache can be filled beforehand: rehearse()
 
 
 def contest(
@@ -41,7 +44,7 @@ def contest(
     contenders: list[Contender],
     clock: Clock,
     limit: dict,
-    work: Callable,  # (step, contender) -> Work
+    work: Callable | None,  # (step, contender) -> Work; None where nothing has a rate
     check: Callable,  # (contender) -> its largest error; raises Wrong
     timed: Callable,  # (step, contenders) -> contender -> what its Result has, median_ms at least
 ) -> None:
@@ -86,11 +89,23 @@ def contest(
                 still_alive(clock.device)
                 continue
             for contender, values in times.items():
-                values |= rates(work(step, contender), values["median_ms"], clock.device, limit)
+                if work is not None:
+                    ms = values["median_ms"]
+                    values |= rates(work(step, contender), ms, clock.device, limit)
                 report(contender, [step], max_error=errors[contender], **values)
         released(clock.device)
     for step in case.steps:
         compare([r for r in record.results if case.holds(r) and r.step == step])
+
+
+def rehearse(contenders: list[Contender], run: Callable, device: torch.device) -> None:
+    """run(contender) for those that torch.compile compiles, so that its cache holds their code.
+    Errors are left to the contest, which reports them."""
+    for contender in contenders:
+        if contender.compiles and contender.why_not is None:
+            with contextlib.suppress(Exception), contender.context():
+                run(contender)
+            released(device)
 
 
 def rates(work: Work, ms: float, device: torch.device, limit: dict) -> dict:
@@ -105,7 +120,7 @@ def trouble(contender: Contender, error: Exception, warned=()) -> dict:
     no_room = isinstance(error, torch.OutOfMemoryError) and contender.name == "reference"
     said = [str(w.message) for w in warned if issubclass(w.category, UserWarning)]
     raised = str(error) if known else f"{type(error).__name__}: {error}"
-    reason = " ".join("; ".join([raised, *said]).split())
+    reason = " ".join(COLOURS.sub("", "; ".join([raised, *said])).split())
     if isinstance(error, Wrong):
         status = "wrong"
     elif contender.kind == "peer" or known or no_room:

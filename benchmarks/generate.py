@@ -25,8 +25,8 @@ import sys
 import harness
 import torch
 from clock import FLOP, READ, Clock, Work, peak_memory
-from contest import contest, released
-from generators import BACKENDS, INT8, PEERS, WHOLE, Makers, why_not
+from contest import contest, rehearse, released
+from generators import BACKENDS, COMPILED, INT8, PEERS, WHOLE, Makers, why_not
 from harness import Contender, Wrong
 from record import Case, Record
 
@@ -73,12 +73,15 @@ def measure(
     make = Makers(plain, device, dtype)
     wanted = record.wanted(case, [
         Contender(c, make.by_name(c), kind="backend" if c in BACKENDS else "peer",
-                  why_not=why_not(c, shape, device, dtype))
+                  why_not=why_not(c, shape, device, dtype), compiles=c in COMPILED)
         for c in contenders
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (shape.B, shape.P), generator=generator).to(device)
     runs, truth = {}, []
+    if record.rehearsal:
+        rehearse(wanted, lambda contender: contender.call()(prompts, tokens), device)
+        return None
 
     def check(contender):
         if not truth:

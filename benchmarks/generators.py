@@ -1,5 +1,6 @@
 """Who generates: GPT-2 with our kernels and its peers, all with the same weights."""
 
+import copy
 import functools
 import importlib.util
 import tempfile
@@ -17,6 +18,7 @@ WHOLE = ["fast", "plain", "transformers", "transformers-static", "compiled", "ct
          "onnxruntime"]  # fmt: skip
 INT8 = ["fast-int8", "whole", "ctranslate2-int8"]  # whole is fast without int8
 BACKENDS = ["fast", "fast-int8"]
+COMPILED = ["transformers-static", "compiled"]  # transformers compiles where a cache is static
 PEERS = [name for name in (*WHOLE, *INT8) if name not in BACKENDS]
 
 
@@ -42,9 +44,7 @@ class Makers:
         return model
 
     def _copy(self) -> Model:
-        model = Model(self.weights.config)
-        model.load_state_dict(self.weights.state_dict())
-        return model.to(self.device, self.dtype)
+        return copy.deepcopy(self.weights).to(self.device, self.dtype)
 
     def fast(self):
         return functools.partial(_ours, self.ours, True)

@@ -25,7 +25,7 @@ if importlib.util.find_spec("gpt2") is None:  # not installed: run from the tree
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clock import Clock, limits, peak_memory
-from contest import Contender, ContextLost, Wrong, contest, released
+from contest import Contender, ContextLost, Wrong, contest, rehearse, released
 from machine import environment
 from options import DTYPES, parse
 from record import Case, Record
@@ -119,8 +119,8 @@ def stepper(step: str, call: Callable, inputs, grads) -> Callable:
     return run
 
 
-def check(op: Op, contender: Contender, inputs, grads, truth, bounds) -> float:
-    """The largest error among results and gradients; Wrong where one exceeds its bound."""
+def evaluated(op: Op, contender: Contender, inputs, grads) -> list:
+    """The results and every gradient."""
     with contender.context():
         values = list(stepper(FORWARD, contender.call, inputs, grads)())
         if op.passes[-1] != FORWARD:
@@ -128,6 +128,12 @@ def check(op: Op, contender: Contender, inputs, grads, truth, bounds) -> float:
             if op.passes[-1] == BACKWARD:
                 run()  # whose saved tensors must survive it: the second is checked
             values += run()
+    return values
+
+
+def check(op: Op, contender: Contender, inputs, grads, truth, bounds) -> float:
+    """The largest error among results and gradients; Wrong where one exceeds its bound."""
+    values = evaluated(op, contender, inputs, grads)
     worst = 0.0
     for i, (value, exact, bound) in enumerate(zip(values, truth, bounds, strict=True)):
         error = _error(op.part(value), exact)
@@ -163,13 +169,17 @@ def exact_and_bounds(op: Op, inputs, grads):
 
 def measure(
     op: Op, shape: Shape, dtype: torch.dtype, clock: Clock, limit: dict, record: Record
-) -> Case:
-    """Every contender for one operation at one shape: checked, then timed."""
+) -> Case | None:
+    """Every contender for one operation at one shape: checked, then timed. None in a rehearsal."""
     torch.compiler.reset()
     device = clock.device
     case = Case(op.name, vars(shape), str(dtype).removeprefix("torch."), op.passes)
     contenders = [*backends(op, shape, device, dtype, record.only["backend"]), *op.peers(device)]
     contenders = record.wanted(case, contenders)
+    if record.rehearsal:
+        data = draw(op, shape, device, dtype)
+        rehearse(contenders, lambda contender: evaluated(op, contender, *data), device)
+        return None
     inputs, grads, truth, bounds, no_truth = None, None, None, None, None
     able = [c for c in contenders if c.why_not is None]
     if able and not record.late():
@@ -234,7 +244,7 @@ def run(
     about = environment(options.device)
     record = Record(
         options.json, script, about, only={"backend": options.backends, "peer": options.peers},
-        seconds=options.seconds, resume=options.resume,
+        seconds=options.seconds, resume=options.resume, rehearsal=options.compile_only,
     )  # fmt: skip
     where = f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}"
     if about["threads"]:
@@ -245,14 +255,10 @@ def run(
     lost = None
     try:
         for dtype in options.dtype:
-            if dtype not in record.limits:
-                record.limits[dtype] = limits(clock, DTYPES[dtype], options.quick)
-            limit = record.limits[dtype]
-            copy, read, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
-            print(f"limits, {dtype}: copy {copy}, reading {read}, matrix product {product}")
+            limit = {} if options.compile_only else limits_of(dtype, clock, record)
             for measured, shape in itertools.product(cases, options.shapes):
                 case = measured(shape, DTYPES[dtype], clock, limit, record, **extra)
-                if case is not None:  # not asked for
+                if case is not None:  # None: not asked for, or a rehearsal
                     print(f"\n{show(record.settle(case))}", flush=True)
     except ContextLost as error:
         lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
@@ -266,6 +272,16 @@ def run(
         print(lost, file=sys.stderr)
         return LOST
     return 1 if failed else 0
+
+
+def limits_of(dtype: str, clock: Clock, record: Record) -> dict[str, float]:
+    """The machine's limits for this dtype, measured unless the record holds them; printed."""
+    if dtype not in record.limits:
+        record.limits[dtype] = limits(clock, DTYPES[dtype], clock.quick)
+    limit = record.limits[dtype]
+    copy, read, product = (f"{significant(x)} {unit}" for unit, x in limit.items())
+    print(f"limits, {dtype}: copy {copy}, reading {read}, matrix product {product}")
+    return limit
 
 
 def as_tuple(x):

@@ -3,6 +3,7 @@
 B batch   T time   C features   V vocabulary
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -52,14 +53,15 @@ class NanoGPT(nn.Module):
 
 
 def nanogpt(plain: Model) -> nn.Module:
-    model = NanoGPT(plain.config)
+    with torch.device("meta"):  # no random numbers that the weights would replace
+        model = NanoGPT(plain.config)
     renamed = {}
     for name, value in plain.state_dict().items():
         name = name.removeprefix("transformer.").replace("attn.c_attn", "c_attn")
         name = name.replace("attn.c_proj", "attn_proj").replace("mlp.c_proj", "mlp_proj")
         renamed[name.replace("mlp.c_fc", "c_fc")] = value
     del renamed["lm_head.weight"]  # tied
-    model.load_state_dict(renamed)
+    model.to_empty(device="cpu").load_state_dict(renamed)
     return model
 
 
@@ -105,23 +107,34 @@ def shifted(model, idx, targets):
 
 
 def ours(plain: Model, fast: bool) -> nn.Module:
-    model = Model(plain.config, fast=fast)
-    model.load_state_dict(plain.state_dict())
+    model = copy.deepcopy(plain)
+    model.fast = fast
     return WithLoss(model, second)
 
 
-def autotuned(plain: Model) -> nn.Module:
-    """All that torch.compile has, CUDA graphs among it: a step is launched as a whole."""
-    return torch.compile(ours(plain, False), dynamic=False, mode="max-autotune")
+def compiled(plain: Model, fast: bool, mode: str = "default") -> nn.Module:
+    """reduce-overhead and max-autotune launch the forward and the backward as CUDA graphs."""
+    return torch.compile(ours(plain, fast), dynamic=False, mode=mode)
+
+
+BACKENDS = ["fast", "fast-graph", "fast-compiled", "fast-reduce-overhead"]
+PEERS = ["compiled", "plain", "nanogpt", "transformers", "reduce-overhead", "max-autotune"]
+# By torch.compile; not those that search by timing, which other processes would disturb
+COMPILED = ["fast-compiled", "fast-reduce-overhead", "compiled", "reduce-overhead"]
 
 
 def makers(plain: Model) -> dict[str, Callable[[], nn.Module]]:
-    """How to make each model, on the CPU: name -> () -> module, loss = module(idx, targets)."""
+    """How to make each model, on the CPU: name -> () -> module, loss = module(idx, targets).
+    fast-graph is fast's, whose step is captured (train_step.py). What matters most comes first."""
     return {
         "fast": lambda: ours(plain, True),
+        "fast-graph": lambda: ours(plain, True),
+        "compiled": lambda: compiled(plain, False),
         "plain": lambda: ours(plain, False),
+        "fast-compiled": lambda: compiled(plain, True),
+        "fast-reduce-overhead": lambda: compiled(plain, True, "reduce-overhead"),
         "nanogpt": lambda: WithLoss(nanogpt(plain), lambda m, i, t: m(i, t)),
         "transformers": lambda: WithLoss(transformers(plain), shifted),
-        "compiled": lambda: torch.compile(ours(plain, False), dynamic=False),
-        "max-autotune": lambda: autotuned(plain),
+        "reduce-overhead": lambda: compiled(plain, False, "reduce-overhead"),
+        "max-autotune": lambda: compiled(plain, False, "max-autotune"),
     }

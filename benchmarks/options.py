@@ -89,6 +89,10 @@ def parse(
     parser.add_argument(
         "--resume", action="store_true", help="go on after what the --json file holds already"
     )
+    parser.add_argument(
+        "--compile-only", action="store_true",
+        help="fill torch.compile's cache with what the contenders compile, and time nothing",
+    )  # fmt: skip
     if more:
         more(parser)
     options = parser.parse_args(argv)

@@ -4,7 +4,9 @@ Versions stand in every result's environment (machine.py). A peer that is missin
 the table, never an error.
 """
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -15,7 +17,7 @@ FLASH = {"flash-2": "flash_attn", "flash-3": "flash_attn_interface", "flash-4": 
 
 
 def compiled(name: str, call: Callable) -> Contender:
-    return Contender(name, torch.compile(call, dynamic=False))
+    return Contender(name, torch.compile(call, dynamic=False), compiles=True)
 
 
 def autotuned(call: Callable, device: torch.device) -> Contender:
@@ -54,19 +56,39 @@ def quack(module: str, call: Callable, device: torch.device) -> Contender:
 
 
 def flash(function: str, call: Callable, device: torch.device):
-    """Every generation that is installed: call(its function, *inputs) -> tensor, of (B, T, H, D).
-    Some return the softmax statistics as well; they are dropped."""
-    for name, module in FLASH.items():
-        library, reason = imported(module, device)
-        found = getattr(library, function, None)
-        if reason is None and found is None:
-            reason = f"{module} has no {function}"
-        if reason:
-            yield Contender(name, None, why_not=reason)
-            continue
+    """A contender per generation of FlashAttention: call(its function, *inputs) -> (B, T, H, D)."""
+    for name in FLASH:
+        yield _flash(name, name, function, call, device)
 
-        def run(*inputs, found=found):
-            o = call(found, *inputs)
-            return o[0] if isinstance(o, tuple) else o
 
-        yield Contender(name, run)
+def deterministic_flash(function: str, call: Callable, device: torch.device) -> Contender:
+    """FlashAttention-4 with a backward that adds in one order. The forward is flash-4's."""
+    name = "flash-4-deterministic"
+    return _flash(name, "flash-4", function, call, device, deterministic=True)
+
+
+def _flash(name, generation, function, call, device, **options) -> Contender:
+    """call(the generation's function with the options, *inputs). Some functions also return the
+    softmax statistics, which are dropped."""
+    library, reason = imported(FLASH[generation], device)
+    found = getattr(library, function, None)
+    if reason is None and found is None:
+        reason = f"{FLASH[generation]} has no {function}"
+    if reason is None and (unknown := options.keys() - parameters(found)):
+        reason = f"its {function} does not take {', '.join(sorted(unknown))}"
+    if reason:
+        return Contender(name, None, why_not=reason)
+
+    def run(*inputs):
+        o = call(functools.partial(found, **options), *inputs)
+        return o[0] if isinstance(o, tuple) else o
+
+    return Contender(name, run)
+
+
+def parameters(function: Callable) -> set[str]:
+    """The names of a function's parameters; none where Python cannot tell."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()

@@ -15,55 +15,59 @@ TESTED = [f"tests/test_{op}.py" for op in OPS]
 @dataclass(frozen=True)
 class Bench:
     """A script with one dtype. share is of the time left; stall_s, how long one contender may
-    compile or run before it is taken for hanging; quick, the shape of a quick run."""
+    compile or run before it is taken for hanging; quick, the shape of a quick run; shapes, those
+    of a whole run, the script's own if empty."""
 
     script: str
     dtype: str
     share: float
     quick: str
+    shapes: str = ""
     stall_s: float = 90.0
     options: tuple[str, ...] = ()
 
 
 ON_GPU = [
-    Bench("attention", "bfloat16", 30, "16x1024x12x64"),
-    Bench("layer_norm", "bfloat16", 10, "16384x768"),
-    Bench("train_step", "bfloat16", 30, "16x1024", 240.0, ("--profile",)),
-    Bench("cross_entropy", "bfloat16", 12, "8192x50257x768"),
-    Bench("gelu", "bfloat16", 6, "16384x3072"),
-    Bench("decode_attention", "bfloat16", 8, "8x1024x12x64"),
-    Bench(
-        "generate", "bfloat16", 10, "1x16", 240.0, ("--models", "gpt2", "--shapes", "1x16,8x512")
-    ),
-    Bench("attention", "float32", 4, "16x1024x12x64", options=("--shapes", "16x1024x12x64")),
-    Bench("layer_norm", "float32", 2, "16384x768", options=("--shapes", "16384x768")),
-]
+    Bench("attention", "bfloat16", 24, "16x1024x12x64",
+          "16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64,32x512x12x64"),
+    Bench("layer_norm", "bfloat16", 8, "16384x768", "65536x768"),
+    Bench("train_step", "bfloat16", 34, "16x1024", "64x1024,4x1024,32x1024,8x1024", 240.0),
+    Bench("cross_entropy", "bfloat16", 10, "8192x50257x768", "8192x50257x768"),
+    Bench("gelu", "bfloat16", 6, "16384x3072", "65536x3072"),
+    Bench("decode_attention", "bfloat16", 6, "8x1024x12x64", "1x1024x12x64,64x1024x12x64"),
+    Bench("generate", "bfloat16", 16, "1x16", "1x16,8x512", 240.0, ("--models", "gpt2")),
+    Bench("attention", "float32", 3, "16x1024x12x64", "16x1024x12x64"),
+    Bench("layer_norm", "float32", 2, "16384x768", "16384x768"),
+]  # fmt: skip
 # The shapes of the goals for CPUs (goals.py)
-ATTENTION = ("--shapes", "4x64x12x64,4x256x12x64,1x1024x12x64,1x4096x4x64")
-LOGITS = ("--shapes", "256x50257x768")
+ATTENTION = "4x64x12x64,4x256x12x64,1x1024x12x64,1x4096x4x64"
 ON_CPU = [
     bench
     for dtype in ("float32", "bfloat16")
     for bench in (
-        Bench("attention", dtype, 25, "1x256x12x64", 900.0, ATTENTION),
-        Bench("layer_norm", dtype, 5, "512x768", 900.0, ("--shapes", "2048x768")),
-        Bench("train_step", dtype, 30, "1x64", 1800.0, ("--shapes", "1x1024", "--profile")),
-        Bench("cross_entropy", dtype, 10, "32x50257x768", 900.0, LOGITS),
-        Bench("gelu", dtype, 5, "256x3072", 900.0, ("--shapes", "2048x3072")),
-        Bench("decode_attention", dtype, 3, "1x256x12x64", 900.0),
-        Bench("generate", dtype, 10, "1x16", 900.0, ("--shapes", "1x16")),
+        Bench("attention", dtype, 25, "1x256x12x64", ATTENTION, 900.0),
+        Bench("layer_norm", dtype, 5, "512x768", "2048x768", 900.0),
+        Bench("train_step", dtype, 30, "1x64", "1x1024", 1800.0, ("--profile",)),
+        Bench("cross_entropy", dtype, 10, "32x50257x768", "256x50257x768", 900.0),
+        Bench("gelu", dtype, 5, "256x3072", "2048x3072", 900.0),
+        Bench("decode_attention", dtype, 3, "1x256x12x64", stall_s=900.0),
+        Bench("generate", dtype, 10, "1x16", "1x16", 900.0),
     )
 ]
+COMPILE_S = 300.0  # the most that the compiled contenders of one shape may take
+COMPILE_SHARE = 0.4  # of the time of a whole run, the most that all of them may take together
 MINUTES = {("cuda", False): 8, ("cuda", True): 3, ("cpu", False): 60, ("cpu", True): 10}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """builds run side by side, then tests, then benches; each (out, slug) -> jobs."""
+    """builds and compilations run side by side, then tests, then benches; each (out, slug) ->
+    jobs."""
 
     builds: Callable
     tests: Callable
     benches: Callable
+    compilations: Callable = lambda out, slug: []
 
 
 def planned(device: str, quick: bool, only: list[str] | None, tests: bool) -> Plan:
@@ -76,6 +80,7 @@ def planned(device: str, quick: bool, only: list[str] | None, tests: bool) -> Pl
         builds=lambda out, slug: builds(device),
         tests=lambda out, slug: correctness(device, out, slug, quick) if tests else [],
         benches=lambda out, slug: [bench_job(b, device, out, slug, quick) for b in benches],
+        compilations=lambda out, slug: compilations(benches, device, quick),
     )
 
 
@@ -105,7 +110,27 @@ def correctness(device: str, out: Path, slug: str, quick: bool) -> list[Job]:
 def bench_job(bench: Bench, device: str, out: Path, slug: str, quick: bool) -> Job:
     name = f"{bench.script}-{SHORT[bench.dtype]}"
     path = out / f"{slug}-{name}.json"
-    more = ("--quick", "--shapes", bench.quick) if quick else bench.options
-    command = python(f"{bench.script}.py", "--device", device, "--dtype", bench.dtype,
-                     "--json", str(path), *more)  # fmt: skip
+    command = (*command_of(bench, device, quick), "--json", str(path))
     return Job(name, command, path, bench.share, stall_s=bench.stall_s)
+
+
+def command_of(bench: Bench, device: str, quick: bool, shapes: str = "") -> tuple[str, ...]:
+    shapes = shapes or (bench.quick if quick else bench.shapes)
+    more = ("--quick",) if quick else bench.options
+    more += ("--shapes", shapes) if shapes else ()
+    return python(f"{bench.script}.py", "--device", device, "--dtype", bench.dtype, *more)
+
+
+def compilations(benches: list[Bench], device: str, quick: bool) -> list[Job]:
+    """On a GPU, a job per script and shape, the slowest to compile first: side by side they take as
+    long as one. On a CPU they would only take turns."""
+    if device != "cuda":
+        return []
+    slowest = ("train_step", "generate", "attention")
+    order = sorted(benches, key=lambda b: slowest.index(b.script) if b.script in slowest else 9)
+    return [
+        Job(f"compile-{b.script}-{SHORT[b.dtype]}-{shape}",
+            (*command_of(b, device, quick, shape), "--compile-only"),
+            most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False)
+        for b in order for shape in (b.quick if quick else b.shapes).split(",")
+    ]  # fmt: skip

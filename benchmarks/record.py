@@ -36,12 +36,14 @@ class Record:
     """The results of one script, in memory and in its file if there is one.
 
     only: kind of contender -> names that are wanted, None for all. After `seconds` nothing new is
-    begun. resume: take over what an earlier process left in the file.
+    begun. resume: take over what an earlier process left in the file. rehearsal: contenders that
+    are compiled run once, untimed, and nothing is recorded.
     """
 
     def __init__(self, path: Path | None, script: str, environment: dict, *, only: dict,
-                 seconds: float | None = None, resume: bool = False):  # fmt: skip
-        self.path, self.only = path, only
+                 seconds: float | None = None, resume: bool = False,
+                 rehearsal: bool = False):  # fmt: skip
+        self.path, self.only, self.rehearsal = path, only, rehearsal
         self.deadline = None if seconds is None else time.monotonic() + seconds
         old = read(path) if resume else {}
         self.head = {"schema": SCHEMA, "script": script, "environment": environment}
@@ -81,7 +83,7 @@ class Record:
         return mine
 
     def _write(self, running: dict | None = None) -> None:
-        if self.path is None:
+        if self.path is None or self.rehearsal:
             return
         rows = [asdict(r) for r in self.results]
         document = self.head | {"limits": self.limits, "results": rows}

@@ -9,14 +9,20 @@ log per job, plots, and report.md, written anew after every job. Each script is 
 own with a share of the time that is left: a crash, a hang or an illegal access costs the contender
 that was running, and is reported. What no time was left for is "skipped: out of time". The exit
 code is 1 if anything failed or was wrong, else 0.
+
+On a GPU, what torch.compile makes for the peers is compiled first, for all scripts side by side,
+while the libraries are built. The kernels that the compiler chose by timing them meanwhile are
+chosen again, when nothing else runs.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -31,6 +37,7 @@ import torch
 from options import Parser, positive
 from record import write
 
+NOTHING, ONE_COMPILER = {}, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of an environment
 SCRIPTS = ("attention", "layer_norm", "train_step", "cross_entropy", "gelu", "decode_attention")
 
 
@@ -88,7 +95,12 @@ def main(argv=None, planned=plan.planned) -> int:
     except OSError as error:
         print(f"run_all.py: error: --out: {error}", file=sys.stderr)
         return 2
-    env = environment(options)
+    with tempfile.TemporaryDirectory(prefix="compiler-cache-") as cache:
+        return measured(options, planned, start, deadline, Path(cache))
+
+
+def measured(options, planned, start: float, deadline: float, cache: Path) -> int:
+    out, env = options.out, environment(options) | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     about = described(options.device, env)
     write(out / "environment.json", about)
     slug = machine.slug(about)
@@ -103,16 +115,28 @@ def main(argv=None, planned=plan.planned) -> int:
         text = run_report.render(about, kernels, outcomes, time.monotonic() - start)
         (out / "report.md").write_text(text)
 
-    def run(job: jobs.Job, seconds: float, until: float = deadline) -> jobs.Outcome:
-        if seconds < 1:
+    def run(job: jobs.Job, seconds: float, until: float = deadline, more=NOTHING) -> jobs.Outcome:
+        if min(seconds, until - time.monotonic()) < 1:
             return jobs.Outcome(job.name, "skipped", [jobs.OUT_OF_TIME])
-        return jobs.run(job, seconds, min(deadline, until), out / f"{job.name}.log", env)
+        log = out / f"{job.name}.log"
+        return jobs.run(job, seconds, min(deadline, until), log, env | more)
 
     print(f"{slug}: {about['device_name']}, {options.minutes:g} minutes, to {out}", flush=True)
-    builds = plan_.builds(out, slug)
-    with ThreadPoolExecutor() as pool:  # side by side: compilers, on different files
-        for outcome in pool.map(lambda job: run(job, deadline - time.monotonic()), builds):
+    builds, compilations = plan_.builds(out, slug), plan_.compilations(out, slug)
+    compiled_until = start + plan.COMPILE_SHARE * (deadline - start)
+
+    def compiled(job: jobs.Job) -> jobs.Outcome:
+        """In one thread each, as the jobs share the cores. Trouble is the contest's to report."""
+        outcome = run(job, deadline - time.monotonic(), compiled_until, ONE_COMPILER)
+        outcome.status = "skipped" if outcome.status == "failed" else outcome.status
+        return outcome
+
+    with ThreadPoolExecutor(max_workers=len(builds) + (os.cpu_count() or 1)) as pool:
+        building = pool.map(lambda job: run(job, deadline - time.monotonic()), builds)
+        compiling = pool.map(compiled, compilations)
+        for outcome in itertools.chain(building, compiling):
             done(outcome)
+    choose_again(cache)
     kernels = kernel_report(env) if builds else ""
     for job in plan_.tests(out, slug):
         left = deadline - time.monotonic()
@@ -128,6 +152,13 @@ def main(argv=None, planned=plan.planned) -> int:
         done(jobs.Outcome("plots", "failed", [f"{type(error).__name__}: {error}"]))
     print(f"{out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return 1 if any(o.status == "failed" for o in outcomes) else 0
+
+
+def choose_again(cache: Path) -> None:
+    """Forgets which of several kernels was the fastest while other processes ran beside it; what
+    was compiled stays."""
+    for choice in cache.rglob("*.best_config"):
+        choice.unlink()
 
 
 def environment(options) -> dict:

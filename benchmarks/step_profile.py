@@ -37,11 +37,12 @@ def part_of(name: str) -> str:
 
 def profiled(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """ms of one step per part, of several steps' mean; the parts add up to the step."""
-    activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+        activity = ProfilerActivity.CUDA  # alone: noting operators on the host would slow it down
         torch.cuda.synchronize(device)
-    with profile(activities=activities) as profiler:
+    else:
+        activity = ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
         start = time.perf_counter()
         for _ in range(STEPS):
             step()

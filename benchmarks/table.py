@@ -1,21 +1,23 @@
-"""The tables of README.md and docs/benchmarks.md, from the results that the scripts wrote: never
-typed by hand.
+"""The tables and pictures of README.md and docs/benchmarks.md, from the results that the scripts
+wrote: never typed by hand.
 
-    python benchmarks/table.py            # print docs/benchmarks.md's
-    python benchmarks/table.py --write    # rewrite what stands between the markers of both files
-    python benchmarks/table.py --check    # write nothing; exit code 1 if either is out of date
+    python benchmarks/table.py            # print docs/benchmarks.md's tables
+    python benchmarks/table.py --write    # rewrite both files between the markers, and the pictures
+    python benchmarks/table.py --check    # write nothing; exit code 1 if anything is out of date
 
 For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers of
-the same run. README has the ratio of the two alone, from the newest run. Before them, in
-docs/benchmarks.md, every goal (goals.py) beside its newest measurement.
+the same run. README shows the pictures (pictures.py) and the ratio of the two alone, from the
+newest run. docs/benchmarks.md starts with every goal (goals.py) beside its newest measurement.
 """
 
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from goals import GOALS, judged, targets
+from pictures import pictures
 from report import label, significant
 
 SCHEMA = 1
@@ -26,6 +28,10 @@ BEGIN, END = (
 )
 WHERE = {"h200": "H200", "avx512": "AVX-512", "cpu": "any CPU"}
 GOALS_TITLE = "**Goals**, and the newest measurement of each"
+RATIOS_TITLE = (
+    "**Times as fast as the best peer in the same run**, over all measured shapes. Below 1× the "
+    "peer is faster."
+)
 HEADER = ("shape", "pass", "ours", "median", "rate", "of limit", "best peer", "ratio", "max error")
 
 
@@ -41,6 +47,12 @@ def load(path: Path) -> dict:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise BadInput(f"{path}: not a result of schema {SCHEMA}")
     return document
+
+
+def load_all(root: Path) -> list[dict]:
+    """Every document of results: those of GPUs first, then by the name of the file."""
+    documents = [load(path) for path in sorted((root / "benchmarks/results").glob("*.json"))]
+    return sorted(documents, key=lambda d: d["environment"].get("device") != "cuda")
 
 
 def render(documents: list[dict]) -> str:
@@ -93,7 +105,7 @@ def summary(documents: list[dict]) -> str:
 
 
 def goal_table(documents: list[dict]) -> str:
-    """Markdown: every goal, what was measured last, and whether that is it."""
+    """Markdown: every goal, its newest measurement, and the targets that are missed or open."""
     head = ("operation", "pass", "dtype", "shape", "on", "goal", "measured", "best peer",
             "ratio", "of limit", "met")  # fmt: skip
     lines = [head, ("---",) * len(head)]
@@ -102,7 +114,7 @@ def goal_table(documents: list[dict]) -> str:
         ours, best = verdict.ours, verdict.best
         where_to = WHERE[goal.device]
         if goal.threads:
-            where_to += f", {goal.threads} thread{'s' if goal.threads != 1 else ''}"
+            where_to += f", {threads(goal.threads)}"
         measured = ["not measured", "", "", ""]
         if ours:
             measured = [
@@ -111,7 +123,8 @@ def goal_table(documents: list[dict]) -> str:
                 f"{best['median_ms'] / ours['median_ms']:.2f}×" if best else "",
                 f"{ours['percent_of_limit']:.0f} %",
             ]
-        lines.append((goal.op, goal.step, goal.dtype, label(goal.shape), where_to,
+        op = f"{goal.op}, {goal.contender}" if goal.contender else goal.op
+        lines.append((op, goal.step, goal.dtype, label(goal.shape), where_to,
                       "; ".join(targets(goal)), *measured,
                       verdict.met() if ours else ""))  # fmt: skip
     return markdown(lines)
@@ -133,8 +146,12 @@ def machine(about: dict) -> str:
     versions = [f"{name} {about[name]}" for name in ("torch", "triton", "cuda", "cudnn")]
     parts = [about["device_name"], *(v for v in versions if not v.endswith(" None"))]
     if about["threads"]:
-        parts.append(f"{about['threads']} threads")
+        parts.append(threads(about["threads"]))
     return ", ".join(parts)
+
+
+def threads(n: int) -> str:
+    return f"{n} thread{'s' if n != 1 else ''}"
 
 
 def commit(about: dict) -> str:
@@ -194,25 +211,30 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the project")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="rewrite the tables in both files")
-    action.add_argument("--check", action="store_true", help="fail if they are out of date")
+    action.add_argument("--write", action="store_true", help="rewrite tables and pictures")
+    action.add_argument("--check", action="store_true", help="fail if any is out of date")
     options = parser.parse_args(argv)
     root = options.root
     try:
-        documents = [load(path) for path in sorted((root / "benchmarks/results").glob("*.json"))]
+        documents = load_all(root)
+        shown = pictures(documents)
         details = f"{GOALS_TITLE}\n\n{goal_table(documents)}\n\n{render(documents)}"
-        tables = {"README.md": summary(documents), "docs/benchmarks.md": details}
+        overview = [picture.markup() for picture in shown] + [RATIOS_TITLE, summary(documents)]
+        tables = {"README.md": "\n\n".join(overview), "docs/benchmarks.md": details}
         old = {name: (root / name).read_text() for name in tables}
         new = {name: replaced(old[name], tables[name], root / name) for name in tables}
+        # what is out of date -> the function that writes it
+        stale = {name: partial((root / name).write_text, new[name])
+                 for name in tables if new[name] != old[name]}  # fmt: skip
+        stale |= {str(p): partial(p.write, root) for p in shown if p.stale(root)}
     except (BadInput, OSError) as error:
         print(f"table.py: error: {error}", file=sys.stderr)
         return 2
-    stale = [name for name in tables if new[name] != old[name]]
     if options.check and stale:
         print(f"{', '.join(stale)}: out of date, see benchmarks/table.py --write", file=sys.stderr)
         return 1
-    for name in stale if options.write else ():
-        (root / name).write_text(new[name])
+    for write in stale.values() if options.write else ():
+        write()
     if not options.write and not options.check:
         print(tables["docs/benchmarks.md"])
     return 0

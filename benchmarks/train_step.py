@@ -8,12 +8,17 @@ Shapes are BxT: sequences and tokens of each. float32 is plain; bfloat16 and flo
 over float32 parameters. All start from the same weights, and each first loss is compared with that
 of the plain model in float32 before anything is timed. Operations are counted as 6 per
 parameter and token and 12 L C T for attention (Chowdhery et al., PaLM, 2022), and given as a share
-of a large matrix product's rate. torch.compile compiles the plain model; max-autotune adds its
-search and CUDA graphs; transformers' GPT-2 is its own code with SDPA attention; nanogpt is an eager
-model in nanoGPT's form. Peak memory is of the whole step, parameters and AdamW's state included.
+of a large matrix product's rate.
+
+fast-graph is fast with the whole step, AdamW included, captured as one CUDA graph; fast-compiled
+and fast-reduce-overhead are torch.compile of the fast model, the latter with its own CUDA graphs.
+compiled, reduce-overhead and max-autotune are torch.compile of the plain model; transformers' GPT-2
+is its own code with SDPA attention; nanogpt is an eager model in nanoGPT's form. Peak memory is of
+the whole step, parameters and AdamW's state included.
 """
 
 import contextlib
+import copy
 import sys
 
 import harness
@@ -22,21 +27,25 @@ import step_profile
 import torch
 import torch.nn as nn
 from clock import FLOP, Clock, Work
-from contest import contest, released
+from contest import contest, rehearse, released
 from harness import Contender, Wrong
 from record import Case, Record
 
 from gpt2 import Config, Model
 
 DIMS = "BxT"
-SHAPES = {"cpu": "1x1024,4x64", "cuda": "64x1024,16x1024"}
+SHAPES = {"cpu": "1x1024,4x64", "cuda": "64x1024,4x1024,32x1024,8x1024"}
 CONFIG = Config.named("gpt2")
 SEARCHED = 8  # the largest batch is found to so many sequences
+WARM_UP = 3  # steps before a capture, as PyTorch asks for
 
 
-def stepper(model: nn.Module, idx, targets, dtype):
-    """One training step as a function of nothing; it returns the loss before the update."""
-    fused = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=True)
+def stepper(model: nn.Module, idx, targets, dtype, graph=False):
+    """One training step as a function of nothing; it returns the loss before the update. With
+    graph it is captured once, and replayed."""
+    fused = torch.optim.AdamW(
+        model.parameters(), lr=1e-5, weight_decay=0.1, fused=True, capturable=graph
+    )
     device = idx.device.type
     autocast = dtype != torch.float32
     model.train()
@@ -50,7 +59,37 @@ def stepper(model: nn.Module, idx, targets, dtype):
         fused.zero_grad()
         return loss.detach()
 
-    return step
+    return captured(step, model, fused) if graph else step
+
+
+def captured(step, model: nn.Module, optimizer: torch.optim.Optimizer):
+    """The step as one CUDA graph; weights and the optimizer's state are then what they were. Its
+    peak_memory, in bytes, is what the step takes: a replay allocates nothing."""
+    start = [p.detach().clone() for p in model.parameters()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.graph(graph):
+        loss = step()
+    peak_memory = torch.cuda.max_memory_allocated()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), start, strict=True):
+            parameter.copy_(value)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    def replay():
+        graph.replay()
+        return loss
+
+    replay.peak_memory = peak_memory
+    return replay
 
 
 def batch(shape, device):
@@ -62,8 +101,7 @@ def batch(shape, device):
 
 def true_loss(plain: Model, idx, targets) -> float:
     """The plain model's, in float32, a few sequences at a time: all their logits may not fit."""
-    model = Model(plain.config).to(idx.device)
-    model.load_state_dict(plain.state_dict())
+    model = copy.deepcopy(plain).to(idx.device)
     with torch.no_grad():
         pieces = zip(idx.split(4), targets.split(4), strict=True)
         losses = [model(i, t, return_logits=False)[1] * len(i) for i, t in pieces]
@@ -72,7 +110,7 @@ def true_loss(plain: Model, idx, targets) -> float:
 
 def measure(
     shape, dtype, clock: Clock, limit: dict, record: Record, profile=False, largest_batch=False
-) -> Case:
+) -> Case | None:
     """Every contender at one shape: the loss compared, then steps timed, then what else is asked
     of those that were."""
     torch.compiler.reset()
@@ -82,18 +120,26 @@ def measure(
     plain = Model(CONFIG)  # its weights start all, and stay on the CPU
     makers = models.makers(plain)
     contenders = record.wanted(case, [
-        Contender(name, make, kind="backend" if name == "fast" else "peer",
-                  why_not=why_not(name, device))
+        Contender(name, make, kind="backend" if name in models.BACKENDS else "peer",
+                  why_not=why_not(name, device), compiles=name in models.COMPILED)
         for name, make in makers.items()
     ])  # fmt: skip
     work = Work(plain.flops_per_token(shape.T) * shape.B * shape.T, FLOP)
     idx, targets = batch(shape, device)
     runs, truth = {}, []
 
+    def stepping(contender):
+        graph = contender.name == "fast-graph"
+        return stepper(contender.call().to(device), idx, targets, dtype, graph)
+
+    if record.rehearsal:
+        rehearse(contenders, lambda contender: stepping(contender)(), device)
+        return None
+
     def check(contender):
         if not truth:
             truth.append(true_loss(plain, idx, targets))
-        run = stepper(contender.call().to(device), idx, targets, dtype)
+        run = stepping(contender)
         error = abs(run().item() - truth[0])
         # bfloat16 has 8 bits: a loss of 11 is known to a few hundredths
         if not error <= 8 * torch.finfo(dtype).eps:
@@ -120,7 +166,8 @@ def measure(
     for row in rows if largest_batch else ():
         if "largest_batch" not in row.details and not record.late():
             record.begin(case, [], ())
-            row.details["largest_batch"] = largest(makers[row.contender], shape, dtype, device)
+            make, graph = makers[row.contender], row.contender == "fast-graph"
+            row.details["largest_batch"] = largest(make, shape, dtype, device, graph)
             record.add()
     profiles = {r.contender: r.details.get("profile_ms") for r in rows}
     if profile and rows:
@@ -129,8 +176,11 @@ def measure(
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    if name == "max-autotune" and device.type == "cpu":
-        return "its search takes minutes on a CPU"
+    if device.type == "cpu":
+        if name == "max-autotune":
+            return "its search takes minutes on a CPU"
+        if name == "fast-graph" or name.endswith("reduce-overhead"):
+            return "CUDA graphs need a GPU"
     return None
 
 
@@ -138,12 +188,14 @@ def peak(run, device: torch.device) -> int | None:
     """Bytes at the most during a step, with all that was there before it; None on a CPU."""
     if device.type != "cuda":
         return None
+    if hasattr(run, "peak_memory"):  # of its capture
+        return run.peak_memory
     torch.cuda.reset_peak_memory_stats(device)
     run()
     return torch.cuda.max_memory_allocated(device)
 
 
-def largest(make, shape, dtype, device: torch.device) -> int:
+def largest(make, shape, dtype, device: torch.device, graph: bool) -> int:
     """The most sequences of T tokens whose step fits in memory, to a multiple of SEARCHED; 0 where
     not even those do. A compiled model is compiled anew for each."""
 
@@ -151,7 +203,7 @@ def largest(make, shape, dtype, device: torch.device) -> int:
         torch.compiler.reset()
         one = type(shape)(B=B, T=shape.T)
         try:
-            stepper(make().to(device), *batch(one, device), dtype)()
+            stepper(make().to(device), *batch(one, device), dtype, graph)()
             torch.cuda.synchronize(device)
             fit = True
         except torch.OutOfMemoryError:
@@ -181,6 +233,6 @@ def more(parser) -> None:
 
 
 if __name__ == "__main__":
-    names = ["fast"], ["plain", "nanogpt", "transformers", "compiled", "max-autotune"]
+    names = models.BACKENDS, models.PEERS
     sys.exit(harness.run("train_step", [measure], *names, doc=__doc__, dims=DIMS, shapes=SHAPES,
                          more=more, own=("profile", "largest_batch")))  # fmt: skip
