@@ -4,15 +4,17 @@ random inputs; memory that nobody has written yet full of NaN.
     pytest tests/            every op, backend and bug class: a fair sample of the grid
     pytest tests/ --full     the whole grid
 
-Both in a process per core, unless there is a GPU or -n 0 says so.
+Both in several processes, unless -n 0 says otherwise: see workers().
 """
 
 import collections
 import contextlib
+import fcntl
 import functools
 import os
 import random
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -32,7 +34,10 @@ EMULATE_TRITON = os.environ.get("GPT2_TEST_TRITON") == "emulator"
 if EMULATE_TRITON:
     os.environ.pop("TRITON_INTERPRET", None)
     NO_TRITON = None
-elif not ON_GPU:
+elif ON_GPU:
+    NO_TRITON = None
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in every process of the tests
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     try:
         import triton  # noqa: F401
@@ -43,15 +48,21 @@ elif not ON_GPU:
         import interpreter
 
         interpreter.install()
-else:
-    NO_TRITON = None
+
+if os.environ.get("GPT2_TEST_SDPA") == "math":  # plain PyTorch's attention without fused kernels
+    for fused in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
 
 MOST_WORKERS = 8  # each has its own PyTorch and Triton: some gigabytes
+MOST_WORKERS_ON_GPU = 10
+GPU_MEMORY_OF_A_WORKER = 6 << 30
+GPU_MEMORY_OF_THE_LARGEST_TEST = 64 << 30
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
 BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
 # Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
 # emulated is sampled with --full, too.
 SAMPLE = {"triton": 16, "cuda": 80, "cpu": 60}
+GPU_SAMPLE = {"triton": 32, "cuda": 16}  # nearly every case compiles Triton's kernels once more
 FULL_SAMPLE = {"triton": 24 if EMULATE_TRITON else 1, "cuda": 6, "cpu": 1}
 FULL_SAMPLE_AVX512 = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 3
 
@@ -62,17 +73,25 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite goes to a process per core, of one thread each, where pytest-xdist is there;
+    """The whole suite goes to several processes, of one thread each, where pytest-xdist is there;
     -n 0 leaves it to one."""
     option = config.option
     whole = all(Path(arg).is_dir() for arg in config.args)
     within = "PYTEST_XDIST_WORKER" in os.environ
-    if ON_GPU or within or not whole or not config.pluginmanager.hasplugin("xdist"):
+    if within or not whole or not config.pluginmanager.hasplugin("xdist"):
         return
     seen = option.usepdb or option.collectonly or option.capture == "no"
     if not seen and option.numprocesses is None and option.dist == "no":
-        option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        memory = torch.cuda.get_device_properties(0).total_memory if ON_GPU else None
+        option.numprocesses = workers(os.cpu_count() or 1, memory)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def workers(cores, gpu_memory=None):
+    """How many processes share the suite: one a core, and no more than the GPU has memory for."""
+    if gpu_memory is None:
+        return min(cores, MOST_WORKERS)
+    return max(1, min(cores, MOST_WORKERS_ON_GPU, gpu_memory // GPU_MEMORY_OF_A_WORKER))
 
 
 def pytest_configure(config):
@@ -80,7 +99,7 @@ def pytest_configure(config):
         "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
     )
     config.addinivalue_line("markers", "full: runs only with --full")
-    config.addinivalue_line("markers", "long: takes minutes, and begins before the others")
+    config.addinivalue_line("markers", "long: takes long, and begins before the others")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
     config.addinivalue_line("markers", "triton: needs a GPU, or Triton's interpreter in its place")
     config.addinivalue_line("markers", "cuda_kernels: needs nvcc, and a GPU or the emulator")
@@ -134,7 +153,7 @@ def keep_those_of(backend, config, items):
 def sample_of(backend, full):
     """Of a grid's cases on this backend, one in so many runs."""
     if ON_GPU:
-        return 1 if full else SAMPLE["triton"]
+        return 1 if full else GPU_SAMPLE.get(backend, SAMPLE["triton"])
     if full and backend.startswith("cpu-avx512"):
         return FULL_SAMPLE_AVX512
     return (FULL_SAMPLE if full else SAMPLE)[backend.partition("-")[0]]
@@ -148,13 +167,19 @@ def fresh_random_numbers(request):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request, monkeypatch):
-    """torch.empty and its like return NaN (integers: the lowest there are), never old zeros."""
+    """torch.empty and its like return NaN (integers: the lowest there are), never old zeros.
+
+    Not where there is nothing to fill, and not leaves of a gradient, which may not be written to:
+    torch.utils.checkpoint asks for torch.empty((0,), requires_grad=True).
+    """
     if "no_poison" in request.keywords:
         return
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
             x = allocate(*args, **kwargs)
+            if x.requires_grad or not x.numel():
+                return x
             if x.is_floating_point():
                 return x.fill_(float("nan"))
             return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).min)
@@ -164,6 +189,17 @@ def poisoned_memory(request, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def most_of_the_gpu():
+    """For tensors of tens of gigabytes: one such test at a time, in whichever process."""
+    if torch.cuda.get_device_properties(0).total_memory < GPU_MEMORY_OF_THE_LARGEST_TEST:
+        pytest.skip(f"needs a GPU with {GPU_MEMORY_OF_THE_LARGEST_TEST >> 30} GiB of memory")
+    with open(Path(tempfile.gettempdir(), f"gpt2-tests-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

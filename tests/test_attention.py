@@ -310,7 +310,7 @@ def test_errors_of_the_packed_form(n_head):
 @pytest.mark.triton
 @pytest.mark.parametrize("D", [8, 48, 256])
 def test_other_head_sizes_fall_back_with_a_reason(D, monkeypatch):
-    monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "not today")
+    monkeypatch.setitem(kernels.dispatch.PRIORITY, "attention", ("triton",))
     q = tensor(1, 3, 1, D)
     reason = f"head size {D} is not one of 16, 32"
     with kernels.use("triton"), pytest.raises(kernels.BackendUnavailable, match=reason):

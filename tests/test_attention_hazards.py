@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_attention import qkv_in, shape_id, tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from util import (
     DEVICE,
     DTYPES,
@@ -72,7 +73,11 @@ def test_scores_of_minus_infinity(kernel_backend):
     with kernels.use(kernel_backend):
         o = kernels.causal_attention(q, k, v)[:, 280:]
     exact = reference.causal_attention(q.double(), k.double(), v.double())[:, 280:]
-    assert_close_to(exact, o, reference.causal_attention(q, k, v)[:, 280:], "o", factor=2)
+    with sdpa_kernel(SDPBackend.MATH):  # a fused kernel may give NaN here, which measures nothing
+        plain = reference.causal_attention(q, k, v)[:, 280:]
+    # o = sum p v: each p is rounded at its own size, so o misses by units of v, not of o.
+    largest = v[:, 280:].abs().max().item()
+    assert_close_to(exact, o, plain, "o", factor=2, terms=largest)
 
 
 def test_half_precision_scores_beyond_its_range(kernel_backend):
@@ -128,7 +133,11 @@ def test_65536_heads():
         o = kernels.causal_attention_qkv(qkv, 16)
         o.sum().backward()
     assert torch.allclose(o, qkv[..., 2 * 256 :], rtol=1e-6)  # T = 1: o = v
-    assert torch.equal(qkv.grad[..., 2 * 256 :], torch.ones_like(o))
+    # dv = p = exp(s - lse) with lse = s: what cancels there was rounded at the size of a score.
+    q, k, _ = qkv.detach().view(4096, 3, 16, 16).unbind(1)
+    largest = (q * k).sum(-1).abs().max().item() / 4
+    dv, exact = qkv.grad[..., 2 * 256 :], torch.ones_like(o)
+    assert_close_to(exact.double(), dv, exact, "dv", factor=3, terms=largest)
 
 
 def test_row_strides_that_overflow_int32(tmp_path, kernel_backend):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_forced_backend_serves_or_raises(op, accelerated, monkeypatch):
 
 
 def test_fallback_says_so_once(monkeypatch):
+    monkeypatch.setitem(dispatch.PRIORITY, "gelu", ("triton", "cuda", "cpu"))
     monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
     monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: "nor tomorrow")
     monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "nor today")
@@ -158,14 +160,21 @@ def test_report_is_a_table():
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = done.stdout.partition("\n\ncuda would be faster")[0].splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}")
     assert lines[2].split() == ["op", "served", "by", "triton", "cuda", "cpu", "reference"]
     assert [line.split()[0] for line in lines[3:]] == list(dispatch.OPS)
-    native = kernels.why_not("cpu", "gelu", torch.device("cpu"), torch.float32) is None
-    want = "triton" if DEVICE == "cuda" else "cpu" if native else "reference"
-    assert all(line.split()[1] == want for line in lines[3:])
-    if DEVICE == "cpu":
+    rows = [re.split(r"\s{2,}", line) for line in lines[3:]]
+    reasons = {row[0]: dict(zip(kernels.BACKENDS, row[2:], strict=True)) for row in rows}
+    for op, served_by, *_ in rows:
+        asked = (*dispatch._candidates(op, torch.device(DEVICE)), "reference")
+        able = [b for b in asked if reasons[op][b] == "yes"]
+        assert served_by.partition(", backward")[0] == able[0], op
+    if DEVICE == "cuda":
+        assert all(reasons[op]["cpu"] != "yes" for op in dispatch.OPS)
+    else:
+        native = kernels.why_not("cpu", "gelu", torch.device("cpu"), torch.float32) is None
+        assert {served_by for _, served_by, *_ in rows} == {"cpu" if native else "reference"}
         assert all("needs a CUDA tensor, this one is on cpu" in line for line in lines[3:])
 
 

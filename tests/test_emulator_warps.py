@@ -2,6 +2,7 @@
 them and what numpy and torch compute."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from emulator.snippet import HEADER, execute, kernel, run
+from util import environment
 
 pytestmark = pytest.mark.usefixtures("own_coverage")
 
@@ -300,11 +302,12 @@ extern "C" const char* run(const float* x, float* y, int n) {
 def test_cuda_launches_run_on_the_emulator(tmp_path):
     import ctypes
 
-    from emulator.cuda_device import EmulatedDevice
+    from emulator.cuda_device import EmulatedDevice, build
 
     (tmp_path / "toy.cu").write_text(CUDA_SOURCE)
     flags = "-cudart none -gencode arch=compute_80,code=compute_80 --keep -shared -Xcompiler -fPIC"
-    subprocess.run(["nvcc", *flags.split(), "toy.cu", "-o", "toy.so"], cwd=tmp_path, check=True)
+    files = ["toy.cu", str(build()), "-o", "toy.so"]
+    subprocess.run(["nvcc", *flags.split(), *files], cwd=tmp_path, check=True)
     with EmulatedDevice() as device:
         library = device.load(tmp_path / "toy.so", [(tmp_path / "toy.ptx").read_text()])
         library.run.restype = ctypes.c_char_p
@@ -324,6 +327,30 @@ def test_cuda_launches_run_on_the_emulator(tmp_path):
     before = len(device.memory().allocations)
     z = torch.ones(300)  # of no interest to it any more
     assert len(device.memory().allocations) == before and z.sum() == 300
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_a_cuda_runtime_that_is_loaded_is_not_asked(tmp_path):
+    """A PyTorch built for CUDA loads libcudart before anything else. Its functions were called in
+    place of the emulator's: on a machine whose GPU was hidden every launch failed."""
+    names = ("__cudaRegisterFatBinary", "__cudaPushCallConfiguration", "__cudaPopCallConfiguration",
+             "__cudaLaunchKernel", "cudaLaunchKernel", "cudaGetLastError")  # fmt: skip
+    source = "".join(f"int {name}(void) {{ return 35; }}\n" for name in names)
+    (tmp_path / "cudart.c").write_text(source)
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    options = ["-shared", "-fPIC", "cudart.c", "-o", "cudart.so"]
+    subprocess.run([*compiler, *options], cwd=tmp_path, check=True)
+    test = f"{__file__}::{test_cuda_launches_run_on_the_emulator.__name__}"
+    program = (
+        "import ctypes, sys, pytest\n"
+        f"ctypes.CDLL({str(tmp_path / 'cudart.so')!r}, ctypes.RTLD_GLOBAL)\n"
+        f"sys.exit(pytest.main([{test!r}, '-p', 'no:cacheprovider', '-p', 'no:xdist']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(

@@ -1,8 +1,9 @@
 """What only a GPU shows: streams, CUDA graphs, offsets beyond 2^31, races that repeat themselves
 rarely, and training that stays on course. The other test files run their cases on it as well."""
 
+import itertools
 import math
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import agreement
 import pytest
 import torch
 from safetensors.torch import load_file
-from util import bits_equal
+from util import bits_equal, environment
 
 from gpt2 import Config, Model, kernels
 from gpt2.kernels import _nvcc
 
 TESTS = Path(__file__).parent
+# Sizes that fill a GPU; tests/pretend_gpu.py has small ones.
+B, T, ROWS, V = 8, 1024, 8192, 50257
+REPEATS, HUGE = 100, 2**31
 
 pytestmark = [pytest.mark.gpu, pytest.mark.no_poison]
 
@@ -38,24 +42,24 @@ def randn(*shape, dtype=torch.bfloat16):
 
 def every_op():
     """Public ops at sizes that fill a GPU: (function, differentiable inputs)."""
-    targets = torch.randint(50257, (2048,), device="cuda")
+    targets = torch.randint(V, (ROWS // 4,), device="cuda")
     row = randn(768, dtype=torch.float32)
     return {
-        "attention": (lambda x: kernels.causal_attention_qkv(x, 12), [randn(8, 1024, 2304)]),
+        "attention": (lambda x: kernels.causal_attention_qkv(x, 12), [randn(B, T, 2304)]),
         "dropout": (
             lambda x: kernels.causal_attention_qkv(x, 12, dropout_p=0.1, seed=5),
-            [randn(8, 1024, 2304)],
+            [randn(B, T, 2304)],
         ),
-        "layer_norm": (kernels.layer_norm, [randn(8192, 768), row, row]),
+        "layer_norm": (kernels.layer_norm, [randn(ROWS, 768), row, row]),
         "add_layer_norm": (
             lambda *a: torch.cat(kernels.add_layer_norm(*a)),
-            [randn(8192, 768), randn(8192, 768), row, row],
+            [randn(ROWS, 768), randn(ROWS, 768), row, row],
         ),
-        "bias_gelu": (kernels.bias_gelu, [randn(8192, 3072), randn(3072)]),
-        "cross_entropy": (lambda x: kernels.cross_entropy(x, targets), [randn(2048, 50257)]),
+        "bias_gelu": (kernels.bias_gelu, [randn(ROWS, 3072), randn(3072)]),
+        "cross_entropy": (lambda x: kernels.cross_entropy(x, targets), [randn(ROWS // 4, V)]),
         "linear_cross_entropy": (
             lambda x, w: kernels.linear_cross_entropy(x, w, targets),
-            [randn(2048, 768), randn(50257, 768)],
+            [randn(ROWS // 4, 768), randn(V, 768)],
         ),
     }
 
@@ -75,12 +79,8 @@ def test_repeats_give_the_same_bits(op, request):
     """A race between warps shows in one run of many: 10,000 in full."""
     call, inputs = every_op()[op]
     want = result_and_gradients(call, inputs)
-    for _ in range(10_000 if request.config.option.full else 100):
-        assert all(map(bits_on_device_equal, want, result_and_gradients(call, inputs)))
-
-
-def bits_on_device_equal(a, b):
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    for _ in range(10_000 if request.config.option.full else REPEATS):
+        assert all(map(bits_equal, want, result_and_gradients(call, inputs)))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -184,12 +184,12 @@ def beyond_2_to_the_31():
 @pytest.mark.parametrize(
     "op", ["attention", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "cross_entropy"]
 )
-def test_tensors_beyond_2_to_the_31_elements(op):
+def test_tensors_beyond_2_to_the_31_elements(op, most_of_the_gpu):
     """The last rows of a tensor of 2^31 + elements, and their gradients, are those of the rows
     alone."""
     call, shape = beyond_2_to_the_31()[op]
     few = randn(4, *shape)
-    x = few.new_zeros(2**31 // math.prod(shape) + 5, *shape)
+    x = few.new_zeros(HUGE // math.prod(shape) + 5, *shape)
     x[-4:] = few
 
     def tail(x):
@@ -199,17 +199,20 @@ def test_tensors_beyond_2_to_the_31_elements(op):
         return dx[-4:].clone(), y[-4:].detach().clone() if y.dim() else dx[-4:]
 
     alone = tail(few)
-    assert all(map(bits_on_device_equal, tail(x), alone))
+    assert all(map(bits_equal, tail(x), alone))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_stays_on_course(dtype, request):
     """Fast against plain: losses of the same steps from the same start, 124M in full."""
     full = request.config.option.full
-    config = Config() if full else Config(block_size=128, vocab_size=512, n_layer=4, n_embd=256)
-    steps, T = (500, 1024) if full else (50, 128)
+    small = Config(block_size=128, vocab_size=512, n_layer=4, n_head=4, n_embd=256)
+    config = Config() if full else small
+    steps = 500 if full else 50
     torch.manual_seed(0)
-    batches = torch.randint(config.vocab_size // 4, (steps, 4, T + 1), device="cuda")
+    batches = torch.randint(
+        config.vocab_size // 4, (steps, 4, config.block_size + 1), device="cuda"
+    )
     losses = {}
     for fast in (False, True):
         torch.manual_seed(0)
@@ -228,37 +231,63 @@ def test_training_stays_on_course(dtype, request):
     assert fast[-1] < 0.9 * fast[0]
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_compute_sanitizer(tool, backend):
-    """NVIDIA's own checks of every op at ragged sizes."""
+def our_kernels():
+    """A regular expression that is found in the mangled names of our kernels, and of no others."""
+    sources = (TESTS.parent / "kernels" / "triton").glob("*.py")
+    triton = [re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M) for file in sources]
+    return "|".join(["_ZN4gpt24cuda", *itertools.chain(*triton)])
+
+
+def sanitized(tool, *arguments):
+    """What NVIDIA's tool says of a Python process, of our kernels alone: racecheck and initcheck
+    find faults in cuDNN's and PyTorch's."""
     beside = Path(_nvcc.find() or "nvcc").parent
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=beside)
     if program is None:
         pytest.skip("compute-sanitizer is not installed")
-    chosen = f"{backend} and (test_packed or test_layer_norm or test_bias_gelu or test_leading)"
-    files = ("attention", "layer_norm", "gelu", "cross_entropy")
-    result = subprocess.run(
-        [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest",
-         *(f"test_{file}.py" for file in files), "-k", chosen, "-p", "no:cacheprovider"],
-        cwd=TESTS, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    watch = ["--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={our_kernels()}"]
+    env = environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1", GPT2_TEST_SDPA="math")
+    command = [program, *watch, sys.executable, *arguments]
+    result = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True)
     if "not supported" in result.stdout and "0 errors" not in result.stdout:
         pytest.skip(f"compute-sanitizer: {result.stdout.splitlines()[-1]}")
+    return result
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer(tool, backend):
+    """NVIDIA's own checks of every op at ragged sizes."""
+    chosen = f"{backend} and (test_packed or test_layer_norm or test_bias_gelu or test_leading)"
+    files = [f"test_{op}.py" for op in ("attention", "layer_norm", "gelu", "cross_entropy")]
+    result = sanitized(tool, "-m", "pytest", *files, "-k", chosen, "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.full
+def test_compute_sanitizer_watches_our_kernels(backend):
+    """A name that fits no kernel would find no fault: here a text is longer than its cache."""
+    program = (
+        "import torch; from gpt2 import kernels\n"
+        "q, cache = (torch.ones(1, T, 1, 32, device='cuda') for T in (1, 5))\n"
+        f"kernels.why_not({backend!r}, 'decode_attention', q.device, q.dtype, 32)\n"
+        f"decode = kernels.dispatch.module({backend!r}, 'decode_attention').decode_attention\n"
+        "decode(q, cache, cache, torch.tensor([999], device='cuda'), 1.0)\n"
+        "torch.cuda.synchronize()"
+    )
+    result = sanitized("memcheck", "-c", program)
+    assert result.returncode == 9 and "Invalid __global__ read" in result.stdout, result.stdout
+
+
+@pytest.mark.long
 def test_the_emulator_agrees(backend, tmp_path):
     """Bit by bit where no approximation enters; else to some units in the last place, as sums on
     the tensor cores and approximate functions are rounded differently."""
     if backend != "cuda":
         pytest.skip("its inputs are for the cuda backend")
     file = tmp_path / "emulated.safetensors"
-    subprocess.run(
-        [sys.executable, TESTS / "agreement.py", file],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True,
-    )  # fmt: skip
+    command = [sys.executable, TESTS / "agreement.py", file]
+    subprocess.run(command, env=environment(CUDA_VISIBLE_DEVICES=""), check=True)
     emulated = load_file(file)
     for name, x in agreement.results("cuda").items():
         if name in agreement.EXACT:

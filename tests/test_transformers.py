@@ -144,7 +144,8 @@ def test_the_number_of_items_reaches_the_loss():
 # ---- generation
 
 LEFT = {"padding": "left"}
-GREEDY = {"do_sample": False, "max_new_tokens": 12}
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "disable_compile": True}
+SAID = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 CASES = {
     "200-tokens": ({"B": 1}, {"max_new_tokens": 200}),
     "batch": ({}, {}),
@@ -159,50 +160,84 @@ CASES = {
     "lookup": ({"B": 1}, {"prompt_lookup_num_tokens": 3, "max_new_tokens": 30}),
     "stops": (LEFT, {"eos_token_id": list(range(1, 9)), "max_new_tokens": 30}),
 }
-IMPLEMENTATIONS = ("sdpa", *OURS)
+IMPLEMENTATIONS = ("eager", *OURS)
+
+
+@functools.cache
+def random_model(case):
+    """A model, and the random numbers that give it the same prompts every time."""
+    torch.manual_seed(1)
+    return their_model(noise=0.3), torch.get_rng_state()  # what a token sees decides on the next
 
 
 def generate(model, how, prompts, options):
-    """The tokens, and every forward's logits where the mask has not changed what they are of."""
+    """What transformers return: the prompts with what follows them, and logits of every step."""
     inputs = batch(V=model.config.vocab_size, **prompts)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[cC]alling .* directly.*")
-        return as_served(model, how).generate(**inputs, **{**GREEDY, **options})
+        found = as_served(model, how).generate(**inputs, **{**GREEDY, **SAID, **options})
+    return inputs, found
 
 
-@functools.cache
-def expected(case):
-    """A model, and what it generates as transformers compute it."""
-    torch.manual_seed(1)
-    model = their_model(noise=0.3)  # what a token sees before it decides on the next
-    return model, torch.get_rng_state(), generate(model, "eager", *CASES[case])
+def logits_after(model, inputs, tokens):
+    """Logits (B, n, V) from which the last n of tokens were chosen, without a cache."""
+    B, T = inputs["attention_mask"].shape
+    seen = inputs["attention_mask"].repeat_interleave(len(tokens) // B, 0)
+    seen = torch.cat([seen, seen.new_ones(len(tokens), tokens.shape[1] - T)], 1)[:, :-1]
+    position = (seen.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], attention_mask=seen, position_ids=position).logits
+    return logits[:, T - 1 :]
+
+
+def generates_what_they_do(model, how, prompts, options):
+    """The logits of every step, from a cache, are those of transformers for the tokens so far.
+
+    Tokens are not compared: where the two best logits nearly tie, rounding decides, and after
+    another token all is different. The yardstick is the worse of transformers' own: on a GPU their
+    SDPA is less exact than their eager attention.
+    """
+    inputs, found = generate(model, how, prompts, options)
+    T, tokens = inputs["input_ids"].shape[1], found.sequences
+    exact = logits_after(as_served(model, "eager").double(), inputs, tokens)
+    plains = [logits_after(as_served(model, name), inputs, tokens) for name in ("eager", "sdpa")]
+    plain = max(plains, key=lambda x: (x - exact).abs().max())
+    largest = exact.abs().max().item()
+    if "num_beams" in options:  # logits are of beams, many of which were given up
+        noise = 2 * (plain - exact).abs().max() + torch.finfo(plain.dtype).eps * largest
+        scores = exact.log_softmax(-1).gather(-1, tokens[:, T:, None]).mean((1, 2))
+        assert (found.sequences_scores - scores).abs().max() <= 2 * noise  # of a logit and the sum
+        return tokens
+    # Of a text that has ended, the last logits are those that chose its end.
+    ends = torch.isin(tokens[:, T:], tokens.new_tensor(options.get("eos_token_id", [])))
+    open_ = ends.cumsum(-1) - ends.long() == 0
+    ours = torch.stack(found.logits, 1)
+    assert_close_to(exact[open_], ours[open_], plain[open_], "logits", factor=2, terms=largest)
+    if not options.get("do_sample"):
+        assert torch.equal(tokens[:, T:][open_], ours.argmax(-1)[open_])
+    assert (tokens[:, T:][~open_] == model.config.pad_token_id).all()
+    return tokens
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
 def test_generates_what_they_do(how, case, request):
-    model, state, want = expected(case)
+    model, state = random_model(case)
     if how in OURS:
         request.getfixturevalue("no_sdpa")
     torch.set_rng_state(state)
     with launches() as launched:
-        tokens = generate(model, how, *CASES[case])
-    assert torch.equal(tokens, want)
+        tokens = generates_what_they_do(model, how, *CASES[case])
     assert set(launched) == ({BACKEND} if how in OURS else set())
-    assert len(set(want[0].tolist())) > 5, "too dull to tell anything"
+    assert len(set(tokens[0].tolist())) > 5, "too dull to tell anything"
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("how", "case"), [(OURS[0], "left"), (OURS[1], "200-tokens")])
 def test_generates_what_they_do_at_124M(how, case, no_sdpa):
-    prompts, options = CASES[case]
-    model = their_model({})
-    state = torch.get_rng_state()
-    want = generate(model, "eager", prompts, options)
-    torch.set_rng_state(state)
-    assert torch.equal(generate(model, how, prompts, options), want)
+    generates_what_they_do(their_model({}), how, *CASES[case])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

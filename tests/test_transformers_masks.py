@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from test_transformers import generate
+from test_transformers import generates_what_they_do
 from their_gpt2 import (
     MARKS,
     OURS,
@@ -224,7 +224,4 @@ def test_other_models_are_right(name, options):
     inputs = batch(padding="left")
     plain, ours = (results(as_served(model, how), inputs) for how in ("eager", NAME))
     assert_as_good(results(as_served(model, "sdpa").double(), inputs), ours, plain)
-    text = {"prompts": {"B": 1}, "options": {"prompt_lookup_num_tokens": 3}}
-    state, want = torch.get_rng_state(), generate(model, "eager", **text)
-    torch.set_rng_state(state)
-    assert torch.equal(generate(model, NAME, **text), want)
+    generates_what_they_do(model, NAME, {"B": 1}, {"prompt_lookup_num_tokens": 3})

@@ -4,7 +4,6 @@ own launchers, in the very tests that the interpreter passes.
 A process of its own for each part, since Triton interprets or compiles from its first import on.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import EMULATE_TRITON, ON_GPU
 from emulation import FILE, emulation
+from util import environment
 
 ONE_OF_EACH = [
     "test_attention.py::test_packed[triton-1-65-3-D64-bf16-]",
@@ -42,12 +42,10 @@ PARTS = {
     [pytest.param(p, marks=() if p == "one-of-each" else pytest.mark.full) for p in PARTS],
 )
 def test_compiled_kernels(part, tmp_path, request):
-    environment = os.environ | {"GPT2_TEST_TRITON": "emulator", FILE: str(tmp_path / "emulation")}
-    for name in ("GPT2_EXPECT", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
-        environment.pop(name, None)
+    env = environment(GPT2_TEST_TRITON="emulator", **{FILE: str(tmp_path / "emulation")})
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *PARTS[part], "--full", "-p", "no:cacheprovider"],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).parent, env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     counts = re.search(r"^triton .*: (\d+) cases, (\d+) results", result.stdout, re.M)

@@ -1,7 +1,7 @@
 """Host code that nvcc compiled, on a GPU that is the emulator.
 
     with EmulatedDevice() as device:
-        library = device.load("libkernels.so", [ptx_text])      # built with -cudart none
+        library = device.load("libkernels.so", [ptx_text])  # linked with -cudart none and build()
         x = torch.empty(1000)           # known to the device, full of the canary
         library.run(x.data_ptr(), ...)  # its <<<>>> runs the PTX
 
@@ -29,6 +29,11 @@ from .launch import Launch, launch
 from .memory import Memory
 from .parser import Module
 
+# Found in the library itself and in what it was linked with, before anything else. A PyTorch built
+# for CUDA has loaded libcudart for all to see; without DEEPBIND its functions would be called.
+# AddressSanitizer does not allow it.
+SANITIZED = hasattr(ctypes.CDLL(None), "__asan_init")
+MODE = ctypes.RTLD_GLOBAL | (0 if SANITIZED else os.RTLD_DEEPBIND)
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 SOURCE = Path(__file__).with_name("device.cpp")
 
@@ -65,8 +70,7 @@ def build() -> Path:
 
 @functools.cache
 def _runtime() -> ctypes.CDLL:
-    """Loaded so that libraries loaded later find CUDA's functions in it."""
-    runtime = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
+    runtime = ctypes.CDLL(str(build()), mode=MODE)
     runtime.emulator_activate.argtypes = [_Callback]
     runtime.emulator_fail.argtypes = [ctypes.c_char_p]
     runtime.emulator_allow.argtypes = [ctypes.c_uint64, ctypes.c_size_t]
@@ -80,12 +84,17 @@ _texts: dict[str, str] = {}  # by kernel, of every library that was loaded
 
 
 def load(library: str | os.PathLike, ptx: list[str]) -> ctypes.CDLL:
-    """Loads host code that was linked with -cudart none, and the PTX of its kernels, which is
-    parsed when one of them is launched."""
+    """Loads host code that was linked with -cudart none and the runtime, build(), and the PTX of
+    its kernels, which is parsed when one of them is launched."""
     _runtime()
     for text in ptx:
         _texts.update(dict.fromkeys(re.findall(r"\.entry\s+([\w$]+)", text), text))
-    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library), mode=MODE)
+
+
+def kernels() -> list[str]:
+    """The kernels that were loaded, by their mangled names."""
+    return list(_texts)
 
 
 _parsed = functools.cache(Module)
