@@ -35,7 +35,7 @@ class Contender:
     context: Callable = contextlib.nullcontext  # entered around its runs, outside the clock
     why_not: str | None = None
     kind: str = "peer"
-    compiles: bool = False  # by torch.compile, whose cache can be filled beforehand: rehearse()
+    compiles: bool = False  # at its first call, into a cache that rehearse() fills beforehand
 
 
 def contest(
@@ -99,8 +99,8 @@ def contest(
 
 
 def rehearse(contenders: list[Contender], run: Callable, device: torch.device) -> None:
-    """run(contender) for those that torch.compile compiles, so that its cache holds their code.
-    Errors are left to the contest, which reports them."""
+    """run(contender) for those that are compiled at their first call, so that a cache holds their
+    code. Errors are left to the contest, which reports them."""
     for contender in contenders:
         if contender.compiles and contender.why_not is None:
             with contextlib.suppress(Exception), contender.context():

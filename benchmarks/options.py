@@ -91,7 +91,7 @@ def parse(
     )
     parser.add_argument(
         "--compile-only", action="store_true",
-        help="fill torch.compile's cache with what the contenders compile, and time nothing",
+        help="fill the compilers' caches with what the contenders compile, and time nothing",
     )  # fmt: skip
     if more:
         more(parser)

@@ -83,7 +83,7 @@ def _flash(name, generation, function, call, device, **options) -> Contender:
         o = call(functools.partial(found, **options), *inputs)
         return o[0] if isinstance(o, tuple) else o
 
-    return Contender(name, run)
+    return Contender(name, run, compiles=generation == "flash-4")  # the others come compiled
 
 
 def parameters(function: Callable) -> set[str]:

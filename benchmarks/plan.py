@@ -27,33 +27,40 @@ class Bench:
     options: tuple[str, ...] = ()
 
 
+# The training step's slowest peers to compile are left to train_step.py itself.
+STEP_PEERS = ("--peers", "compiled,plain,reduce-overhead,nanogpt")
 ON_GPU = [
-    Bench("attention", "bfloat16", 24, "16x1024x12x64",
+    Bench("attention", "bfloat16", 34, "16x1024x12x64",
           "16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64,32x512x12x64"),
-    Bench("layer_norm", "bfloat16", 8, "16384x768", "65536x768"),
-    Bench("train_step", "bfloat16", 34, "16x1024", "64x1024,4x1024,32x1024,8x1024", 240.0),
-    Bench("cross_entropy", "bfloat16", 10, "8192x50257x768", "8192x50257x768"),
-    Bench("gelu", "bfloat16", 6, "16384x3072", "65536x3072"),
-    Bench("decode_attention", "bfloat16", 6, "8x1024x12x64", "1x1024x12x64,64x1024x12x64"),
-    Bench("generate", "bfloat16", 16, "1x16", "1x16,8x512", 240.0, ("--models", "gpt2")),
+    Bench("layer_norm", "bfloat16", 6, "16384x768", "65536x768"),
+    Bench("train_step", "bfloat16", 44, "16x1024", "64x1024,4x1024,32x1024,8x1024", 240.0,
+          STEP_PEERS),
+    Bench("cross_entropy", "bfloat16", 8, "8192x50257x768", "8192x50257x768"),
+    Bench("gelu", "bfloat16", 4, "16384x3072", "65536x3072"),
+    Bench("decode_attention", "bfloat16", 4, "8x1024x12x64", "1x1024x12x64,64x1024x12x64"),
+    Bench("generate", "bfloat16", 12, "1x16", "1x16,8x512", 240.0, ("--models", "gpt2")),
+    Bench("host", "bfloat16", 3, "1x16x2x16", "1x16x2x16"),
     Bench("attention", "float32", 3, "16x1024x12x64", "16x1024x12x64"),
     Bench("layer_norm", "float32", 2, "16384x768", "16384x768"),
 ]  # fmt: skip
-# The shapes of the goals for CPUs (goals.py)
-ATTENTION = "4x64x12x64,4x256x12x64,1x1024x12x64,1x4096x4x64"
-ON_CPU = [
-    bench
-    for dtype in ("float32", "bfloat16")
-    for bench in (
-        Bench("attention", dtype, 25, "1x256x12x64", ATTENTION, 900.0),
+
+
+def of_cpu(dtype: str) -> list[Bench]:
+    """At the shapes of the goals for CPUs (goals.py)."""
+    attention = "4x64x12x64,4x256x12x64,1x1024x12x64,1x4096x4x64"
+    return [
+        Bench("attention", dtype, 25, "1x256x12x64", attention, 900.0),
         Bench("layer_norm", dtype, 5, "512x768", "2048x768", 900.0),
         Bench("train_step", dtype, 30, "1x64", "1x1024", 1800.0, ("--profile",)),
         Bench("cross_entropy", dtype, 10, "32x50257x768", "256x50257x768", 900.0),
         Bench("gelu", dtype, 5, "256x3072", "2048x3072", 900.0),
         Bench("decode_attention", dtype, 3, "1x256x12x64", stall_s=900.0),
         Bench("generate", dtype, 10, "1x16", "1x16", 900.0),
-    )
-]
+    ]
+
+
+HOST = Bench("host", "float32", 2, "1x16x2x16", stall_s=900.0)
+ON_CPU = [*of_cpu("float32"), HOST, *of_cpu("bfloat16")]
 COMPILE_S = 300.0  # the most that the compiled contenders of one shape may take
 COMPILE_SHARE = 0.4  # of the time of a whole run, the most that all of them may take together
 MINUTES = {("cuda", False): 8, ("cuda", True): 3, ("cpu", False): 60, ("cpu", True): 10}
@@ -132,5 +139,6 @@ def compilations(benches: list[Bench], device: str, quick: bool) -> list[Job]:
         Job(f"compile-{b.script}-{SHORT[b.dtype]}-{shape}",
             (*command_of(b, device, quick, shape), "--compile-only"),
             most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False)
-        for b in order for shape in (b.quick if quick else b.shapes).split(",")
+        for b in order if b.script != "host"
+        for shape in (b.quick if quick else b.shapes).split(",")
     ]  # fmt: skip

@@ -11,11 +11,11 @@ AXIS = {"attention": ("T", "B"), "decode_attention": ("T",)}
 
 
 def draw(folder: Path, paths: list[str]) -> list[Path]:
-    """A PNG beside each JSON of results in which something was timed."""
+    """A PNG beside each JSON of results with rates; host time has none."""
     drawn = []
     for path in map(Path, paths):
         document = read(path)
-        timed = [r for r in document.get("results", []) if r["median_ms"]]
+        timed = [r for r in document.get("results", []) if r["median_ms"] and r["rate"]]
         if timed:
             about = document["environment"]
             title = f"{about['device_name']}, torch {about['torch']}, {timed[0]['dtype']}"

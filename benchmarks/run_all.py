@@ -38,7 +38,8 @@ from options import Parser, positive
 from record import write
 
 NOTHING, ONE_COMPILER = {}, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of an environment
-SCRIPTS = ("attention", "layer_norm", "train_step", "cross_entropy", "gelu", "decode_attention")
+SCRIPTS = ("attention", "layer_norm", "train_step", "cross_entropy", "gelu", "decode_attention",
+           "generate", "host")  # fmt: skip
 
 
 def parse(argv):
@@ -100,7 +101,7 @@ def main(argv=None, planned=plan.planned) -> int:
 
 
 def measured(options, planned, start: float, deadline: float, cache: Path) -> int:
-    out, env = options.out, environment(options) | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    out, env = options.out, environment(options) | caches(cache)
     about = described(options.device, env)
     write(out / "environment.json", about)
     slug = machine.slug(about)
@@ -152,6 +153,15 @@ def measured(options, planned, start: float, deadline: float, cache: Path) -> in
         done(jobs.Outcome("plots", "failed", [f"{type(error).__name__}: {error}"]))
     print(f"{out / 'report.md'}, {time.monotonic() - start:.0f} s")
     return 1 if any(o.status == "failed" for o in outcomes) else 0
+
+
+def caches(cache: Path) -> dict[str, str]:
+    """The environment in which PyTorch's and FlashAttention-4's compilers keep what they make."""
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(cache / "flash-attention"),
+    }
 
 
 def choose_again(cache: Path) -> None:

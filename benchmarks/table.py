@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from goals import GOALS, judged, targets
+from host_report import tables as host_tables
 from pictures import pictures
 from report import label, significant
 
@@ -65,6 +66,9 @@ def render(documents: list[dict]) -> str:
         if about != previous:
             blocks.append(about)
             previous = about
+        if document.get("script") == "host":  # it has neither rates nor limits
+            blocks += ["**Host time**", *map(host_table, host_tables(document["results"]))]
+            continue
         timed = [r for r in document["results"] if r["status"] == "ok"]
         for op, dtype in dict.fromkeys((r["op"], r["dtype"]) for r in timed):
             limits = document["limits"][dtype]
@@ -75,9 +79,14 @@ def render(documents: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
+def host_table(lines: list[tuple[str, ...]]) -> str:
+    return markdown([lines[0], ("---",) * len(lines[0]), *lines[1:]])
+
+
 def summary(documents: list[dict]) -> str:
     """Markdown: a table per machine and version, a line per operation and dtype, and for each pass
-    the newest ratios over all shapes."""
+    the newest ratios over all shapes. Host time is not among them."""
+    documents = [d for d in documents if d.get("script") != "host"]
     if not documents:
         return "No measurement is recorded in benchmarks/results yet."
     machines, blocks = {}, []

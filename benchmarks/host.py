@@ -1,0 +1,250 @@
+"""Host time: what Python, dispatch, autograd and the launcher take before a kernel can run.
+
+    python benchmarks/host.py --device cpu
+    python benchmarks/host.py --device cuda --json out.json
+    python benchmarks/host.py --backends triton-stub          # on a CPU: Triton's launcher
+
+Every op of gpt2.kernels on tensors so small that the work itself hardly counts, beside PyTorch's
+own op: the forward without gradients, then forward and backward. Then a step (forward, backward) of
+a toy GPT-2 of 12 layers, fast and plain. Then where the time of a forward goes, from nested calls
+with the same arguments, each less the one inside it:
+
+    argument checks     the public op; with it what a loss does around its kernel
+    dispatch            the choice of a backend
+    autograd function   Function.apply
+    raw op              torch.ops.gpt2_kernels: from torch.library to the launcher
+    launcher            the backend's function: output tensors, grid, launch
+
+Shapes are BxTxHxD: batch, time, heads, head size. On a CPU the time is one thread's own, so that a
+busy machine is not in it, and includes the small kernels. triton-stub launches Triton's kernels on
+a driver that does nothing (stub_driver.py): its results are not checked. On a GPU the time is that
+of issuing the work; where an op waits for the GPU, the wait is in it.
+"""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import harness
+import stub_driver
+import torch
+from contest import Contender, ContextLost, Wrong, contest
+from harness import as_tuple
+from host_clock import HostClock, within
+from host_ops import Op, V, operations
+from host_parts import summed, taken_apart
+from host_report import BOTH, FORWARD, OP, PEER, PLAIN, STEP, WITH_GRAD, tables, text
+from machine import environment
+from options import DTYPES, parse
+from record import Case, Record
+from report import label
+
+from gpt2 import Config, Model, kernels
+from gpt2.kernels import dispatch
+
+DIMS = "BxTxHxD"
+SHAPES = {"cpu": "1x16x2x16", "cuda": "1x16x2x16"}
+STUB = "triton-stub"
+BACKENDS = {"cpu": ("cpu", STUB), "cuda": ("triton", "cuda")}  # of a device
+
+
+def ours(wanted, device, dtype, kernel: str, size: int, call: Callable) -> list[Contender]:
+    """The backends of this device; those of `wanted` if there is such a list."""
+    found = []
+    for name in BACKENDS[device.type]:
+        if wanted is None or name in wanted:
+            backend = "triton" if name == STUB else name
+            base = stub_driver.active if name == STUB else contextlib.nullcontext
+            reason = stub_driver.why_not() if name == STUB else None
+            context = base
+            if reason is None:
+                context, reason = serving(backend, base, kernel, device, dtype, size)
+            found.append(Contender(name, call, context, reason, "backend"))
+    return found
+
+
+def serving(backend: str, base: Callable, *asked) -> tuple[Callable, str | None]:
+    """The context in which the backend serves, and why it cannot. Nothing is forced where dispatch
+    takes it by itself: so its choice costs what it costs a user."""
+    with base():
+        if reason := kernels.why_not(backend, *asked):
+            return base, reason
+        chosen = dispatch.choose(*asked), dispatch.choose_backward(asked[0], backend, *asked[1:])
+    force = contextlib.nullcontext if set(chosen) == {backend} else partial(kernels.use, backend)
+    return partial(within, base, force), None
+
+
+def stepper(op: Op, step: str, call: Callable, grads) -> tuple[Callable, Callable]:
+    """A pass as a function of nothing, and the context around its runs."""
+    if step == FORWARD:
+        return partial(call, *op.inputs), torch.no_grad
+    if step == WITH_GRAD:
+        return partial(call, *op.inputs), contextlib.nullcontext
+    wanted = [x for x in op.inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    return lambda: torch.autograd.grad(call(*op.inputs), wanted, grads), contextlib.nullcontext
+
+
+def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
+    """Every contender for one op: its results compared, then each pass timed."""
+    device = clock.device
+    case = Case(OP + op.name, vars(shape), str(dtype).removeprefix("torch."), op.steps)
+    contenders = ours(record.only["backend"], device, dtype, op.kernel, op.size, op.ours)
+    contenders = record.wanted(case, [*contenders, Contender(PEER, op.theirs)])
+    with torch.no_grad():
+        grads = [torch.randn_like(y) for y in as_tuple(op.theirs(*op.inputs))]
+
+    def stepped(step, contender):
+        run, mode = stepper(op, step, contender.call, grads)
+        return run, partial(within, contender.context, mode)
+
+    def results(contender):
+        found = []
+        for step in dict.fromkeys((FORWARD, op.steps[-1])):
+            run, context = stepped(step, contender)
+            with context():
+                found += as_tuple(run())
+        return found
+
+    def check(contender):
+        return compared(contender, results(contender), results(Contender(PEER, op.theirs)))
+
+    def timed(step, group):
+        runs = {c: stepped(step, c) for c in group}
+        times = clock(runs)
+        for c in group:
+            times[c]["details"] = {"launches": launched(*runs[c])} if c.name == STUB else {}
+        # The forward with a gradient to come is taken apart, where there is one
+        if step == (WITH_GRAD if WITH_GRAD in op.steps else FORWARD):
+            nested = {(c, part): call for c in group
+                      for part, call in taken_apart(*runs[c]).items()}  # fmt: skip
+            least = clock.least(nested)
+            for c in group:
+                mine = {part: least[one, part] for one, part in nested if one is c}
+                times[c]["details"]["parts_us"] = summed(mine)
+        return times
+
+    contest(record, case, contenders, clock, {}, None, check, timed)
+    record.settle(case)
+
+
+def launched(run: Callable, context: Callable) -> int:
+    """How many kernels one run launches on the stub."""
+    with context():
+        before = stub_driver.launches()
+        run()
+        return stub_driver.launches() - before
+
+
+def compared(contender: Contender, found, truth) -> float | None:
+    """The largest difference from PyTorch's; Wrong where it is so large that the op must be another
+    one: the other benchmarks judge precision. None of the stub, whose kernels never run."""
+    if contender.name == STUB:
+        return None
+    pairs = list(zip(found, truth, strict=True))
+    errors = [(x.double() - y.double()).abs().max().item() for x, y in pairs]
+    bounds = [torch.finfo(y.dtype).eps ** 0.5 * max(1.0, y.abs().max().item()) for _, y in pairs]
+    for error, bound in zip(errors, bounds, strict=True):
+        if not error <= bound:
+            raise Wrong(f"it is off by {error:.2e}, more than {bound:.2e}")
+    return max(errors)
+
+
+def measure_step(shape, dtype, clock: HostClock, record: Record) -> None:
+    """Forward and backward of the toy, fast and plain; autocast over float32 in half precision."""
+    device = clock.device
+    case = Case(STEP, vars(shape), str(dtype).removeprefix("torch."), (BOTH,))
+    config = Config(block_size=shape.T, vocab_size=V, n_layer=12, n_head=shape.H,
+                    n_embd=shape.H * shape.D)  # fmt: skip
+    torch.manual_seed(0)
+    plain, fast = Model(config).to(device), Model(config, fast=True).to(device)
+    fast.load_state_dict(plain.state_dict())
+    idx, targets = torch.randint(V, (2, shape.B, shape.T)).to(device)
+    half = dtype != torch.float32
+    autocast = partial(torch.autocast, device.type, dtype) if half else contextlib.nullcontext
+
+    def step(model):
+        parameters = list(model.parameters())
+
+        def run():
+            with autocast():
+                loss = model(idx, targets)[1]
+            loss.backward()
+            for p in parameters:
+                p.grad = None
+            return loss.detach()
+
+        return run
+
+    backends = ours(record.only["backend"], device, dtype, "attention", shape.D, step(fast))
+    reference = Contender(PLAIN, step(plain))
+    contenders = record.wanted(case, [*backends, reference])
+
+    def loss(contender):
+        with contender.context():
+            return [contender.call()]
+
+    def check(contender):
+        return compared(contender, loss(contender), loss(reference))
+
+    def timed(_, group):
+        times = clock({c: (c.call, c.context) for c in group})
+        for c in group:
+            details = {"n_layer": config.n_layer, "n_embd": config.n_embd, "vocab_size": V}
+            if c.name == STUB:
+                details["launches"] = launched(c.call, c.context)
+            times[c]["details"] = details
+        return times
+
+    contest(record, case, contenders, clock, {}, None, check, timed)
+    record.settle(case)
+
+
+def main(argv=None) -> int:
+    """The exit code is 1 where a backend of ours is wrong or fails, 3 where the GPU is lost."""
+    known = list(dict.fromkeys(itertools.chain(*BACKENDS.values())))
+    parsers = []
+    options = parse(argv, __doc__, DIMS, SHAPES, known, [PEER, PLAIN], parsers.append)
+    here = BACKENDS[options.device.type]
+    for name in options.backends or ():
+        if name not in here:
+            parsers[0].error(f"--backends {name}: on {options.device} there is {', '.join(here)}")
+    if options.plot:
+        parsers[0].error("--plot: host time is given in tables alone")
+    if options.compile_only:
+        return 0  # nothing here is compiled by torch.compile
+    torch.set_num_threads(1)
+    clock = HostClock(options.device, options.quick)
+    about = environment(options.device)
+    record = Record(
+        options.json, "host", about, only={"backend": options.backends, "peer": options.peers},
+        seconds=options.seconds, resume=options.resume,
+    )  # fmt: skip
+    print(f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}, commit "
+          f"{about['commit']}{'+' if about['dirty'] else ''}")  # fmt: skip
+    lost = None
+    try:
+        for dtype, shape in itertools.product(options.dtype, options.shapes):
+            for op in operations(shape, DTYPES[dtype], options.device):
+                measure(op, shape, DTYPES[dtype], clock, record)
+            measure_step(shape, DTYPES[dtype], clock, record)
+    except ContextLost as error:
+        lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
+    record.add()  # nothing is running any more
+    for lines in tables([asdict(r) for r in record.results]):
+        print(f"\n{text(lines)}")
+    untimed = [r for r in record.results if r.status != "ok"]
+    failed = [r for r in untimed if r.kind == "backend" and r.status in ("wrong", "error")]
+    for said in dict.fromkeys(f"{r.contender} {r.op}: {r.reason}" for r in untimed):
+        print(said)
+    for said in dict.fromkeys(f"{r.contender} {r.op} {label(r.shape)}: {r.reason}" for r in failed):
+        print(f"FAILED {said}", file=sys.stderr)
+    if lost:
+        print(lost, file=sys.stderr)
+    return harness.LOST if lost else 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
