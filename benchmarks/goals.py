@@ -7,6 +7,8 @@ GPU are for one H200 in bfloat16; those for a CPU are for AVX-512, but decoding 
 
 from dataclasses import dataclass, field
 
+from report import is_ours
+
 BEST = ()  # whichever peer is the fastest
 NAMES = {BEST: "best peer", ("whole",): "bfloat16 weights"}  # others are called as in the results
 
@@ -184,7 +186,7 @@ def cases(goal: Goal, document: dict) -> dict[str, list[dict]]:
         if r["status"] == "ok" and (r["op"], r["step"], r["dtype"], r["shape"])
         == (goal.op, goal.step, goal.dtype, goal.shape)
     ]  # fmt: skip
-    ours = [r for r in rows if r["kind"] == "backend" and goal.contender in ("", r["contender"])]
+    ours = [r for r in rows if is_ours(r) and goal.contender in ("", r["contender"])]
     return {"backend": ours, "peer": [r for r in rows if r["kind"] == "peer"]}
 
 

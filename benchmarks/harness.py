@@ -244,7 +244,8 @@ def run(
     about = environment(options.device)
     record = Record(
         options.json, script, about, only={"backend": options.backends, "peer": options.peers},
-        seconds=options.seconds, resume=options.resume, rehearsal=options.compile_only,
+        without=options.without, seconds=options.seconds, resume=options.resume,
+        rehearsal=options.compile_only,
     )  # fmt: skip
     where = f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}"
     if about["threads"]:

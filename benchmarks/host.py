@@ -220,7 +220,7 @@ def main(argv=None) -> int:
     about = environment(options.device)
     record = Record(
         options.json, "host", about, only={"backend": options.backends, "peer": options.peers},
-        seconds=options.seconds, resume=options.resume,
+        without=options.without, seconds=options.seconds, resume=options.resume,
     )  # fmt: skip
     print(f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}, commit "
           f"{about['commit']}{'+' if about['dirty'] else ''}")  # fmt: skip

@@ -31,6 +31,7 @@ class Job:
     command: tuple[str, ...]
     json: Path | None = None  # it writes here as it goes
     share: float = 1.0  # of the time left, against the shares of the jobs still to come
+    grace_s: float = float("inf")  # how long past its share what it has begun may take
     most_s: float = float("inf")
     stall_s: float = 60.0
     resumes: bool = True

@@ -4,7 +4,8 @@ attention    TFLOP/s of the forward and the backward over T, with the rate of a 
              in the same run as the limit
 train_step   tokens/s of a step of GPT-2 124M, a group of bars for each batch
 
-Each shows the newest file of results that a GPU has left for it; without one there is no picture.
+Each shows one file of results that a GPU has left for it: of those with the most shapes the newest.
+Without one there is no picture.
 Each is two files with a transparent background, for light and for dark pages. A file names the
 digest of its data and of this script. Other versions of matplotlib draw other bytes, so a picture
 is out of date only when its digest is. matplotlib is imported only to draw.
@@ -18,6 +19,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from report import is_ours, label
 
 FOLDER = "docs/pictures"
 # Ending of the file's name -> colours; paper is the page, of which hollow marks are filled
@@ -157,18 +160,24 @@ def train_step(documents: list[dict]) -> Picture | None:
 
 
 def newest(documents: list[dict], op: str, wanted: Callable) -> tuple[dict, list[dict]] | None:
-    """The newest document of a GPU that has times of the operation in bfloat16 at wanted shapes,
-    and the rows with these times."""
+    """The newest document of a GPU among those with the most wanted shapes of the operation in
+    bfloat16, and the rows with their times. A run that was cut short does not replace a whole one;
+    the reference, which is PyTorch's choice among the peers, is left out."""
     found = []
     for document in documents:
         if document["environment"].get("device") == "cuda":
             rows = [
                 r for r in document["results"]
                 if (r["op"], r["dtype"], r["status"]) == (op, "bfloat16", "ok")
-                and wanted(r["shape"])
+                and r["contender"] != "reference" and wanted(r["shape"])
             ]  # fmt: skip
             found += [(document, rows)] if rows else []
-    return max(found, key=lambda pair: pair[0]["environment"]["date"], default=None)
+
+    def rank(pair):
+        document, rows = pair
+        return len({label(r["shape"]) for r in rows}), document["environment"]["date"]
+
+    return max(found, key=rank, default=None)
 
 
 def about(document: dict) -> dict:
@@ -177,10 +186,6 @@ def about(document: dict) -> dict:
     versions = f"torch {about['torch']}, Triton {about['triton']}"
     line = f"{about['device_name']}, {versions}, {commit}, {about['date'][:10]}"
     return {"device": about["device_name"], "line": line}
-
-
-def is_ours(row: dict) -> bool:
-    return row["kind"] == "backend"
 
 
 def listed(pairs: list[tuple[float, str]]) -> str:

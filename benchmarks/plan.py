@@ -27,22 +27,31 @@ class Bench:
     options: tuple[str, ...] = ()
 
 
-# The training step's slowest peers to compile are left to train_step.py itself.
-STEP_PEERS = ("--peers", "compiled,plain,reduce-overhead,nanogpt")
+def without(names: str) -> tuple[str, str]:
+    """For contenders that search for a minute and more by timing, or are never the best peer. The
+    scripts themselves have them all."""
+    return "--without", names
+
+
 ON_GPU = [
     Bench("attention", "bfloat16", 34, "16x1024x12x64",
-          "16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64,32x512x12x64"),
-    Bench("layer_norm", "bfloat16", 6, "16384x768", "65536x768"),
-    Bench("train_step", "bfloat16", 44, "16x1024", "64x1024,4x1024,32x1024,8x1024", 240.0,
-          STEP_PEERS),
-    Bench("cross_entropy", "bfloat16", 8, "8192x50257x768", "8192x50257x768"),
-    Bench("gelu", "bfloat16", 4, "16384x3072", "65536x3072"),
-    Bench("decode_attention", "bfloat16", 4, "8x1024x12x64", "1x1024x12x64,64x1024x12x64"),
+          "16x1024x12x64,8x2048x12x64,4x4096x12x64,2x8192x12x64,32x512x12x64",
+          options=without("max-autotune,compiled,eager,sdpa-math,sdpa-efficient,reference")),
+    Bench("layer_norm", "bfloat16", 6, "16384x768", "65536x768", options=without("max-autotune")),
+    Bench("train_step", "bfloat16", 44, "16x1024", "64x1024,4x1024", 240.0,
+          without("max-autotune,transformers")),
+    Bench("cross_entropy", "bfloat16", 8, "8192x50257x768", "8192x50257x768",
+          options=without("max-autotune")),
+    Bench("gelu", "bfloat16", 4, "16384x3072", "65536x3072", options=without("max-autotune")),
+    Bench("decode_attention", "bfloat16", 4, "8x1024x12x64", "1x1024x12x64,64x1024x12x64",
+          options=without("max-autotune")),
     Bench("generate", "bfloat16", 12, "1x16", "1x16,8x512", 240.0, ("--models", "gpt2")),
     Bench("host", "bfloat16", 3, "1x16x2x16", "1x16x2x16"),
-    Bench("attention", "float32", 3, "16x1024x12x64", "16x1024x12x64"),
-    Bench("layer_norm", "float32", 2, "16384x768", "16384x768"),
+    Bench("attention", "float32", 3, "16x1024x12x64", "16x1024x12x64",
+          options=without("max-autotune,compiled")),
+    Bench("layer_norm", "float32", 2, "16384x768", "16384x768", options=without("max-autotune")),
 ]  # fmt: skip
+GRACE_S = 15.0  # past its share, before a script on a GPU is ended and the next begins
 
 
 def of_cpu(dtype: str) -> list[Bench]:
@@ -61,6 +70,13 @@ def of_cpu(dtype: str) -> list[Bench]:
 
 HOST = Bench("host", "float32", 2, "1x16x2x16", stall_s=900.0)
 ON_CPU = [*of_cpu("float32"), HOST, *of_cpu("bfloat16")]
+# The options that leave a training step one compiled model
+COMPILED_STEPS = [
+    ("--backends", "fast-compiled", "--peers", "none"),
+    ("--backends", "fast-reduce-overhead", "--peers", "none"),
+    ("--peers", "compiled", "--without", "fast-compiled,fast-reduce-overhead"),
+    ("--peers", "reduce-overhead", "--without", "fast-compiled,fast-reduce-overhead"),
+]
 COMPILE_S = 300.0  # the most that the compiled contenders of one shape may take
 COMPILE_SHARE = 0.4  # of the time of a whole run, the most that all of them may take together
 MINUTES = {("cuda", False): 8, ("cuda", True): 3, ("cpu", False): 60, ("cpu", True): 10}
@@ -118,27 +134,33 @@ def bench_job(bench: Bench, device: str, out: Path, slug: str, quick: bool) -> J
     name = f"{bench.script}-{SHORT[bench.dtype]}"
     path = out / f"{slug}-{name}.json"
     command = (*command_of(bench, device, quick), "--json", str(path))
-    return Job(name, command, path, bench.share, stall_s=bench.stall_s)
+    grace_s = GRACE_S if device == "cuda" else float("inf")
+    return Job(name, command, path, bench.share, grace_s, stall_s=bench.stall_s)
 
 
 def command_of(bench: Bench, device: str, quick: bool, shapes: str = "") -> tuple[str, ...]:
     shapes = shapes or (bench.quick if quick else bench.shapes)
-    more = ("--quick",) if quick else bench.options
+    more = (*(("--quick",) if quick else ()), *bench.options)
     more += ("--shapes", shapes) if shapes else ()
     return python(f"{bench.script}.py", "--device", device, "--dtype", bench.dtype, *more)
 
 
 def compilations(benches: list[Bench], device: str, quick: bool) -> list[Job]:
-    """On a GPU, a job per script and shape, the slowest to compile first: side by side they take as
-    long as one. On a CPU they would only take turns."""
+    """On a GPU, a job per script and shape, and for each model of a training step one of its own:
+    side by side they take as long as one. The slowest come first. On a CPU they would only take
+    turns."""
     if device != "cuda":
         return []
     slowest = ("train_step", "generate", "attention")
     order = sorted(benches, key=lambda b: slowest.index(b.script) if b.script in slowest else 9)
-    return [
-        Job(f"compile-{b.script}-{SHORT[b.dtype]}-{shape}",
-            (*command_of(b, device, quick, shape), "--compile-only"),
-            most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False)
-        for b in order if b.script != "host"
-        for shape in (b.quick if quick else b.shapes).split(",")
-    ]  # fmt: skip
+    jobs = []
+    for b in order:
+        if b.script == "host":
+            continue
+        for shape in (b.quick if quick else b.shapes).split(","):
+            command = (*command_of(b, device, quick, shape), "--compile-only")
+            name = f"compile-{b.script}-{SHORT[b.dtype]}-{shape}"
+            for model in COMPILED_STEPS if b.script == "train_step" else [()]:
+                jobs.append(Job("-".join([name, *model[1:2]]), (*command, *model),
+                                most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False))  # fmt: skip
+    return jobs

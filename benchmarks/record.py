@@ -35,15 +35,15 @@ class Case:
 class Record:
     """The results of one script, in memory and in its file if there is one.
 
-    only: kind of contender -> names that are wanted, None for all. After `seconds` nothing new is
-    begun. resume: take over what an earlier process left in the file. rehearsal: contenders that
-    are compiled run once, untimed, and nothing is recorded.
+    only: kind of contender -> names that are wanted, None for all; without: names that are not.
+    After `seconds` nothing new is begun. resume: take over what an earlier process left in the
+    file. rehearsal: contenders that are compiled run once, untimed, and nothing is recorded.
     """
 
     def __init__(self, path: Path | None, script: str, environment: dict, *, only: dict,
-                 seconds: float | None = None, resume: bool = False,
+                 without: tuple[str, ...] = (), seconds: float | None = None, resume: bool = False,
                  rehearsal: bool = False):  # fmt: skip
-        self.path, self.only, self.rehearsal = path, only, rehearsal
+        self.path, self.only, self.without, self.rehearsal = path, only, without, rehearsal
         self.deadline = None if seconds is None else time.monotonic() + seconds
         old = read(path) if resume else {}
         self.head = {"schema": SCHEMA, "script": script, "environment": environment}
@@ -60,7 +60,8 @@ class Record:
         }
         return [
             c for c in contenders
-            if c.name not in done and (self.only[c.kind] is None or c.name in self.only[c.kind])
+            if c.name not in done and c.name not in self.without
+            and (self.only[c.kind] is None or c.name in self.only[c.kind])
         ]  # fmt: skip
 
     def late(self) -> bool:

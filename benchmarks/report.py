@@ -30,6 +30,11 @@ class Result:
     details: dict = field(default_factory=dict)  # of a training step: tokens/s, where time goes
 
 
+def is_ours(row: dict) -> bool:
+    """Whether kernels of ours computed it: the reference is plain PyTorch."""
+    return row["kind"] == "backend" and row["contender"] != "reference"
+
+
 def show(results: list[Result]) -> str:
     """One table per operation, pass, shape and dtype."""
     blocks = []

@@ -144,7 +144,8 @@ def measured(options, planned, start: float, deadline: float, cache: Path) -> in
         done(run(job, min(job.most_s, left), time.monotonic() + job.most_s + 60))
     benches = plan_.benches(out, slug)
     for i, job in enumerate(benches):
-        done(run(job, jobs.budget(benches[i:], deadline)))
+        seconds = jobs.budget(benches[i:], deadline)
+        done(run(job, seconds, time.monotonic() + seconds + job.grace_s))
     try:
         plots.draw(out, [o.json for o in outcomes if o.json])
     except ImportError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from goals import GOALS, judged, targets
 from host_report import tables as host_tables
 from pictures import pictures
-from report import label, significant
+from report import is_ours, label, significant
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,10 +168,11 @@ def commit(about: dict) -> str:
 
 
 def cases_of(rows: list[dict]) -> dict:
-    """(op, dtype, shape, pass) -> (the fastest of ours, the fastest peer), None where none ran."""
+    """(op, dtype, shape, pass) -> (the fastest of ours, the fastest peer), None where none ran.
+    The reference is neither."""
     cases = {}
     for row in rows:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and (is_ours(row) or row["kind"] == "peer"):
             key = row["op"], row["dtype"], label(row["shape"]), row["step"]
             cases.setdefault(key, {"backend": [], "peer": []})[row["kind"]].append(row)
     return {

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import fcntl
 import functools
+import itertools
 import os
 import random
 import sys
@@ -74,17 +75,20 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite goes to several processes, of one thread each, where pytest-xdist is there;
-    -n 0 leaves it to one."""
+    -n 0 leaves it to one. A process that is done takes tests from another: in xdist's own way, one
+    that had begun with a test of minutes kept dozens of others waiting on an H200."""
     option = config.option
-    whole = all(Path(arg).is_dir() for arg in config.args)
     within = "PYTEST_XDIST_WORKER" in os.environ
-    if within or not whole or not config.pluginmanager.hasplugin("xdist"):
+    if within or not config.pluginmanager.hasplugin("xdist") or option.dist != "no":
         return
+    whole = all(Path(arg).is_dir() for arg in config.args)
     seen = option.usepdb or option.collectonly or option.capture == "no"
-    if not seen and option.numprocesses is None and option.dist == "no":
+    if whole and not seen and option.numprocesses is None:
         memory = torch.cuda.get_device_properties(0).total_memory if ON_GPU else None
         option.numprocesses = workers(os.cpu_count() or 1, memory)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if option.numprocesses:
+        option.dist = "worksteal"
 
 
 def workers(cores, gpu_memory=None):
@@ -112,7 +116,6 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if EMULATE_TRITON:
         keep_those_of("triton", config, items)
-    items.sort(key=lambda item: "long" not in item.keywords)
     for item in items:
         if "gpu" in item.keywords and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; none is present"))
@@ -124,8 +127,27 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
         if "full" in item.keywords and not config.option.full:
             item.add_marker(pytest.mark.skip(reason="runs with --full"))
-    if any("::" in arg for arg in config.args):
-        return
+    if not any("::" in arg for arg in config.args):
+        sample(config, items)
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = long_ones_first(items, processes)
+
+
+def long_ones_first(items, processes):
+    """The tests in the order in which the processes get them, an equal piece each: every piece
+    begins with its share of those that take long."""
+    long = [item for item in items if "long" in item.keywords]
+    others = iter([item for item in items if "long" not in item.keywords])
+    ordered = []
+    for i in range(processes):
+        piece = long[i::processes]
+        size = len(items) // processes + (i < len(items) % processes)
+        ordered += [*piece, *itertools.islice(others, max(0, size - len(piece)))]
+    return [*ordered, *others]
+
+
+def sample(config, items):
+    """Leaves a share of each grid."""
     grids = collections.defaultdict(list)  # a grid: a test function, a dtype and a backend
     for item in items:
         if "grid" in item.keywords:

@@ -337,7 +337,7 @@ def test_cpu_clock_takes_turns():
 def result(**changes):
     return {
         "op": "gelu", "step": "forward", "shape": {"N": 4, "C": 8}, "dtype": "float32",
-        "contender": "reference", "kind": "backend", "status": "ok", "median_ms": 2.0,
+        "contender": "cpu", "kind": "backend", "status": "ok", "median_ms": 2.0,
         "rate": 1.234, "unit": "GB/s", "percent_of_limit": 50.0, "max_error": 1e-6, **changes,
     }  # fmt: skip
 
@@ -367,6 +367,7 @@ def test_table_names_the_fastest_of_ours_and_of_all_peers():
         document(
             result(),
             result(contender="triton", median_ms=1.0),
+            result(contender="reference", median_ms=0.1),  # plain PyTorch: neither ours nor a peer
             result(contender="slow", kind="peer", median_ms=9.0),
             result(contender="quick", kind="peer", median_ms=1.5),
             result(contender="cheat", kind="peer", median_ms=None, status="wrong"),

@@ -1,8 +1,14 @@
 """What conftest.py does to every test."""
 
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import MOST_WORKERS, MOST_WORKERS_ON_GPU, workers
+from conftest import MOST_WORKERS, MOST_WORKERS_ON_GPU, long_ones_first, workers
+from util import environment
 
 ALLOCATE = {
     "empty": lambda shape, **kwargs: torch.empty(shape, **kwargs),
@@ -32,3 +38,26 @@ def test_processes_of_a_run():
     assert workers(16, 140 * GiB) == workers(16, 80 * GiB) == MOST_WORKERS_ON_GPU
     assert workers(4, 140 * GiB) == 4
     assert workers(16, 15 * GiB) == 2 and workers(16, 4 * GiB) == 1
+
+
+def test_every_process_begins_with_long_tests():
+    """All of them in the first process's share kept it busy for minutes after the others."""
+    tests = [SimpleNamespace(name=i, keywords={"long"} if i in (3, 7, 8) else {}) for i in range(9)]
+
+    def order(processes):
+        return [test.name for test in long_ones_first(tests, processes)]
+
+    assert order(1) == [3, 7, 8, 0, 1, 2, 4, 5, 6]
+    assert order(2) == [3, 8, 0, 1, 2, 7, 4, 5, 6]
+    assert order(4) == [3, 0, 1, 7, 2, 8, 4, 5, 6]
+    assert sorted(order(20)) == list(range(9))
+
+
+def test_processes_take_tests_from_each_other():
+    pytest.importorskip("xdist")
+    arguments = [Path(__file__).name, "-n", "2", "-p", "no:cacheprovider", "--setup-plan", "-k"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments, "poisoned", "-v", "-v"],
+        cwd=Path(__file__).parent, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "WorkStealingScheduling" in done.stdout, done.stdout

@@ -54,6 +54,8 @@ def test_a_goal_is_met_where_every_target_is():
     assert met(ours, *peers[:2], row("formula-compiled", 0.090)) == f"no: ≥ 1.3× {OR}"
     assert met(row("triton", 0.079, "backend"), *peers) == f"no: ≥ 1.3× {OR}, ≤ 78 µs"
     assert met(ours | {"percent_of_limit": 89.0}, *peers) == "no: ≥ 90 % of limit"
+    fallback = row("reference", 0.010, "backend")  # plain PyTorch, and cuDNN on a GPU: not ours
+    assert met(slow, fallback, *peers) == met(slow, *peers)
 
 
 def test_what_was_not_measured_is_open():

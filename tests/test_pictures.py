@@ -213,3 +213,25 @@ def test_names_do_not_overlap(heights):
 
 def test_names_far_apart_stay():
     assert pictures.apart([0, 5, 9], 2) == [0, 5, 9]
+
+
+def test_a_run_that_was_cut_short_does_not_replace_a_whole_one():
+    """The newest of the documents with the most shapes is shown."""
+    long = SHAPE | {"B": 1, "T": 2048}
+    whole = [row("triton", 300.0, "backend", shape=shape) for shape in (SHAPE, long)]
+    newer = [row("triton", 400.0, "backend", shape=shape) for shape in (SHAPE, long)]
+    short = [row("triton", 500.0, "backend")]
+
+    def shown(*documents):
+        lines = pictures.attention(list(documents)).data["passes"]["forward"]
+        return lines["triton"]["points"][0][1]
+
+    old = document(*whole, date="2026-01-02")
+    assert shown(old, document(*short, date="2026-01-04")) == 300.0
+    assert shown(document(*newer, date="2026-01-03"), old) == 400.0
+
+
+def test_the_reference_is_not_shown_as_ours():
+    """On a GPU it is whatever PyTorch chooses, which stands among the peers by its own name."""
+    rows = row("triton", 300.0, "backend"), row("reference", 400.0, "backend")
+    assert set(attention(*rows).data["passes"]["forward"]) == {"triton"}

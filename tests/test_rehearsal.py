@@ -1,6 +1,7 @@
 """The first phase of run_all.py: what torch.compile makes for the contenders is compiled before the
 clock runs, by every script itself (--compile-only), side by side."""
 
+import collections
 import dataclasses
 import os
 import subprocess
@@ -21,10 +22,11 @@ import generate  # noqa: E402
 import harness  # noqa: E402
 import jobs  # noqa: E402
 import models  # noqa: E402
+import options  # noqa: E402
 import plan  # noqa: E402
 import run_all  # noqa: E402
 import train_step  # noqa: E402
-from record import Record  # noqa: E402
+from record import Case, Record  # noqa: E402
 
 from gpt2 import Config  # noqa: E402
 
@@ -137,22 +139,42 @@ def test_colours_of_an_error_are_left_out():
 
 
 @pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
-def test_plan_of_compilations(quick, tmp_path):
-    """A job for each shape that will be timed, with the options it will be timed with; but for host
-    time, where nothing is compiled."""
+def test_plan_of_compilations(quick, tmp_path, monkeypatch):
+    """A job for each shape that will be timed, with the options it will be timed with, and of a
+    training step for each compiled model; but none for host time, where nothing is compiled."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     planned = plan.planned("cuda", quick, None, False)
     benches = planned.benches(tmp_path, "abacus")
-    timed = [job.command for job in benches if not job.name.startswith("host")]
-    compiled = [job.command for job in planned.compilations(tmp_path, "abacus")]
-    assert all(command[-1] == "--compile-only" for command in compiled)
-
-    def cases(commands, end):
-        for command in commands:
-            i = command.index("--shapes")
-            for shape in command[i + 1].split(","):
-                yield (*command[:i], *command[i + 2 : end], shape)
-
-    assert sorted(cases(timed, -2)) == sorted(cases(compiled, -1))
+    timed = collections.Counter()
+    for *command, _json, _path in (job.command for job in benches):
+        i = command.index("--shapes")
+        for shape in command[i + 1].split(","):
+            timed[(*command[:i], "--shapes", shape)] += 1
+    compiled = collections.defaultdict(list)
+    jobs_ = planned.compilations(tmp_path, "abacus")
+    for job in jobs_:
+        head, _, model = " ".join(job.command).partition(" --compile-only")
+        compiled[tuple(head.split(" "))].append(model.split())
+    assert set(timed) - set(compiled) == {key for key in timed if key[1].endswith("host.py")}
+    assert set(compiled) <= set(timed) and len({job.name for job in jobs_}) == len(jobs_)
+    for command, given in compiled.items():
+        if not command[1].endswith("train_step.py"):
+            assert given == [[]]
+            continue
+        chosen = []
+        for one in given:
+            argv = [*command[2:], *one, "--device", "cpu"]
+            known = train_step.DIMS, train_step.SHAPES, models.BACKENDS, models.PEERS
+            o = options.parse(argv, "", *known)
+            only = {"backend": o.backends, "peer": o.peers}
+            case = Case("train_step", {}, "bfloat16", ("step",))
+            record = Record(None, "train_step", {}, only=only, without=o.without)
+            everyone = [
+                contest.Contender(name, None, kind="backend" if name in models.BACKENDS else "peer")
+                for name in models.COMPILED
+            ]
+            chosen += [c.name for c in record.wanted(case, everyone)]
+        assert sorted(chosen) == sorted(models.COMPILED), "each is compiled once"
     assert not plan.planned("cpu", quick, None, False).compilations(tmp_path, "abacus")
 
 
@@ -222,6 +244,37 @@ def test_compiling_ends_in_time_for_the_contests(tmp_path, monkeypatch):
     assert run_all.main(["--out", str(out), "--device", "cpu", "--minutes", "0.1"], planned) == 0
     report = (out / "report.md").read_text()
     assert "| endless | skipped |" in report and "| bench | ok |" in report
+
+
+def test_what_outlasts_its_share_is_ended(tmp_path, monkeypatch):
+    """A search of two minutes in the first script left nothing for the others."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(run_all, "described", lambda device, env: {
+        "device": "cpu", "device_name": "Abacus 3", "threads": 1, "cpu_capability": "AVX2",
+    })  # fmt: skip
+
+    def planned(*args):
+        endless = stand_in(tmp_path, "endless", "import time\nwhile True: time.sleep(1)")
+        return plan.Plan(
+            builds=lambda *a: [], tests=lambda *a: [],
+            benches=lambda *a: [
+                dataclasses.replace(endless, share=0.1, grace_s=0.5), stand_in(tmp_path, "next", "")
+            ],
+        )  # fmt: skip
+
+    out = tmp_path / "out"
+    assert run_all.main(["--out", str(out), "--device", "cpu", "--minutes", "0.2"], planned) == 0
+    report = (out / "report.md").read_text()
+    assert "| endless | skipped |" in report and "| next | ok |" in report
+    on_gpu = plan.planned("cuda", False, None, False).benches(tmp_path, "abacus")
+    assert all(job.grace_s == plan.GRACE_S for job in on_gpu)
+
+
+def test_left_out_by_name():
+    record = Record(None, "any", {}, only=ANYBODY, without=["eager"])
+    case = Case("gelu", {}, "float32", ("forward",))
+    everyone = [contest.Contender("eager", None), contest.Contender("liger", None)]
+    assert [c.name for c in record.wanted(case, everyone)] == ["liger"]
 
 
 # ---- the whole step as one graph
