@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import tempfile
 from pathlib import Path
 
@@ -31,15 +32,18 @@ def why_not() -> str | None:
 
 
 _loaded = []
+emulated_kernels: list[str] = []  # the mangled names of the library's, once it is loaded
 
 
 def load(library: Path, ptx: list[Path]) -> None:
     """The emulated library's operators, and its kernels."""
     from emulator import cuda_device
 
-    cuda_device.load(library, [path.read_text() for path in ptx])
+    texts = [path.read_text() for path in ptx]
+    cuda_device.load(library, texts)
     torch.ops.load_library(str(library))
     _loaded.append(library)
+    emulated_kernels.extend(re.findall(r"\.entry\s+([\w$]+)", "\n".join(texts)))
 
 
 @contextlib.contextmanager

@@ -79,11 +79,9 @@ def test_every_op_is_collected_on_both_backends():
 
 @pytest.mark.cuda_kernels
 def test_the_sanitizer_s_expression_finds_our_kernels():
-    from emulator import cuda_device
-
     ours = re.compile(test_gpu.our_kernels())
     assert cuda_backend.why_not() is None
-    names = [*cuda_device.kernels(), "_attn_fwd_kernel", "_layer_norm_bwd_kernel"]
+    names = [*cuda_backend.emulated_kernels, "_attn_fwd_kernel", "_layer_norm_bwd_kernel"]
     assert len(names) > 100 and all(map(ours.search, names))
     others = ("_ZN2at6native29vectorized_elementwise_kernelILi4E", "vectorized_layer_norm_kernel")
     assert not any(map(ours.search, others))

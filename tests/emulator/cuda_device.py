@@ -92,11 +92,6 @@ def load(library: str | os.PathLike, ptx: list[str]) -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=MODE)
 
 
-def kernels() -> list[str]:
-    """The kernels that were loaded, by their mangled names."""
-    return list(_texts)
-
-
 _parsed = functools.cache(Module)
 
 
