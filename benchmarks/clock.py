@@ -39,7 +39,7 @@ class Clock:
         self.device, self.quick = device, quick
         self.rounds, self.sample_s = (7, 0.002) if quick else (11, 0.02)
         self.slow_s, self.slow_rounds = 30, 3  # where one takes so long, so many rounds must do
-        # On a GPU: so long, but so many runs of what is slow, within so long
+        # On a GPU: at least rep_ms; a slow function gets least_runs runs, up to most_ms
         self.rep_ms, self.least_runs, self.most_ms = (20, 3, 500) if quick else (200, 10, 3000)
 
     def __call__(self, runs: dict) -> dict[object, dict]:

@@ -56,9 +56,11 @@ class Op:
 
 
 def backends(
-    op: Op, shape: Shape, device: torch.device, dtype: torch.dtype, only: list[str] | None
+    op: Op, shape: Shape, device: torch.device, dtype: torch.dtype, record: Record
 ) -> list[Contender]:
-    """Ours, or those of `only`: to ask another whether it can serve might build its library."""
+    """Ours, as far as the record wants them, none in a rehearsal: to ask another whether it can
+    serve might build its library."""
+    only = [] if record.rehearsal else record.only["backend"]
     return [
         Contender(
             name,
@@ -68,7 +70,7 @@ def backends(
             "backend",
         )
         for name in kernels.BACKENDS
-        if only is None or name in only
+        if (only is None or name in only) and name not in record.without
     ]
 
 
@@ -174,7 +176,7 @@ def measure(
     torch.compiler.reset()
     device = clock.device
     case = Case(op.name, vars(shape), str(dtype).removeprefix("torch."), op.passes)
-    contenders = [*backends(op, shape, device, dtype, record.only["backend"]), *op.peers(device)]
+    contenders = [*backends(op, shape, device, dtype, record), *op.peers(device)]
     contenders = record.wanted(case, contenders)
     if record.rehearsal:
         data = draw(op, shape, device, dtype)
@@ -264,7 +266,7 @@ def run(
     except ContextLost as error:
         lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
     record.add()  # nothing is running any more
-    if options.plot:
+    if options.plot and record.results:
         plot(record.results, options.plot, where)
     failed = [r for r in record.results if r.kind == "backend" and r.status in ("wrong", "error")]
     for r in failed:

@@ -51,29 +51,31 @@ STUB = "triton-stub"
 BACKENDS = {"cpu": ("cpu", STUB), "cuda": ("triton", "cuda")}  # of a device
 
 
-def ours(wanted, device, dtype, kernel: str, size: int, call: Callable) -> list[Contender]:
-    """The backends of this device; those of `wanted` if there is such a list."""
-    found = []
+def ours(record: Record, device, dtype, ops: list[str], size: int, call) -> list[Contender]:
+    """The backends of this device, as far as the record wants them, for a call of these ops."""
+    found, only = [], record.only["backend"]
     for name in BACKENDS[device.type]:
-        if wanted is None or name in wanted:
+        if (only is None or name in only) and name not in record.without:
             backend = "triton" if name == STUB else name
             base = stub_driver.active if name == STUB else contextlib.nullcontext
             reason = stub_driver.why_not() if name == STUB else None
             context = base
             if reason is None:
-                context, reason = serving(backend, base, kernel, device, dtype, size)
+                context, reason = serving(backend, base, ops, device, dtype, size)
             found.append(Contender(name, call, context, reason, "backend"))
     return found
 
 
-def serving(backend: str, base: Callable, *asked) -> tuple[Callable, str | None]:
-    """The context in which the backend serves, and why it cannot. Nothing is forced where dispatch
-    takes it by itself: so its choice costs what it costs a user."""
+def serving(backend: str, base: Callable, ops: list[str], *asked) -> tuple[Callable, str | None]:
+    """The context in which the backend serves all ops, and why it cannot. Nothing is forced where
+    dispatch takes it by itself: so its choice costs what it costs a user."""
     with base():
-        if reason := kernels.why_not(backend, *asked):
-            return base, reason
-        chosen = dispatch.choose(*asked), dispatch.choose_backward(asked[0], backend, *asked[1:])
-    force = contextlib.nullcontext if set(chosen) == {backend} else partial(kernels.use, backend)
+        for op in ops:
+            if reason := kernels.why_not(backend, op, *asked):
+                return base, reason
+        chosen = {dispatch.choose(op, *asked) for op in ops}
+        chosen |= {dispatch.choose_backward(op, backend, *asked) for op in ops}
+    force = contextlib.nullcontext if chosen == {backend} else partial(kernels.use, backend)
     return partial(within, base, force), None
 
 
@@ -91,7 +93,7 @@ def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
     """Every contender for one op: its results compared, then each pass timed."""
     device = clock.device
     case = Case(OP + op.name, vars(shape), str(dtype).removeprefix("torch."), op.steps)
-    contenders = ours(record.only["backend"], device, dtype, op.kernel, op.size, op.ours)
+    contenders = ours(record, device, dtype, [op.kernel], op.size, op.ours)
     contenders = record.wanted(case, [*contenders, Contender(PEER, op.theirs)])
     with torch.no_grad():
         grads = [torch.randn_like(y) for y in as_tuple(op.theirs(*op.inputs))]
@@ -139,8 +141,8 @@ def launched(run: Callable, context: Callable) -> int:
 
 
 def compared(contender: Contender, found, truth) -> float | None:
-    """The largest difference from PyTorch's; Wrong where it is so large that the op must be another
-    one: the other benchmarks judge precision. None of the stub, whose kernels never run."""
+    """The largest difference from PyTorch's, None for the stub, whose kernels never run. Raises
+    Wrong where only another op could differ as much: the other benchmarks judge precision."""
     if contender.name == STUB:
         return None
     pairs = list(zip(found, truth, strict=True))
@@ -178,7 +180,8 @@ def measure_step(shape, dtype, clock: HostClock, record: Record) -> None:
 
         return run
 
-    backends = ours(record.only["backend"], device, dtype, "attention", shape.D, step(fast))
+    ops = ["attention", "layer_norm", "gelu", "linear_cross_entropy"]
+    backends = ours(record, device, dtype, ops, shape.D, step(fast))
     reference = Contender(PLAIN, step(plain))
     contenders = record.wanted(case, [*backends, reference])
 

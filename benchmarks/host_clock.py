@@ -22,7 +22,7 @@ class HostClock:
         on_gpu = device.type == "cuda"
         self.now = time.perf_counter_ns if on_gpu else time.thread_time_ns
         self.rounds, self.round_ns = (5, 1e5) if quick else (101, 1e6)
-        self.most = 10 if on_gpu else 1000  # runs of a round; of an op, each some 20 launches
+        self.most = 10 if on_gpu else 1000  # runs in a round; an op launches up to 20 kernels
 
     def __call__(self, runs: dict) -> dict[object, dict]:
         """runs: key -> (function, context entered around its runs, outside the clock).
@@ -37,7 +37,7 @@ class HostClock:
         }
 
     def least(self, runs: dict) -> dict[object, float]:
-        """The same, key -> the best round in milliseconds: of that, differences are steady."""
+        """The fastest round in ms, by key: differences of minima are steadier than of medians."""
         return {key: min(times) for key, times in self._samples(runs).items()}
 
     def _samples(self, runs: dict) -> dict[object, list[float]]:

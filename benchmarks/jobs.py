@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import record
 OUT_OF_TIME = "out of time"
 LOST = 3  # exit code of a script whose CUDA context is gone: harness.LOST
 RESTARTS = 20
+stopping = threading.Event()  # ends every job, in whichever thread it runs
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,6 +37,7 @@ class Job:
     most_s: float = float("inf")
     stall_s: float = 60.0
     resumes: bool = True
+    after_builds: bool = False  # of a compilation: it depends on which libraries are built
 
 
 @dataclass
@@ -110,7 +113,7 @@ def _watched(command, job: Job, deadline: float, output, env) -> tuple[int, str 
             now, stamp = time.monotonic(), _stamp(job.json)
             if stamp != seen:
                 progress, seen = now, stamp
-            if now >= deadline:
+            if now >= deadline or stopping.is_set():
                 return 0, OUT_OF_TIME
             if now - progress >= job.stall_s:
                 return 0, f"no progress in {job.stall_s:.0f} s, killed"

@@ -81,8 +81,9 @@ def parse(
     parser.add_argument("--backends", type=names(backends), help="default: all")
     parser.add_argument("--peers", type=names([*peers, "none"]), help="default: all")
     parser.add_argument(
-        "--without", type=names([*backends, *peers]), default=[], help="leave these out"
-    )
+        "--without", type=names([*backends, *peers]), action="extend", default=[],
+        help="leave these out",
+    )  # fmt: skip
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results here")
     parser.add_argument("--plot", type=writable, metavar="PNG", help="draw the results here")
     parser.add_argument("--quick", action="store_true", help="first shape only, few repetitions")

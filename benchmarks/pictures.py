@@ -23,7 +23,7 @@ from pathlib import Path
 from report import is_ours, label
 
 FOLDER = "docs/pictures"
-# Ending of the file's name -> colours; paper is the page, of which hollow marks are filled
+# Ending of the file's name -> colours; paper is the page's, which fills hollow marks
 THEMES = {
     "": {"ink": "#1f2328", "peer": "#6e7781", "grid": "#d1d9e0", "ours": "#0969da",
          "paper": "#ffffff", "bar": "#b6bec7"},

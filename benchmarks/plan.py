@@ -162,5 +162,6 @@ def compilations(benches: list[Bench], device: str, quick: bool) -> list[Job]:
             name = f"compile-{b.script}-{SHORT[b.dtype]}-{shape}"
             for model in COMPILED_STEPS if b.script == "train_step" else [()]:
                 jobs.append(Job("-".join([name, *model[1:2]]), (*command, *model),
-                                most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False))  # fmt: skip
+                                most_s=COMPILE_S, stall_s=COMPILE_S, resumes=False,
+                                after_builds=model[:1] == ("--backends",)))  # fmt: skip
     return jobs

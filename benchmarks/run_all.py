@@ -17,14 +17,13 @@ chosen again, when nothing else runs.
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,7 +36,8 @@ import torch
 from options import Parser, positive
 from record import write
 
-NOTHING, ONE_COMPILER = {}, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # of an environment
+# Additions to a job's environment
+NOTHING, ONE_COMPILER = {}, {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 SCRIPTS = ("attention", "layer_norm", "train_step", "cross_entropy", "gelu", "decode_attention",
            "generate", "host")  # fmt: skip
 
@@ -127,16 +127,23 @@ def measured(options, planned, start: float, deadline: float, cache: Path) -> in
     compiled_until = start + plan.COMPILE_SHARE * (deadline - start)
 
     def compiled(job: jobs.Job) -> jobs.Outcome:
-        """In one thread each, as the jobs share the cores. Trouble is the contest's to report."""
+        """Each job uses one compiler thread. Failures are reported later, when it is timed."""
+        if job.after_builds:  # which backends our models take depends on the libraries
+            futures.wait(building)
         outcome = run(job, deadline - time.monotonic(), compiled_until, ONE_COMPILER)
         outcome.status = "skipped" if outcome.status == "failed" else outcome.status
         return outcome
 
-    with ThreadPoolExecutor(max_workers=len(builds) + (os.cpu_count() or 1)) as pool:
-        building = pool.map(lambda job: run(job, deadline - time.monotonic()), builds)
-        compiling = pool.map(compiled, compilations)
-        for outcome in itertools.chain(building, compiling):
-            done(outcome)
+    with futures.ThreadPoolExecutor(max_workers=len(builds) + (os.cpu_count() or 1)) as pool:
+        building = [pool.submit(run, job, deadline - time.monotonic()) for job in builds]
+        compiling = [pool.submit(compiled, job) for job in compilations]
+        try:
+            for future in (*building, *compiling):
+                done(future.result())
+        except BaseException:  # an interrupt ends what runs, and nothing more begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            jobs.stopping.set()
+            raise
     choose_again(cache)
     kernels = kernel_report(env) if builds else ""
     for job in plan_.tests(out, slug):

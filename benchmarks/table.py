@@ -237,6 +237,9 @@ def main(argv=None) -> int:
         stale = {name: partial((root / name).write_text, new[name])
                  for name in tables if new[name] != old[name]}  # fmt: skip
         stale |= {str(p): partial(p.write, root) for p in shown if p.stale(root)}
+    except KeyError as error:
+        print(f"table.py: error: a result lacks {error}", file=sys.stderr)
+        return 2
     except (BadInput, OSError) as error:
         print(f"table.py: error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,7 @@ from gpt2 import Config, Model
 DIMS = "BxT"
 SHAPES = {"cpu": "1x1024,4x64", "cuda": "64x1024,4x1024,32x1024,8x1024"}
 CONFIG = Config.named("gpt2")
-SEARCHED = 8  # the largest batch is found to so many sequences
+SEARCHED = 8  # the largest batch is found to a multiple of this
 WARM_UP = 3  # steps before a capture, as PyTorch asks for
 
 
@@ -65,7 +65,7 @@ def stepper(model: nn.Module, idx, targets, dtype, graph=False):
 def captured(step, model: nn.Module, optimizer: torch.optim.Optimizer):
     """The step as one CUDA graph; weights and the optimizer's state are then what they were. Its
     peak_memory, in bytes, is what the step takes: a replay allocates nothing."""
-    start = [p.detach().clone() for p in model.parameters()]
+    start = [p.detach().to("cpu", copy=True) for p in model.parameters()]  # not in the peak
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -116,8 +116,10 @@ def measure(
     torch.compiler.reset()
     torch.manual_seed(0)
     device = clock.device
+    if largest_batch and device.type == "cpu":
+        sys.exit("train_step.py: error: --largest-batch needs a GPU")
     case = Case("train_step", vars(shape), str(dtype).removeprefix("torch."), ("step",))
-    plain = Model(CONFIG)  # its weights start all, and stay on the CPU
+    plain = Model(CONFIG)  # all models start from its weights, which stay on the CPU
     makers = models.makers(plain)
     contenders = record.wanted(case, [
         Contender(name, make, kind="backend" if name in models.BACKENDS else "peer",

@@ -1,7 +1,7 @@
 """The CUDA backend: the kernels of csrc/cuda, for NVIDIA GPUs of compute capability 8.0 and newer.
 
-The library is built at the first call that asks for it (native.py), which takes nvcc and some
-minutes: dispatch.py asks triton first. Importing this module loads nothing.
+The library is built at the first call that asks for it (native.py), which takes nvcc most of a
+minute: dispatch.py asks triton first. Importing this module loads nothing.
 """
 
 import functools

@@ -104,7 +104,11 @@ def unbuilt(name: str) -> str | None:
             return None
     except (BuildError, OSError):
         return None  # load says what is wrong
-    return missing(name) or f"not built: python -m gpt2.kernels build{_flag(name)}"
+    try:
+        _build.find_tools(_build.LIBRARIES[name])
+    except BuildError as error:
+        return str(error)
+    return f"not built: python -m gpt2.kernels build{_flag(name)}"
 
 
 def _flag(name: str) -> str:

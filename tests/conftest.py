@@ -134,14 +134,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 def long_ones_first(items, processes):
-    """The tests in the order in which the processes get them, an equal piece each: every piece
+    """The tests in the order in which xdist hands them out, a piece to each process: every piece
     begins with its share of those that take long."""
     long = [item for item in items if "long" in item.keywords]
     others = iter([item for item in items if "long" not in item.keywords])
     ordered = []
     for i in range(processes):
         piece = long[i::processes]
-        size = len(items) // processes + (i < len(items) % processes)
+        size = max(0, len(items) - len(ordered)) // (processes - i)
         ordered += [*piece, *itertools.islice(others, max(0, size - len(piece)))]
     return [*ordered, *others]
 
@@ -173,7 +173,7 @@ def keep_those_of(backend, config, items):
 
 
 def sample_of(backend, full):
-    """Of a grid's cases on this backend, one in so many runs."""
+    """N, where one in N cases of a grid runs on this backend."""
     if ON_GPU:
         return 1 if full else GPU_SAMPLE.get(backend, SAMPLE["triton"])
     if full and backend.startswith("cpu-avx512"):

@@ -382,6 +382,15 @@ def test_table_names_the_fastest_of_ours_and_of_all_peers():
     assert "No measurement" in table.render([])
 
 
+def test_a_result_that_lacks_a_field_is_one_line(tmp_path, capsys):
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    broken = result()
+    del broken["median_ms"]
+    (tmp_path / "benchmarks/results/a.json").write_text(json.dumps(document(broken)))
+    assert table.main(["--root", str(tmp_path), "--check"]) == 2
+    assert capsys.readouterr().err == "table.py: error: a result lacks 'median_ms'\n"
+
+
 def test_summary_spans_the_shapes():
     peer = {"contender": "eager", "kind": "peer"}
     text = table.summary([

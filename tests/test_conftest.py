@@ -48,8 +48,8 @@ def test_every_process_begins_with_long_tests():
         return [test.name for test in long_ones_first(tests, processes)]
 
     assert order(1) == [3, 7, 8, 0, 1, 2, 4, 5, 6]
-    assert order(2) == [3, 8, 0, 1, 2, 7, 4, 5, 6]
-    assert order(4) == [3, 0, 1, 7, 2, 8, 4, 5, 6]
+    assert order(2) == [3, 8, 0, 1, 7, 2, 4, 5, 6]  # xdist gives 4 and 5
+    assert order(4) == [3, 0, 7, 1, 8, 2, 4, 5, 6]  # and here 2, 2, 2, 3
     assert sorted(order(20)) == list(range(9))
 
 

@@ -157,7 +157,7 @@ def test_the_stub_launches_every_kernel(quick, backends):
 
 
 def test_the_stub_leaves_nothing_behind(quick, backends):
-    """After it, Triton has the driver that it had, and CPU tensors are none of its own again."""
+    """Afterwards Triton has its old driver and refuses CPU tensors."""
     if "triton-stub" not in backends:
         pytest.skip(rows_of(quick, "gelu")[0]["reason"])
     code = """

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ import run_all  # noqa: E402
 import train_step  # noqa: E402
 from record import Case, Record  # noqa: E402
 
-from gpt2 import Config  # noqa: E402
+from gpt2 import Config, kernels  # noqa: E402
 
 CPU = torch.device("cpu")
 ANYBODY = {"backend": None, "peer": None}
@@ -178,6 +179,22 @@ def test_plan_of_compilations(quick, tmp_path, monkeypatch):
     assert not plan.planned("cpu", quick, None, False).compilations(tmp_path, "abacus")
 
 
+@pytest.fixture
+def whole_run(tmp_path, monkeypatch):
+    """run(planned, *options) -> the report of run_all.py, which must end with exit code 0."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(run_all, "described", lambda device, env: {
+        "device": "cpu", "device_name": "Abacus 3", "threads": 1, "cpu_capability": "AVX2",
+    })  # fmt: skip
+    out = tmp_path / "out"
+
+    def run(planned, *argv):
+        assert run_all.main(["--out", str(out), "--device", "cpu", *argv], planned) == 0
+        return (out / "report.md").read_text()
+
+    return run
+
+
 def stand_in(tmp_path, name, code):
     """A job that runs a few lines of Python, which find the compiler's cache in `cache`."""
     file = tmp_path / f"{name}.py"
@@ -186,12 +203,8 @@ def stand_in(tmp_path, name, code):
     return jobs.Job(name, (sys.executable, str(file)), stall_s=60.0, resumes=False)
 
 
-def test_compilations_come_first_and_cost_nothing_when_they_fail(tmp_path, monkeypatch):
+def test_compilations_come_first_and_cost_nothing_when_they_fail(tmp_path, whole_run, monkeypatch):
     """The choices that were timed meanwhile are forgotten, and what was compiled is not."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(run_all, "described", lambda device, env: {
-        "device": "cpu", "device_name": "Abacus 3", "threads": 1, "cpu_capability": "AVX2",
-    })  # fmt: skip
     compiles = (
         "assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '1'\n"
         "(cache / 'ab').mkdir()\n"
@@ -213,23 +226,17 @@ def test_compilations_come_first_and_cost_nothing_when_they_fail(tmp_path, monke
         )  # fmt: skip
 
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    out = tmp_path / "out"
-    assert run_all.main(["--out", str(out), "--device", "cpu"], planned) == 0
+    report = whole_run(planned)
     assert (tmp_path / "seen").read_text() == "code.py"
     assert (tmp_path / "threads").read_text() == "False"
-    report = (out / "report.md").read_text()
     assert "| fails | skipped |" in report and "exit code 5" in report
     assert "| compiles | ok |" in report
     lines = [line for line in report.splitlines() if line.startswith(("| compiles", "| bench"))]
     assert [line.split()[1] for line in lines] == ["compiles", "bench"]
 
 
-def test_compiling_ends_in_time_for_the_contests(tmp_path, monkeypatch):
+def test_compiling_ends_in_time_for_the_contests(tmp_path, whole_run):
     """What compiles without end leaves the benchmarks their share."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(run_all, "described", lambda device, env: {
-        "device": "cpu", "device_name": "Abacus 3", "threads": 1, "cpu_capability": "AVX2",
-    })  # fmt: skip
 
     def planned(*args):
         return plan.Plan(
@@ -240,18 +247,12 @@ def test_compiling_ends_in_time_for_the_contests(tmp_path, monkeypatch):
             ],
         )  # fmt: skip
 
-    out = tmp_path / "out"
-    assert run_all.main(["--out", str(out), "--device", "cpu", "--minutes", "0.1"], planned) == 0
-    report = (out / "report.md").read_text()
+    report = whole_run(planned, "--minutes", "0.1")
     assert "| endless | skipped |" in report and "| bench | ok |" in report
 
 
-def test_what_outlasts_its_share_is_ended(tmp_path, monkeypatch):
+def test_what_outlasts_its_share_is_ended(tmp_path, whole_run):
     """A search of two minutes in the first script left nothing for the others."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(run_all, "described", lambda device, env: {
-        "device": "cpu", "device_name": "Abacus 3", "threads": 1, "cpu_capability": "AVX2",
-    })  # fmt: skip
 
     def planned(*args):
         endless = stand_in(tmp_path, "endless", "import time\nwhile True: time.sleep(1)")
@@ -262,15 +263,81 @@ def test_what_outlasts_its_share_is_ended(tmp_path, monkeypatch):
             ],
         )  # fmt: skip
 
-    out = tmp_path / "out"
-    assert run_all.main(["--out", str(out), "--device", "cpu", "--minutes", "0.2"], planned) == 0
-    report = (out / "report.md").read_text()
+    report = whole_run(planned, "--minutes", "0.2")
     assert "| endless | skipped |" in report and "| next | ok |" in report
     on_gpu = plan.planned("cuda", False, None, False).benches(tmp_path, "abacus")
     assert all(job.grace_s == plan.GRACE_S for job in on_gpu)
 
 
-def test_left_out_by_name():
+def test_what_depends_on_the_libraries_is_compiled_after_their_build(tmp_path, whole_run):
+    """Which backends a fast model takes depends on them: compiled before, its code is another's."""
+    built, seen = tmp_path / "built", tmp_path / "seen"
+    wait = f"import time\ntime.sleep(0.5)\nopen({str(built)!r}, 'w').close()"
+    look = f"import os\nopen({str(seen)!r}, 'w').write(str(os.path.exists({str(built)!r})))"
+
+    def planned(*args):
+        fast = dataclasses.replace(stand_in(tmp_path, "fast", look), after_builds=True)
+        return plan.Plan(
+            builds=lambda *a: [stand_in(tmp_path, "build", wait)], tests=lambda *a: [],
+            benches=lambda *a: [], compilations=lambda *a: [fast],
+        )  # fmt: skip
+
+    whole_run(planned)
+    assert seen.read_text() == "True"
+    fast = [
+        job for job in plan.planned("cuda", False, None, False).compilations(tmp_path, "abacus")
+        if job.after_builds
+    ]  # fmt: skip
+    assert fast and all("--backends fast-" in " ".join(job.command) for job in fast)
+
+
+def test_an_interrupt_ends_what_compiles_and_begins_nothing(tmp_path, whole_run, monkeypatch):
+    monkeypatch.setattr(jobs, "stopping", threading.Event())
+
+    def planned(*args):
+        endless = [
+            stand_in(tmp_path, f"endless-{i}", f"(pathlib.Path({str(tmp_path)!r}) / 'begun-{i}')"
+                     ".touch()\nimport time\nwhile True: time.sleep(1)")
+            for i in range(40)
+        ]  # fmt: skip
+        failing = dataclasses.replace(stand_in(tmp_path, "build", ""), command=None)
+        return plan.Plan(
+            builds=lambda *a: [failing], tests=lambda *a: [], benches=lambda *a: [],
+            compilations=lambda *a: endless,
+        )  # fmt: skip
+
+    with pytest.raises(TypeError):  # as an interrupt would: in the middle of the first phase
+        whole_run(planned)
+    assert len(list(tmp_path.glob("begun-*"))) < 40
+
+
+def test_no_library_is_asked_for_that_is_not_measured(monkeypatch):
+    """To ask a backend whether it can serve builds its library."""
+    asked = []
+    monkeypatch.setattr(kernels, "why_not", lambda name, *rest: asked.append(name))
+    shape, cases = SimpleNamespace(N=2, C=8), {}
+    for name, options_ in {
+        "rehearsal": {"rehearsal": True}, "without": {"without": ["cuda", "triton"]},
+    }.items():  # fmt: skip
+        record = Record(None, "any", {}, only=ANYBODY, **options_)
+        asked.clear()
+        harness.backends(gelu.OPS[0], shape, CPU, torch.float32, record)
+        cases[name] = list(asked)
+    assert cases == {"rehearsal": [], "without": ["cpu", "reference"]}
+
+
+def test_the_largest_batch_is_searched_on_a_gpu_alone(rehearsal):
+    shape = SimpleNamespace(B=2, T=8)
+    args = shape, torch.float32, clock.Clock(CPU, True), {}, rehearsal
+    with pytest.raises(SystemExit, match="--largest-batch needs a GPU"):
+        train_step.measure(*args, largest_batch=True)
+
+
+def test_left_out_by_name(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    argv = ["--device", "cpu", "--without", "eager", "--without", "cpu,liger"]
+    parsed = options.parse(argv, "", "N", {"cpu": "8"}, ["cpu"], ["eager", "liger"])
+    assert parsed.without == ["eager", "cpu", "liger"], "each adds to those before"
     record = Record(None, "any", {}, only=ANYBODY, without=["eager"])
     case = Case("gelu", {}, "float32", ("forward",))
     everyone = [contest.Contender("eager", None), contest.Contender("liger", None)]

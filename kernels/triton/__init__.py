@@ -47,11 +47,12 @@ _device_reason._dynamo_marked_constant = True  # see dispatch._say_once
 @functools.cache
 def _cached_device_reason(device_type: str, index: int | None) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return _import_error()
-    return unsuitable(device_type, index) or _import_error()
+        return import_error()
+    return unsuitable(device_type, index) or import_error()
 
 
-def _import_error() -> str | None:
+def import_error() -> str | None:
+    """Why triton cannot be imported, or None where it can."""
     try:
         importlib.import_module("triton")
     except (ImportError, OSError) as error:

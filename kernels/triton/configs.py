@@ -70,8 +70,9 @@ _HALF = {
 #   D = 128    fwd       (128, 64, 8, 3)   99, 282    (128, 64, 8, 2)   123, 367
 #              bwd_dq    (64, 64, 4, 2)   115, 329    (128, 32, 8, 2)   194, 593
 #
-# Left out, as they spill: bwd_dkdv (128, 64, 4, 2), 185, 523; with dropout (64, 64, 4, 2), 286,
-# 975; with D = 128 (64, 64, 4, 2), 160, 484, where the tile of every GPU takes 166, 528.
+# Three tiles of bwd_dkdv spill and are left out: (128, 64, 4, 2), 185, 523; with dropout
+# (64, 64, 4, 2), 286, 975; with D = 128 (64, 64, 4, 2), 160, 484, where the tile of other GPUs is
+# used, 166, 528.
 _HALF_HOPPER = {
     ("fwd", False): {64: AttentionTile(64, 64, 4, 3), 128: AttentionTile(128, 64, 8, 3)},
     ("fwd", True): {64: AttentionTile(64, 64, 4, 3)},
@@ -202,8 +203,8 @@ def cross_entropy_config(kernel: str) -> VocabularyTile:
 
 
 # Keys that a program of decode_attention owns: a cache of 1024 rows gives 8 programs a head, 96 for
-# GPT-2 at batch 1. The pieces' sums are added in a loop, so that few are better at long caches. On
-# the H200, a full cache of 1024 rows at B = 1, 8, 64: 7, 12, 79 µs; 256 keys 10, 13, 83; 64 keys, a
+# GPT-2 at batch 1. The pieces' sums are added in a loop, so long caches want few pieces. On the
+# H200, a full cache of 1024 rows at B = 1, 8, 64: 7, 12, 79 µs; 256 keys 10, 13, 83; 64 keys, a
 # single step of BLOCK_N, 6, 12, 68.
 DECODE_PIECE, DECODE_BLOCK_N, DECODE_WARPS = 128, 64, 4
 
