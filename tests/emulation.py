@@ -38,15 +38,16 @@ class Emulation:
         for name, kernel in kernels.items():
             old = self.elsewhere.get(name, kernel._replace(executed=0, launches=0))
             self.elsewhere[name] = kernel._replace(
-                executed=kernel.executed | old.executed, launches=kernel.launches + old.launches
-            )
+                excluded=kernel.excluded | old.excluded, executed=kernel.executed | old.executed,
+                launches=kernel.launches + old.launches,
+            )  # fmt: skip
 
     def kernels(self) -> dict[str, Kernel]:
         """By name and hash of the PTX: of this process, and of those whose results were added."""
         if (emulator := sys.modules.get("emulator")) is not None:
             coverage, here = emulator.coverage, {}
             for key, executed in coverage.executed.items():
-                excluded = [row[3] is not None for row in coverage.kernels[key]]
+                excluded = [why is not None for why in coverage.excused(key)]
                 title = coverage.titles.get(key, key[0])
                 here[f"{title} {key[1]}"] = Kernel(
                     executed.size, _bits(excluded), _bits(executed), coverage.launches[key]

@@ -12,6 +12,15 @@ def excluded(ins) -> str | None:
     return "of an assertion that fails" if of_assertion else None
 
 
+def _access(row) -> tuple[str, str] | None:
+    """(source line, opcode) of a masked load or store of a Triton kernel; None of anything else."""
+    _, text, source, _ = row
+    mask, _, access = text.partition(" ")
+    opcode = access.partition(" ")[0]
+    masked = mask.startswith("@") and opcode.startswith(("ld.global", "st.global"))
+    return (source, opcode) if masked and ".py:" in (source or "") else None
+
+
 class Coverage:
     def __init__(self):
         self.executed, self.kernels = {}, {}  # by (kernel name, hash of the PTX)
@@ -33,8 +42,22 @@ class Coverage:
     def missed(self, name, ptx_hash):
         """(line, text, source, why it may be missed or None) of what has not run."""
         key = name, ptx_hash
+        rows = zip(self.kernels[key], self.executed[key], self.excused(key), strict=True)
+        return [(*row[:3], why) for row, ran, why in rows if not ran]
+
+    def excused(self, key) -> list[str | None]:
+        """By instruction, why it may be missed, or None.
+
+        Triton unrolls an access to a row over its block. Where the row is much shorter than the
+        block, as 257 elements in 512 lanes, some copies are masked in every lane: they may be
+        missed once another copy has run."""
+        rows, executed = self.kernels[key], self.executed[key]
+        ran = {_access(row) for row, ran in zip(rows, executed, strict=True) if ran}
         return [
-            row for row, ran in zip(self.kernels[key], self.executed[key], strict=True) if not ran
+            row[3]
+            or (_access(row) in ran - {None} and "masked in every lane, and another copy ran")
+            or None
+            for row in rows
         ]
 
     def report(self) -> str:
