@@ -260,6 +260,25 @@ def test_coverage_tells_what_has_not_run():
     assert "of 6 instructions" in coverage.report() and "mov.u32 %r0, 1" in coverage.report()
 
 
+def test_a_masked_copy_of_an_access_may_be_missed():
+    """Where a row of 257 lies in a block of 512: but only once another copy has run, only in a
+    Triton kernel, and only loads and stores that have a mask."""
+
+    def excused(ran, *accesses):
+        coverage = type(emulator.coverage)()
+        coverage.kernels["k", "h"] = [(i, *access, None) for i, access in enumerate(accesses)]
+        coverage.executed["k", "h"] = np.array(ran)
+        return [why is not None for why in coverage.excused(("k", "h"))]
+
+    load = "@%p3 ld.global.b32 { %r1 }, [ %rd1 + 0 ]"
+    here, bare = (load, "lang.py:28"), ("ld.global.b32 { %r1 }, [ %rd1 ]", "lang.py:28")
+    assert excused([True, False], here, here) == [True, True]
+    assert excused([False, False], here, here) == [False, False]
+    assert excused([True, False], here, (load, "lang.py:29")) == [True, False]
+    for other in ((load, "attention.cu:28"), ("@%p3 bra END", "lang.py:28"), bare):
+        assert excused([True, False], other, other) == [False, False]
+
+
 # Devices
 
 TRITON_SCRIPT = """

@@ -203,7 +203,8 @@ def test_a_real_script(tmp_path, monkeypatch):
     assert {r["status"] for r in document["results"]} == {"ok"} and len(document["results"]) == 8
     assert (tmp_path / f"{slug}-gelu-fp32.png").exists()
     report = (tmp_path / "report.md").read_text()
-    assert "| op | pass | shape | dtype | reference, ms | eager, ms |" in report
+    head = next(line for line in report.splitlines() if line.startswith("| op | pass | shape |"))
+    assert "reference, ms" in head and "eager, ms" in head
 
 
 PLANTED = """

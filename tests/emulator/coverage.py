@@ -52,13 +52,9 @@ class Coverage:
         block, as 257 elements in 512 lanes, some copies are masked in every lane: they may be
         missed once another copy has run."""
         rows, executed = self.kernels[key], self.executed[key]
-        ran = {_access(row) for row, ran in zip(rows, executed, strict=True) if ran}
-        return [
-            row[3]
-            or (_access(row) in ran - {None} and "masked in every lane, and another copy ran")
-            or None
-            for row in rows
-        ]
+        ran = {_access(row) for row, ran in zip(rows, executed, strict=True) if ran} - {None}
+        why = "masked in every lane, and another copy ran"
+        return [row[3] or (why if _access(row) in ran else None) for row in rows]
 
     def report(self) -> str:
         lines = []
