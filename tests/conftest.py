@@ -7,13 +7,10 @@ random inputs; memory that nobody has written yet full of NaN.
 Both in several processes, unless -n 0 says otherwise: see workers().
 """
 
-import collections
 import contextlib
 import fcntl
 import functools
-import itertools
 import os
-import random
 import sys
 import tempfile
 import zlib
@@ -26,7 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_backend
+from counts import Counts
 from emulation import emulation
+from shares import backends_of, keep_those_of, long_ones_first, sample, workers
 
 ON_GPU = torch.cuda.is_available()
 # Triton's kernels compiled, and their PTX run: a process of its own, as a function that Triton has
@@ -54,18 +53,8 @@ if os.environ.get("GPT2_TEST_SDPA") == "math":  # plain PyTorch's attention with
     for fused in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
 
-MOST_WORKERS = 8  # each has its own PyTorch and Triton: some gigabytes
-MOST_WORKERS_ON_GPU = 10
-GPU_MEMORY_OF_A_WORKER = 6 << 30
 GPU_MEMORY_OF_THE_LARGEST_TEST = 64 << 30
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
-BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
-# Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
-# emulated is sampled with --full, too.
-SAMPLE = {"triton": 16, "cuda": 80, "cpu": 60}
-GPU_SAMPLE = {"triton": 32, "cuda": 16}  # nearly every case compiles Triton's kernels once more
-FULL_SAMPLE = {"triton": 24 if EMULATE_TRITON else 1, "cuda": 6, "cpu": 1}
-FULL_SAMPLE_AVX512 = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 3
 
 
 def pytest_addoption(parser):
@@ -91,13 +80,6 @@ def pytest_cmdline_main(config):
         option.dist = "worksteal"
 
 
-def workers(cores, gpu_memory=None):
-    """How many processes share the suite: one a core, and no more than the GPU has memory for."""
-    if gpu_memory is None:
-        return min(cores, MOST_WORKERS)
-    return max(1, min(cores, MOST_WORKERS_ON_GPU, gpu_memory // GPU_MEMORY_OF_A_WORKER))
-
-
 def pytest_configure(config):
     config.addinivalue_line(
         "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
@@ -109,7 +91,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda_kernels: needs nvcc, and a GPU or the emulator")
     config.addinivalue_line("markers", "cpu_kernels: needs the native library, built at first use")
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
-    config.pluginmanager.register(Counts(config))
+    config.pluginmanager.register(Counts(config, NO_TRITON))
     config.pluginmanager.register(emulation)
 
 
@@ -131,54 +113,6 @@ def pytest_collection_modifyitems(config, items):
         sample(config, items)
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = long_ones_first(items, processes)
-
-
-def long_ones_first(items, processes):
-    """The tests in the order in which xdist hands them out, a piece to each process: every piece
-    begins with its share of those that take long."""
-    long = [item for item in items if "long" in item.keywords]
-    others = iter([item for item in items if "long" not in item.keywords])
-    ordered = []
-    for i in range(processes):
-        piece = long[i::processes]
-        size = max(0, len(items) - len(ordered)) // (processes - i)
-        ordered += [*piece, *itertools.islice(others, max(0, size - len(piece)))]
-    return [*ordered, *others]
-
-
-def sample(config, items):
-    """Leaves a share of each grid."""
-    grids = collections.defaultdict(list)  # a grid: a test function, a dtype and a backend
-    for item in items:
-        if "grid" in item.keywords:
-            backend = next(iter(backends_of(item)), None)
-            grids[item.function, item.callspec.params.get("dtype"), backend].append(item)
-    dropped = set()
-    for (_, _, backend), grid in grids.items():
-        random.Random(0).shuffle(grid)
-        share = sample_of(backend or "triton", config.option.full)
-        if config.option.full:
-            share = grid[0].get_closest_marker("grid").kwargs.get("full", share)
-        dropped.update(grid[-(-len(grid) // share) :])
-    if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-        items[:] = [item for item in items if item not in dropped]
-
-
-def keep_those_of(backend, config, items):
-    """Leaves the tests that ask for this backend by a fixture."""
-    others = [item for item in items if backend not in backends_of(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
-
-
-def sample_of(backend, full):
-    """N, where one in N cases of a grid runs on this backend."""
-    if ON_GPU:
-        return 1 if full else GPU_SAMPLE.get(backend, SAMPLE["triton"])
-    if full and backend.startswith("cpu-avx512"):
-        return FULL_SAMPLE_AVX512
-    return (FULL_SAMPLE if full else SAMPLE)[backend.partition("-")[0]]
 
 
 @pytest.fixture(autouse=True)
@@ -371,12 +305,6 @@ def cpu_set(param):
         library.use_isa(before)
 
 
-def backends_of(item):
-    """What the test's backend fixtures are set to."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return [params[name] for name in BACKEND_FIXTURES if name in params]
-
-
 def isa_of(item):
     """The instruction set that a test forces, or an empty string."""
     return next(iter(backends_of(item)), "").partition("-")[2]
@@ -412,58 +340,6 @@ def why_no_cpu_kernels(isa):
     if "avx512" not in here and os.environ.get("GPT2_TEST_AVX512") == "1":
         raise pytest.UsageError("the native library was loaded before its tests set it up")
     return None if not isa or isa in here else f"this machine runs {', '.join(here)}"
-
-
-class Counts:
-    """How many cases ran on each backend, and how many results they compared with float64."""
-
-    def __init__(self, config):
-        self.cases, self.comparisons = collections.Counter(), collections.Counter()
-        self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller counts
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call" and not report.skipped:
-            compared = [name for key, name in report.user_properties if key == "compared"]
-            self.comparisons.update(compared)
-            self.cases.update(set(compared))
-            for name, cases, results in (v for k, v in report.user_properties if k == "elsewhere"):
-                self.cases[name] += cases
-                self.comparisons[name] += results
-
-    def missing(self):
-        """What GPT2_EXPECT="triton=3000,..." demands and did not run; coverage=95 is of the PTX of
-        every kernel that was emulated, in percent."""
-        for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
-            name, _, least = expected.partition("=")
-            if name == "coverage":
-                for kernel, covered in emulation.covered().items():
-                    if 100 * covered < float(least):
-                        yield f"{kernel}: {covered:.1%} of its instructions were executed"
-            elif name == "launches":
-                launches = sum(kernel.launches for kernel in emulation.kernels().values())
-                if launches < int(least):
-                    yield f"{launches} launches were emulated, at least {least} should have been"
-            elif self.cases[name] < int(least):
-                yield f"{name}: {self.cases[name]} cases ran, at least {least} should have"
-
-    def pytest_sessionfinish(self, session, exitstatus):
-        if not self.is_worker and exitstatus == 0 and any(self.missing()):
-            session.exitstatus = 1
-
-    def pytest_terminal_summary(self, terminalreporter):
-        for name, n in sorted(self.cases.items()):
-            stand_in = "emulated" if EMULATE_TRITON else "in the interpreter"
-            how = {"triton": f" ({stand_in}: no GPU)", "cuda": " (emulated: no GPU)"}
-            how = " (on the GPU)" if ON_GPU and name in how else how.get(name, "")
-            results = f"{self.comparisons[name]} results compared with float64"
-            terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
-        if NO_TRITON:
-            terminalreporter.write_line(NO_TRITON, red=True)
-
-    def pytest_unconfigure(self, config):
-        """The last lines of a run, as it fails for them."""
-        for line in [] if self.is_worker else self.missing():
-            config.pluginmanager.get_plugin("terminalreporter").write_line(line, red=True)
 
 
 def pytest_report_header(config):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MOST_WORKERS, MOST_WORKERS_ON_GPU, long_ones_first, workers
+from shares import MOST_WORKERS, MOST_WORKERS_ON_GPU, long_ones_first, workers
 from util import environment
 
 ALLOCATE = {

@@ -4,8 +4,8 @@ the same bits every time, and every rank of a job takes the same kernel.
 Measured on one NVIDIA H200 (torch 2.11, Triton 3.6, 2026-11-27, docs/log.md): the entries that give
 microseconds, each the kernel's own time in a CUDA graph, in bfloat16. The other entries have not
 been timed: they are the largest tiles that the compiler turns into code without spills and within
-99 KiB of shared memory, which every GPU from compute capability 8.0 on has. tests/test_compile.py
-holds every entry to that.
+99 KiB of shared memory, which every GPU from compute capability 8.0 on has; Hopper's own may take
+its 227 KiB. tests/test_compile.py holds every entry to that.
 """
 
 import functools

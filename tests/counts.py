@@ -1,0 +1,60 @@
+"""The summary of a test run: what ran on which backend, and what should have."""
+
+import collections
+import os
+
+from emulation import emulation
+from shares import EMULATED, ON_GPU
+
+
+class Counts:
+    """How many cases ran on each backend, and how many results they compared with float64."""
+
+    def __init__(self, config, no_triton):
+        self.cases, self.comparisons = collections.Counter(), collections.Counter()
+        self.no_triton = no_triton  # why Triton's kernels do not run, or None
+        self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller counts
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and not report.skipped:
+            compared = [name for key, name in report.user_properties if key == "compared"]
+            self.comparisons.update(compared)
+            self.cases.update(set(compared))
+            for name, cases, results in (v for k, v in report.user_properties if k == "elsewhere"):
+                self.cases[name] += cases
+                self.comparisons[name] += results
+
+    def missing(self):
+        """What GPT2_EXPECT="triton=3000,..." demands and did not run; coverage=95 is of the PTX of
+        every kernel that was emulated, in percent."""
+        for expected in filter(None, os.environ.get("GPT2_EXPECT", "").split(",")):
+            name, _, least = expected.partition("=")
+            if name == "coverage":
+                for kernel, covered in emulation.covered().items():
+                    if 100 * covered < float(least):
+                        yield f"{kernel}: {covered:.1%} of its instructions were executed"
+            elif name == "launches":
+                launches = sum(kernel.launches for kernel in emulation.kernels().values())
+                if launches < int(least):
+                    yield f"{launches} launches were emulated, at least {least} should have been"
+            elif self.cases[name] < int(least):
+                yield f"{name}: {self.cases[name]} cases ran, at least {least} should have"
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if not self.is_worker and exitstatus == 0 and any(self.missing()):
+            session.exitstatus = 1
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for name, n in sorted(self.cases.items()):
+            stand_in = "emulated" if EMULATED else "in the interpreter"
+            how = {"triton": f" ({stand_in}: no GPU)", "cuda": " (emulated: no GPU)"}
+            how = " (on the GPU)" if ON_GPU and name in how else how.get(name, "")
+            results = f"{self.comparisons[name]} results compared with float64"
+            terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
+        if self.no_triton:
+            terminalreporter.write_line(self.no_triton, red=True)
+
+    def pytest_unconfigure(self, config):
+        """The last lines of a run, as it fails for them."""
+        for line in [] if self.is_worker else self.missing():
+            config.pluginmanager.get_plugin("terminalreporter").write_line(line, red=True)
