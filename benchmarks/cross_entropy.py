@@ -68,7 +68,7 @@ OPS = [
         name="cross_entropy",
         kernel="cross_entropy",
         inputs=lambda s, randn, randint: [randn(s.N, s.V), targets(s, randint)],
-        call=lambda logits, targets: kernels.cross_entropy(logits, targets),
+        call=lambda logits, targets: kernels.cross_entropy(logits, targets, -1),
         truth=reference.cross_entropy,
         plain=cross_entropy,
         peers=peers,
@@ -81,7 +81,7 @@ OPS = [
         inputs=lambda s, randn, randint: [
             randn(s.N, s.C), s.C**-0.5 * randn(s.V, s.C), targets(s, randint),
         ],
-        call=lambda x, weight, targets: kernels.linear_cross_entropy(x, weight, targets),
+        call=lambda x, weight, targets: kernels.linear_cross_entropy(x, weight, targets, -1),
         truth=reference.linear_cross_entropy,
         plain=linear_cross_entropy,
         peers=linear_peers,

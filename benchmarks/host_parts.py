@@ -9,7 +9,7 @@ import torch
 from host_clock import within
 from host_report import PARTS
 
-from gpt2.kernels import autograd, dispatch
+from gpt2.kernels import autograd, dispatch, raw_ops
 
 CHOICES = ("choose", "choose_backward", "kernel_for")
 
@@ -85,7 +85,7 @@ def launcher(raw: partial) -> Callable:
     name = raw.func.name().partition("::")[2].partition(".")[0]
     *args, backend = raw.args
     if name == "linear_cross_entropy_fwd":  # the products and a launcher, together
-        return partial(autograd._linear_cross_entropy, *args, backend)
+        return partial(raw_ops.linear_fwd, *args, backend)
     modules = (dispatch.module(backend, op) for op in dispatch.OPS if has_module(backend, op))
     return partial(next(getattr(m, name) for m in modules if hasattr(m, name)), *args)
 

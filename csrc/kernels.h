@@ -34,10 +34,12 @@ struct Attention {
 };
 
 // Logits (N, V) at data + n * stride + v, and a target for each row; rows whose target is
-// ignore_index have no loss.
+// ignore_index have no loss. Label smoothing moves `smoothing` of the target's weight to all V
+// alike.
 struct LogitsRows {
   int64_t N, V, stride, ignore_index;
   const int64_t* targets;
+  double smoothing;
 };
 
 // One query per sequence: q has a single row of time, k and v have T, of which the first
@@ -84,14 +86,23 @@ struct Ops {
   void (*bias_gelu_bwd)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
                         void* partial, int64_t N, int64_t C, const Executor&);
 
-  // s = x + residual where there is a residual; stats (2, N) S: mean, rstd.
+  // s = x + residual where there is a residual; stats (2, N) S: mean, rstd. In the mixed form there
+  // is one, and residual and s are S: the stream of autocast, whose branches are T.
   void (*layer_norm_fwd)(const void* x, const void* residual, const void* weight, const void* bias,
                          double eps, void* y, void* s, void* stats, int64_t N, int64_t C,
                          const Executor&);
-  // ds may be null; dparams (2, C) S, partial (min(N, kMaxPartial), 2, C) S.
-  void (*layer_norm_bwd)(const void* dy, const void* ds, const void* x, const void* weight,
-                         const void* stats, void* dx, void* dparams, void* partial, int64_t N,
-                         int64_t C, const Executor&);
+  void (*mixed_layer_norm_fwd)(const void* x, const void* residual, const void* weight,
+                               const void* bias, double eps, void* y, void* s, void* stats,
+                               int64_t N, int64_t C, const Executor&);
+  // s is what the norm saw. ds may be null; dparams (2, C) S, partial (min(N, kMaxPartial), 2, C)
+  // S. dresidual is null, as dx is its gradient too; in the mixed form it is written, and it, ds
+  // and s are S.
+  void (*layer_norm_bwd)(const void* dy, const void* ds, const void* s, const void* weight,
+                         const void* stats, void* dx, void* dresidual, void* dparams, void* partial,
+                         int64_t N, int64_t C, const Executor&);
+  void (*mixed_layer_norm_bwd)(const void* dy, const void* ds, const void* s, const void* weight,
+                               const void* stats, void* dx, void* dresidual, void* dparams,
+                               void* partial, int64_t N, int64_t C, const Executor&);
 
   // losses (N,) S; stats (2, N) S: m, l.
   void (*cross_entropy_fwd)(const LogitsRows&, const void* logits, void* losses, void* stats,

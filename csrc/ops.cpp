@@ -93,13 +93,15 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x_, const std::optional<Te
                                         const Tensor& weight_, const Tensor& bias_, double eps) {
   const Rows x(x_), residual(residual_.value_or(x_));
   const Tensor weight = parameters(weight_, x_), bias = parameters(bias_, x_);
-  Tensor y = contiguous_like(x_), s = residual_ ? contiguous_like(x_) : y;
+  Tensor y = contiguous_like(x_), s = residual_ ? contiguous_like(*residual_) : y;
   Tensor stats = gpt2::new_empty(weight, {2, leading(x_)});
   if (x.N > 0) {
-    ops_for(x_).layer_norm_fwd(x.data(), residual_ ? residual.data() : nullptr,
-                               weight.const_data_ptr(), bias.const_data_ptr(), eps,
-                               y.mutable_data_ptr(), s.mutable_data_ptr(), stats.mutable_data_ptr(),
-                               x.N, x.C, here(x_));
+    const Ops& ops = ops_for(x_);
+    const bool mixed = residual.tensor.scalar_type() != x_.scalar_type();
+    (mixed ? ops.mixed_layer_norm_fwd : ops.layer_norm_fwd)(
+        x.data(), residual_ ? residual.data() : nullptr, weight.const_data_ptr(),
+        bias.const_data_ptr(), eps, y.mutable_data_ptr(), s.mutable_data_ptr(),
+        stats.mutable_data_ptr(), x.N, x.C, here(x_));
   }
   return {y, s, stats};
 }
@@ -114,31 +116,48 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
   return norm(x, residual, weight, bias, eps);
 }
 
-std::tuple<Tensor, Tensor> layer_norm_bwd(Tensor dy_, std::optional<Tensor> ds_, Tensor x_,
-                                          Tensor weight_, Tensor stats_) {
-  const Rows dy(dy_), ds(ds_.value_or(dy_)), x(x_);
-  const Tensor weight = parameters(weight_, x_), stats = as_contiguous(stats_);
-  Tensor dx = contiguous_like(x_);
-  if (x.N == 0) return {dx, torch::stable::new_zeros(weight_, std::vector<int64_t>{2, x.C})};
-  Tensor dparams = gpt2::new_empty(weight, {2, x.C}),
-         partial = gpt2::new_empty(weight, {partial_rows(x.N), 2, x.C});
-  ops_for(x_).layer_norm_bwd(dy.data(), ds_ ? ds.data() : nullptr, x.data(),
-                             weight.const_data_ptr(), stats.const_data_ptr(), dx.mutable_data_ptr(),
-                             dparams.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
-                             here(x_));
+// dx in dy's dtype, dresidual where it is given, and the gradients of weight and bias.
+std::tuple<Tensor, Tensor> norm_bwd(const Tensor& dy_, const std::optional<Tensor>& ds_,
+                                    const Tensor& s_, const Tensor& weight_, const Tensor& stats_,
+                                    Tensor* dresidual) {
+  const Rows dy(dy_), ds(ds_.value_or(s_)), s(s_);
+  const Tensor weight = parameters(weight_, s_), stats = as_contiguous(stats_);
+  Tensor dx = contiguous_like(dy_);
+  if (s.N == 0) return {dx, torch::stable::new_zeros(weight_, std::vector<int64_t>{2, s.C})};
+  Tensor dparams = gpt2::new_empty(weight, {2, s.C}),
+         partial = gpt2::new_empty(weight, {partial_rows(s.N), 2, s.C});
+  const Ops& ops = ops_for(dy_);
+  (dresidual ? ops.mixed_layer_norm_bwd : ops.layer_norm_bwd)(
+      dy.data(), ds_ ? ds.data() : nullptr, s.data(), weight.const_data_ptr(),
+      stats.const_data_ptr(), dx.mutable_data_ptr(),
+      dresidual ? dresidual->mutable_data_ptr() : nullptr, dparams.mutable_data_ptr(),
+      partial.mutable_data_ptr(), s.N, s.C, here(s_));
   return {dx, as_dtype(dparams, weight_.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor> layer_norm_bwd(Tensor dy, std::optional<Tensor> ds, Tensor x,
+                                          Tensor weight, Tensor stats) {
+  return norm_bwd(dy, ds, x, weight, stats, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mixed_layer_norm_bwd(Tensor dy, std::optional<Tensor> ds,
+                                                        Tensor s, Tensor weight, Tensor stats) {
+  Tensor dresidual = contiguous_like(s);
+  const auto [dx, dparams] = norm_bwd(dy, ds, s, weight, stats, &dresidual);
+  return {dx, dresidual, dparams};
 }
 
 // A loss for each row of logits, whose last dimension is contiguous.
 LogitsRows logits_rows(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
-                       int64_t V) {
-  return {logits.size(0), V, logits.stride(0), ignore_index, targets.const_data_ptr<int64_t>()};
+                       double smoothing, int64_t V) {
+  return {logits.size(0), V, logits.stride(0), ignore_index, targets.const_data_ptr<int64_t>(),
+          smoothing};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_,
-                                             int64_t ignore_index) {
+std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_, int64_t ignore_index,
+                                             double smoothing) {
   const Tensor logits = contiguous_rows(logits_), targets = as_contiguous(targets_);
-  const LogitsRows rows = logits_rows(logits, targets, ignore_index, logits.size(1));
+  const LogitsRows rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1));
   Tensor losses = gpt2::new_empty(logits, {rows.N}, accumulator(logits));
   Tensor stats = gpt2::new_empty(logits, {2, rows.N}, accumulator(logits));
   ops_for(logits).cross_entropy_fwd(rows, logits.const_data_ptr(), losses.mutable_data_ptr(),
@@ -147,33 +166,36 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_,
 }
 
 void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tensor& logits,
-                            const Tensor& targets_, const Tensor& stats_, int64_t ignore_index) {
+                            const Tensor& targets_, const Tensor& stats_, int64_t ignore_index,
+                            double smoothing) {
   const Tensor dlosses = as_contiguous(dlosses_);
   const Tensor targets = as_contiguous(targets_);
   const Tensor stats = as_contiguous(stats_);
-  ops_for(logits).cross_entropy_bwd(logits_rows(logits, targets, ignore_index, logits.size(1)),
-                                    dlosses.const_data_ptr(), logits.const_data_ptr(),
+  const LogitsRows rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1));
+  ops_for(logits).cross_entropy_bwd(rows, dlosses.const_data_ptr(), logits.const_data_ptr(),
                                     stats.const_data_ptr(), dlogits.mutable_data_ptr(),
                                     dlogits.stride(0), here(logits));
 }
 
 Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
-                         int64_t ignore_index) {
+                         int64_t ignore_index, double smoothing) {
   Tensor dlogits = contiguous_like(logits);
   advise_huge_pages(dlogits);
-  cross_entropy_bwd_into(dlogits, dlosses, contiguous_rows(logits), targets, stats, ignore_index);
+  cross_entropy_bwd_into(dlogits, dlosses, contiguous_rows(logits), targets, stats, ignore_index,
+                         smoothing);
   return dlogits;
 }
 
 void cross_entropy_bwd_(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
-                        int64_t ignore_index) {
-  cross_entropy_bwd_into(logits, dlosses, logits, targets, stats, ignore_index);
+                        int64_t ignore_index, double smoothing) {
+  cross_entropy_bwd_into(logits, dlosses, logits, targets, stats, ignore_index, smoothing);
 }
 
-Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_index, int64_t V) {
+Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_index,
+                              double smoothing, int64_t V) {
   const Tensor targets = as_contiguous(targets_);
   Tensor losses = gpt2::new_empty(logits, {logits.size(0)}, accumulator(logits));
-  ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, V),
+  ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, smoothing, V),
                                         logits.mutable_data_ptr(), logits.size(1),
                                         losses.mutable_data_ptr(), here(logits));
   return losses;
@@ -197,17 +219,20 @@ GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
       "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor stats)"
       " -> (Tensor dx, Tensor dparams)");
   m.def(
-      "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index)"
+      "mixed_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor stats)"
+      " -> (Tensor dx, Tensor dresidual, Tensor dparams)");
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float smoothing)"
       " -> (Tensor losses, Tensor stats)");
   m.def(
       "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,"
-      " int ignore_index) -> Tensor");
+      " int ignore_index, float smoothing) -> Tensor");
   m.def(
       "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor stats,"
-      " int ignore_index) -> ()");
+      " int ignore_index, float smoothing) -> ()");
   m.def(
-      "cross_entropy_fwd_bwd_(Tensor(a!) logits, Tensor targets, int ignore_index, int V)"
-      " -> Tensor");
+      "cross_entropy_fwd_bwd_(Tensor(a!) logits, Tensor targets, int ignore_index, float smoothing,"
+      " int V) -> Tensor");
 }
 
 GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
@@ -218,6 +243,7 @@ GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&gpt2::layer_norm_fwd));
   m.impl("add_layer_norm_fwd", TORCH_BOX(&gpt2::add_layer_norm_fwd));
   m.impl("layer_norm_bwd", TORCH_BOX(&gpt2::layer_norm_bwd));
+  m.impl("mixed_layer_norm_bwd", TORCH_BOX(&gpt2::mixed_layer_norm_bwd));
   m.impl("cross_entropy_fwd", TORCH_BOX(&gpt2::cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&gpt2::cross_entropy_bwd));
   m.impl("cross_entropy_bwd_", TORCH_BOX(&gpt2::cross_entropy_bwd_));

@@ -14,10 +14,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kernels
 from .cache import Cache, Decode, Prefill
+from .layers import Int8Linear, is_hooked, is_stock
+from .model import MLP, Attention, Block
 
 CHUNK = 16384  # tokens of a prefill that are in the model at a time: bounds its memory
 
@@ -150,7 +152,7 @@ def recomputed(model, rows: Rows) -> Tensor:
 
 def decode_layers(model, weight: Tensor, B: int) -> kernels.DecodeLayers | None:
     """The model's blocks as one call, where there is one: on a CPU, for a few sequences."""
-    if not kernels.DecodeLayers.serve(weight, B):
+    if not kernels.DecodeLayers.serve(weight, B) or not _is_stock(model):
         return None
 
     def linear(layer):
@@ -170,6 +172,22 @@ def decode_layers(model, weight: Tensor, B: int) -> kernels.DecodeLayers | None:
     return kernels.DecodeLayers(layers, norm(ln_f), n_head=model.config.n_head, eps=ln_f.eps)
 
 
+def _is_stock(model) -> bool:
+    """Whether every layer computes what its parameters say, and nobody listens."""
+    blocks = model.transformer["h"]
+    norms = [model.transformer["ln_f"]]
+    linears = []
+    for block in blocks:
+        parts = zip((block, block.attn, block.mlp), (Block, Attention, MLP), strict=True)
+        if not all(is_stock(part, kind) for part, kind in parts):
+            return False
+        norms += block.ln_1, block.ln_2
+        linears += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+    return all(is_stock(norm, nn.LayerNorm) for norm in norms) and all(
+        is_stock(layer, nn.Linear, Int8Linear) for layer in linears
+    )
+
+
 class Cached:
     """The same logits from a cache, while the sequences fit into it."""
 
@@ -180,7 +198,9 @@ class Cached:
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         B = len(rows.counts)
         self.cache = Cache(model.config, B, room, device=weight.device, dtype=dtype)
-        self.steps, self.graph, self.graphs = 0, None, weight.is_cuda and not autocast
+        self.steps, self.graph = 0, None
+        # Hooks would be called once, in the capture, and never again.
+        self.graphs = weight.is_cuda and not autocast and not any(map(is_hooked, model.modules()))
         self.layers = decode_layers(model, weight, B)
 
     def logits(self) -> Tensor:

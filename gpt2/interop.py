@@ -186,9 +186,12 @@ def write(
 def register_attention() -> None:
     """Makes attn_implementation="gpt2_kernels" known to transformers: our causal attention.
 
-    With padding on either side, dynamic and static caches, and gradients. What the kernels do not
-    compute (packed sequences, cross-attention, masks of any other form) PyTorch does, and a warning
-    says so once; output_attentions and head_mask raise InputError. May be called again. Raises
+    It serves models that transformers can run with SDPA and that have as many heads of keys as of
+    queries: GPT-2, GPT-NeoX, OPT, Phi, Qwen2 or Llama without grouped heads, and others. A model
+    without SDPA raises InputError. With padding on either side, dynamic and static caches, and
+    gradients. What the kernels do not compute (grouped heads, sliding windows, packed sequences,
+    cross-attention, masks of any other form) PyTorch does, and a warning says so once;
+    output_attentions and head_mask raise InputError. May be called again. Raises
     InputError where transformers is not installed or too old.
     """
     _need_transformers()

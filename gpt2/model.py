@@ -19,7 +19,10 @@ from torch import Tensor
 from . import kernels
 from .config import Config
 from .kernels import reference
-from .kernels.ops import check_ids
+from .kernels.checks import check_ids
+from .layers import add_norm, is_stock, own, project, project_gelu
+
+IGNORED = -1  # a target without a loss, as nanoGPT has it; -100, PyTorch's, is read as it
 
 
 class Attention(nn.Module):
@@ -36,15 +39,7 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout_p else None
         o = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout_p, seed=seed)  # (B, T, C)
-        return F.dropout(project(self.c_proj, o, ops), self.dropout, self.training)
-
-
-def project(layer: nn.Module, h: Tensor, ops, *, bias: bool = True) -> Tensor:
-    """layer(h), where the layer is nn.Linear or quantize.Int8Linear; or without its bias."""
-    b = layer.bias if bias else None
-    if isinstance(layer, nn.Linear):
-        return ops.linear(h, layer.weight, b)
-    return ops.linear_int8(h, layer.weight, layer.scale, b)
+        return F.dropout(own(project(self.c_proj, o, ops)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -55,9 +50,9 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, h: Tensor, ops) -> Tensor:
-        h = project(self.c_fc, h, ops, bias=False)
-        h = ops.bias_gelu(h, self.c_fc.bias)  # (B, T, 4C)
-        return F.dropout(project(self.c_proj, h, ops), self.dropout, self.training)  # (B, T, C)
+        h = project_gelu(self.c_fc, h, ops)  # (B, T, 4C)
+        h = own(project(self.c_proj, h, ops))  # (B, T, C)
+        return F.dropout(h, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -78,13 +73,6 @@ class Block(nn.Module):
         h, s = add_norm(self.ln_1, x, s, ops)
         h, s = add_norm(self.ln_2, self.attn(h, ops, attend), s, ops)
         return self.mlp(h, ops), s
-
-
-def add_norm(norm: nn.LayerNorm, x: Tensor, s: Tensor | None, ops) -> tuple[Tensor, Tensor]:
-    """(norm(s + x), s + x); before the first block there is no s."""
-    if s is None:
-        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x
-    return ops.add_layer_norm(x, s, norm.weight, norm.bias, norm.eps)
 
 
 class Model(nn.Module):
@@ -127,28 +115,35 @@ class Model(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of token ids idx (B, T), int64.
 
-        With targets (B, T), int64, of which -1 is ignored, loss is the mean cross-entropy in nats,
-        else None. logits (B, T, V) are returned unless return_logits is False, or None while
-        training with targets: the loss is then computed without ever storing B T V numbers. Raises
-        ValueError where T exceeds block_size or an id lies outside the vocabulary.
+        With targets (B, T), int64, loss is the mean cross-entropy in nats over those that are
+        neither -1 nor -100 (NaN of none, with gradients of 0), else None. logits (B, T, V) are
+        returned unless return_logits is False, or None while training with targets: the loss is
+        then computed without ever storing B T V numbers. Raises ValueError where T exceeds
+        block_size or an id lies outside the vocabulary.
         """
         self._check_shape("idx", idx)
-        if targets is not None and targets.shape != idx.shape:
-            raise ValueError(
-                f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}"
-            )
+        if targets is not None:
+            self._check_tokens("targets", targets)
+            if targets.shape != idx.shape:
+                raise ValueError(
+                    f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}"
+                )
+            if targets.device != idx.device:
+                raise ValueError(f"targets must be on {idx.device}, got {targets.device}")
         ops = self._ops()
         h = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.logits_of(h), None  # (B, T, V)
-        if not self.fast:  # the kernels' wrappers look at targets themselves
-            targets = check_ids("targets", targets, self.config.vocab_size, ignore_index=-1)
+        targets = torch.where(targets == -100, IGNORED, targets)
+        if not self.fast:  # the kernels' wrappers check targets themselves
+            targets = check_ids("targets", targets, self.config.vocab_size, IGNORED)
         if return_logits is None:
             return_logits = not self.training
-        if not return_logits and isinstance(self.lm_head, nn.Linear):
-            return None, ops.linear_cross_entropy(h, self.lm_head.weight, targets)
+        head = self.lm_head
+        if not return_logits and is_stock(head, nn.Linear) and head.bias is None:
+            return None, ops.linear_cross_entropy(h, head.weight, targets, IGNORED)
         logits = self.logits_of(h)  # (B, T, V)
-        loss = ops.cross_entropy(logits, targets)
+        loss = ops.cross_entropy(logits, targets, IGNORED)
         return (logits if return_logits else None), loss
 
     def hidden(self, idx: Tensor, past=None) -> Tensor:

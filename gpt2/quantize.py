@@ -8,28 +8,10 @@ reads one row, while the head, which shares it, gets int8 numbers of its own.
 
 from collections.abc import Sequence
 
-import torch.nn as nn
-
-from . import evaluate, kernels
+from . import evaluate
 from .evaluate import Perplexity
+from .layers import Int8Linear
 from .model import Model
-
-
-class Int8Linear(nn.Module):
-    """nn.Linear with weight (N, K rounded up to 64) packed int8 and scale (N,) float32."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        packed, scale = kernels.quantize_int8(linear.weight)
-        self.register_buffer("weight", packed)
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def _apply(self, fn, recurse=True):
-        """scale stays float32 where the model is turned to another dtype."""
-        super()._apply(fn, recurse)
-        self.scale = self.scale.float()
-        return self
 
 
 def quantize_int8(model: Model) -> Model:

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
@@ -66,6 +67,7 @@ def mask(
 
     Whatever is not plainly causal is spelled out, also what SDPA would be told by a flag.
     """
+    _check_model(kwargs.get("config"))
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if allow_is_causal_skip and mask_function is causal_mask_function:
         aligned = q_offset + q_length == kv_offset + kv_length
@@ -89,6 +91,18 @@ def mask(
     if not is_tracing(found):
         setattr(found, _SPANS, spans_of(found))  # for every layer
     return found
+
+
+def _check_model(config) -> None:
+    """Raises InputError for a model of transformers with attention of its own, such as BLOOM: it
+    would add this mask of bool to its scores as if it were one of floats."""
+    model = MODEL_MAPPING.get(type(config), None) if config is not None else None
+    for each in model if isinstance(model, tuple) else (model,):
+        if each is not None and not each._supports_sdpa:
+            raise InputError(
+                f"attn_implementation={NAME!r} needs a model that transformers can run with SDPA, "
+                f"got {each.__name__}"
+            )
 
 
 def _true(x: bool | Tensor) -> bool:

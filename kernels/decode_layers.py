@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch
+from . import dispatch
+from .checks import check_ids
 from .linear import FEW
-from .ops import check_ids
+from .raw_ops import raw
 
 
 class Linear(NamedTuple):
@@ -110,7 +111,7 @@ class DecodeLayers:
         if lengths.shape != (B,) or lengths.dtype != torch.int64:
             raise ValueError(f"lengths must be ({B},) int64, got {tuple(lengths.shape)}")
         check_ids("lengths", lengths, kv.shape[2])
-        return autograd.raw.decode_layers(
+        return raw.decode_layers(
             x.contiguous(), self.params, self.scales, *self.norm, kv, lengths.contiguous(),
             self.n_head, self.eps, "cpu",
         )  # fmt: skip

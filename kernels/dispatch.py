@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda, native, triton
+from . import cpu, cuda, native, reference, triton
 from .gpu import unsuitable
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
@@ -70,6 +70,7 @@ FASTER = {
     ),
 }
 
+_TRANSFORMED = "transforms of torch.func and forward-mode derivatives take plain PyTorch"
 _MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
 _forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
@@ -100,6 +101,11 @@ def use(backend: str):
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """The name of the backend that serves this call."""
     if _forced == "reference":
+        return "reference"
+    if reference.is_transformed():
+        if _forced is not None:
+            raise BackendUnavailable(f"{_forced} cannot serve {op}: {_TRANSFORMED}")
+        _say_once(op, _TRANSFORMED)
         return "reference"
     if _forced is not None:
         reason = why_not(_forced, op, device, dtype, size)
@@ -151,6 +157,8 @@ def _library_is_built(name: str) -> bool:
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The backend with a kernel for this call, or None: for an op that PyTorch serves as a rule, so
     that there is nothing to say, and nothing to raise where a backend without one is forced."""
+    if reference.is_transformed():
+        return None
     names = PRIORITY[op] if _forced is None else (_forced,)
     can_serve = (n for n in names if n != "reference" and why_not(n, op, device, dtype) is None)
     return next(can_serve, None)

@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch, reference
+from . import dispatch, reference
 from .product import product
+from .raw_ops import raw
 
 FEW = 8  # rows: with more, products pay for themselves (docs/log.md)
 FEW_INT8 = 64  # rows: with more, so does spelling the weight out
@@ -99,7 +100,7 @@ def _gemv(x, weight, bias, scale, backend) -> Tensor:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1]).split(FEW)
-    y = [autograd.raw.gemv(some, weight, bias, scale, backend) for some in rows]
+    y = [raw.gemv(some, weight, bias, scale, backend) for some in rows]
     y = torch.cat(y) if len(y) > 1 else y[0]
     return y.view(*x.shape[:-1], len(weight))
 

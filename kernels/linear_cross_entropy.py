@@ -6,7 +6,9 @@
 A chunk of rows goes through all five steps before the next begins: its logits become their own
 gradient in place. The products are PyTorch's; a backend brings the row kernel. Gradients are taken
 in the forward, for a loss gradient of 1, and scaled in the backward: dlogits would otherwise have
-to be computed again, or kept. Unscaled they also stay clear of float16's underflow.
+to be computed again, or kept. Unscaled they also stay clear of float16's underflow. Losses with a
+gradient each (reduction "none") cannot be scaled afterwards, as dweight sums over rows: their
+backward goes through the chunks again.
 
     N rows   C features   V vocabulary   V_padded: V, on a GPU rounded up to whole 128-byte
     lines of logits
@@ -26,17 +28,67 @@ def linear_cross_entropy_fwd(
     weight: Tensor,
     targets: Tensor,
     ignore_index: int,
+    smoothing: float,
     need_dx: bool,
     need_dweight: bool,
     *,
     align: int = 64,
     tile: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses, () float32, and without their scale dx (N, C) in x's dtype and
-    dweight (V, C) float32; each has no rows where it is not needed. float64 stays float64.
+    """The losses (N,) float32, and the gradients of their sum: dx (N, C) in x's dtype and dweight
+    (V, C) float32; each has no rows where it is not needed. float64 stays float64.
 
     row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
+    V = weight.shape[0]
+    losses = torch.empty(len(x), dtype=_accumulator(x), device=x.device)
+
+    def gradient_of(chunk, part):
+        if need_dx or need_dweight:
+            losses[part] = row_kernel.cross_entropy_fwd_bwd_(
+                chunk, targets[part], ignore_index, smoothing, V
+            )
+        else:
+            losses[part], _ = row_kernel.cross_entropy_fwd(
+                chunk[:, :V], targets[part], ignore_index, smoothing
+            )
+
+    return losses, *_through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile)
+
+
+def linear_cross_entropy_bwd(
+    row_kernel,
+    x: Tensor,
+    weight: Tensor,
+    dlosses: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    need_dx: bool,
+    need_dweight: bool,
+    *,
+    align: int = 64,
+    tile: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight, as of linear_cross_entropy_fwd, for the gradients dlosses (N,) of the losses.
+
+    row_kernel has cross_entropy_fwd and cross_entropy_bwd_.
+    """
+    V = weight.shape[0]
+
+    def gradient_of(chunk, part):
+        options = ignore_index, smoothing
+        logits = chunk[:, :V]
+        _, stats = row_kernel.cross_entropy_fwd(logits, targets[part], *options)
+        row_kernel.cross_entropy_bwd_(dlosses[part], logits, targets[part], stats, *options)
+        chunk[:, V:] = 0
+
+    return _through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile)
+
+
+def _through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile):
+    """dx and dweight; gradient_of(chunk, part) turns the logits of a chunk, rows `part` of x, into
+    their gradient, in place."""
     (N, C), V = x.shape, weight.shape[0]
     # On a GPU an odd vocabulary (50257) misaligns every row of the product: pad it with zero rows.
     # The copy is the cast to x's dtype that autocast needs anyway.
@@ -45,28 +97,27 @@ def linear_cross_entropy_fwd(
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_zeros((V_padded, C))
         padded[:V] = weight
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    losses = torch.empty(N, dtype=accumulator, device=x.device)
     dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
     dweight_shape = (V_padded if need_dweight else 0, C)
-    dweight = (torch.empty if N else torch.zeros)(dweight_shape, dtype=accumulator, device=x.device)
+    dweight = (torch.empty if N else torch.zeros)(
+        dweight_shape, dtype=_accumulator(x), device=x.device
+    )
     rows = chunk_rows(N, tile)
     logits = x.new_empty((0 if onednn_multiplies(x, padded) else rows, V_padded))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         chunk = None  # the last one's memory, if it was its own, goes first
         chunk = times_transposed(x[part], padded, out=logits[: part.stop - start])
-        if need_dx or need_dweight:
-            losses[part] = row_kernel.cross_entropy_fwd_bwd_(chunk, targets[part], ignore_index, V)
-            if need_dx:
-                torch.mm(chunk, padded, out=dx[part])
-            if need_dweight:
-                _add_mm(dweight, chunk.t(), x[part], first=start == 0)
-        else:
-            losses[part] = row_kernel.cross_entropy_fwd(chunk[:, :V], targets[part], ignore_index)[
-                0
-            ]
-    return losses.sum(), dx, dweight[:V]
+        gradient_of(chunk, part)
+        if need_dx:
+            torch.mm(chunk, padded, out=dx[part])
+        if need_dweight:
+            _add_mm(dweight, chunk.t(), x[part], first=start == 0)
+    return dx, dweight[:V]
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def chunk_rows(N: int, tile: int = 64) -> int:

@@ -19,12 +19,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes and errors are torch.nn.functional.linear's.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = torch.get_autocast_dtype(device) if is_autocasting(device) else x.dtype
     if multiplies(dtype, device):
         return F.linear(x, weight, bias)
     with torch.autocast(device, enabled=False):
         operands = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
         return F.linear(*operands).to(dtype)
+
+
+def is_autocasting(device: str) -> bool:
+    """Whether autocast is on for this kind of device; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def times_transposed(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def causal_attention(
@@ -24,13 +25,22 @@ def causal_attention(
     seed: Tensor | None = None,  # (1,) int64
 ) -> Tensor:  # (B, Tq, H, D)
     """softmax(scale * q k^T, keys up to the query's own) v; the last query meets the last key."""
+    Tq, Tk, D = q.shape[1], k.shape[1], q.shape[-1]
+    scale = 1.0 / math.sqrt(D) if softmax_scale is None else softmax_scale
+    if dropout_p or Tq != Tk or not q.numel() or q.dtype == torch.float64 or is_transformed():
+        return attention_by_formula(q, k, v, scale, dropout_p, seed)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+
+def attention_by_formula(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """causal_attention step by step: the truth in float64, and what can be differentiated twice,
+    which PyTorch's fused attention cannot."""
     Tq, Tk = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    if dropout_p == 0.0 and Tq == Tk and q.dtype != torch.float64 and q.numel():
-        # The same formula by the library. float64, the truth, is always spelled out below.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
-    s = (q @ k.transpose(-2, -1)) * scale  # (B, H, Tq, Tk)
+    s = (q @ k.transpose(-2, -1)) * softmax_scale  # (B, H, Tq, Tk)
     visible = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     p = s.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     if dropout_p > 0.0:
@@ -47,9 +57,14 @@ def causal_attention_qkv(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:  # (B, T, C)
-    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).unbind(2)  # (B, T, H, D) each
+    q, k, v = split_heads(qkv, n_head)
     o = causal_attention(q, k, v, softmax_scale=softmax_scale, dropout_p=dropout_p, seed=seed)
     return o.flatten(2)
+
+
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, (B, T, H, D) each, of the packed projection (B, T, 3C)."""
+    return qkv.unflatten(-1, (3, n_head, -1)).unbind(2)
 
 
 def decode_attention(
@@ -69,17 +84,24 @@ def decode_attention(
     return (p @ v.masked_fill(empty.mT, 0.0)).transpose(1, 2)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    weight, bias = (None if row is None else row.to(x.dtype) for row in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(s), s) with s = x + residual."""
+    """(layer_norm(s), s) with s = x + residual; the norm is in x's dtype, s in the wider one."""
     s = x + residual
-    return layer_norm(s, weight, bias, eps), s
+    return layer_norm(s, weight, bias, eps).to(x.dtype), s
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -110,20 +132,47 @@ def dequantize_int8(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, ignore_index: int = -1, *, reduction: str = "mean"
-) -> Tensor:
-    """Mean of -log softmax(logits)[target] over the targets that count, at least in float32."""
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...) int64
+    ignore_index: int = -100,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:  # () or, for reduction "none", (...)
+    """-log softmax(logits)[target] of the targets that count, at least in float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
-    return F.cross_entropy(
-        logits, targets.flatten(), ignore_index=ignore_index, reduction=reduction
+    losses = F.cross_entropy(
+        logits,
+        targets.flatten(),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
+    return losses.view(targets.shape) if reduction == "none" else losses
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
+    x: Tensor,  # (..., C)
+    weight: Tensor,  # (V, C)
+    targets: Tensor,
+    ignore_index: int = -100,
+    *,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """cross_entropy(x @ weight.T, targets); x (..., C), weight (V, C)."""
-    return cross_entropy(F.linear(x, weight.to(x.dtype)), targets, ignore_index)
+    """cross_entropy(x @ weight.T, targets)."""
+    logits = F.linear(x, weight.to(x.dtype))
+    return cross_entropy(
+        logits, targets, ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is under way: both see
+    through plain PyTorch alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def dropout_keep(seed: Tensor, shape: torch.Size, p: float) -> Tensor:

@@ -102,6 +102,10 @@ def launch_layer_norm(dtype: torch.dtype, C: int) -> None:
     layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
     layer_norm.layer_norm_bwd(x, None, x, weight, stats)
     layer_norm.layer_norm_bwd(x, x, x, weight, stats)
+    if dtype != torch.float32:  # the stream of autocast
+        s = x.float()
+        layer_norm.add_layer_norm_fwd(x, s, weight, weight, 1e-5)
+        layer_norm.mixed_layer_norm_bwd(x, s, s, weight, stats)
 
 
 def launch_gelu(dtype: torch.dtype, C: int) -> None:
@@ -112,9 +116,10 @@ def launch_gelu(dtype: torch.dtype, C: int) -> None:
 
 def launch_cross_entropy(dtype: torch.dtype, V: int) -> None:
     logits, targets = torch.zeros(4, V, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-    losses, stats = cross_entropy.cross_entropy_fwd(logits, targets, -1)
-    cross_entropy.cross_entropy_fwd_bwd_(logits, targets, -1, V)
-    cross_entropy.cross_entropy_bwd(losses, logits, targets, stats, -1)
+    for smoothing in (0.0, 0.1):
+        losses, stats = cross_entropy.cross_entropy_fwd(logits, targets, -1, smoothing)
+        cross_entropy.cross_entropy_fwd_bwd_(logits, targets, -1, smoothing, V)
+        cross_entropy.cross_entropy_bwd(losses, logits, targets, stats, -1, smoothing)
 
 
 LAUNCHES = {  # op: (what launches its kernels, the sizes that change them)

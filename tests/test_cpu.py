@@ -30,7 +30,7 @@ def large_ops(dtype):
     """A call of every op that is large enough for several threads, and of ragged sizes:
     (function, differentiable inputs, whose rows the first axis of the first input holds)."""
     targets = torch.randint(1001, (70,))
-    targets[::9] = -1
+    targets[::9] = -100
     row = tensor(769, dtype=dtype)
 
     def x(*shape):
@@ -105,11 +105,11 @@ def test_loss_rows_in_place_do_not_depend_on_threads(dtype, cpu_backend):
     for n in (1, 2, 3, 8):
         with threads(n):
             x = logits.clone()
-            results.append((fused(x, targets, -1, 1001), x))
+            results.append((fused(x, targets, -1, 0.0, 1001), x))
     for result in results[1:]:
         assert all(map(bits_equal, results[0], result))
     alone = logits[9:10].clone()
-    assert bits_equal(fused(alone, targets[9:10], -1, 1001), results[0][0][9:10])
+    assert bits_equal(fused(alone, targets[9:10], -1, 0.0, 1001), results[0][0][9:10])
     assert bits_equal(alone, results[0][1][9:10])
 
 
@@ -140,13 +140,13 @@ def test_a_row_alone_and_in_a_batch(op, dtype, cpu_backend):
 
 def test_loss_of_a_row_alone_and_in_a_batch(cpu_backend):
     x, targets = tensor(70, 1001), torch.randint(1001, (70,))
-    losses, stats = torch.ops.gpt2_kernels_cpu.cross_entropy_fwd(x, targets, -1)
+    losses, stats = torch.ops.gpt2_kernels_cpu.cross_entropy_fwd(x, targets, -1, 0.0)
     dlosses = tensor(70)
-    dx = torch.ops.gpt2_kernels_cpu.cross_entropy_bwd(dlosses, x, targets, stats, -1)
+    dx = torch.ops.gpt2_kernels_cpu.cross_entropy_bwd(dlosses, x, targets, stats, -1, 0.0)
     one = slice(41, 42)
-    loss, stat = torch.ops.gpt2_kernels_cpu.cross_entropy_fwd(x[one], targets[one], -1)
+    loss, stat = torch.ops.gpt2_kernels_cpu.cross_entropy_fwd(x[one], targets[one], -1, 0.0)
     assert bits_equal(loss, losses[one]) and bits_equal(stat, stats[:, one])
-    args = (dlosses[one], x[one], targets[one], stat, -1)
+    args = (dlosses[one], x[one], targets[one], stat, -1, 0.0)
     assert bits_equal(torch.ops.gpt2_kernels_cpu.cross_entropy_bwd(*args), dx[one])
 
 
@@ -157,7 +157,7 @@ def test_loss_of_a_row_alone_and_in_a_batch(cpu_backend):
 @pytest.mark.parametrize("op", OPS)
 def test_gradcheck(op):
     """Against finite differences; the scalar set has kernels for float64."""
-    row, targets = tensor(11).double(), torch.tensor([3, -1, 0, 12, 5])
+    row, targets = tensor(11).double(), torch.tensor([3, -100, 0, 12, 5])
     small = {
         "causal_attention": [tensor(2, n, 2, 5) for n in (4, 6, 6)],
         "dropped_attention": [tensor(1, 6, 2, 5) for _ in range(3)],
@@ -201,7 +201,7 @@ def test_exp_keeps_its_bound(cpu_backend):
     """dx = exp(x - m) / l where m = 0 and l = 1: exp itself, whose error is that of exp2 and of the
     product x log2(e) before it."""
     x = torch.linspace(-86, 0, 100001)[None]
-    args = (torch.ones(1), x, torch.tensor([0]), torch.tensor([[0.0], [1.0]]), -1)
+    args = (torch.ones(1), x, torch.tensor([0]), torch.tensor([[0.0], [1.0]]), -1, 0.0)
     p = torch.ops.gpt2_kernels_cpu.cross_entropy_bwd(*args)[0, 1:].double()
     exact = x[0, 1:].double().exp()
     assert ((p / exact - 1).abs() <= 1.2e-7 + 1.5 * 2.0**-24 * x[0, 1:].abs()).all()

@@ -18,7 +18,7 @@ def tensor(*shape, dtype=torch.float32):
 def targets_in(N, V, ignored="some"):
     targets = torch.randint(V, (N,), device=DEVICE)
     if ignored == "some" and N > 1:
-        targets[:: max(N // 3, 2)] = -1
+        targets[:: max(N // 3, 2)] = -100
     return targets
 
 
@@ -36,17 +36,72 @@ def test_cross_entropy(scale, V, N, dtype, ignored, ran, kernel_backend):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ignored", ["some", "all"])
-def test_the_sum_in_place_of_the_mean(ignored, ran, backend):
-    """Of no target it is 0, and so is its gradient, where the mean is NaN."""
-    targets = targets_in(9, 257)
-    if ignored == "all":
-        targets[:] = -1
-    inputs = {"logits": tensor(9, 257)}
-    options = {"targets": targets, "reduction": "sum"}
-    check_op("cross_entropy", inputs, backend=backend, ran=ran, terms=1.0, **options)
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
-        kernels.cross_entropy(**inputs, targets=targets, reduction="none")
+@pytest.mark.grid
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", (17, 257, 4097), ids=lambda V: f"V{V}")
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_reductions_and_smoothing(op, V, dtype, reduction, smoothing, ran, kernel_backend):
+    """Both have PyTorch's names and meaning; an ignored target has a loss and a gradient of 0."""
+    inputs = {"logits": tensor(2, 5, V, dtype=DTYPES[dtype])}
+    if op == "linear_cross_entropy":
+        inputs = {name: tensor(*shape, 8, dtype=DTYPES[dtype]) for name, shape in
+                  (("x", (2, 5)), ("weight", (V,)))}  # fmt: skip
+    eps = torch.finfo(DTYPES[dtype]).eps
+    check_op(
+        op, inputs, backend=kernel_backend, ran=ran,
+        terms=16.0, rounding=8 * eps if op == "linear_cross_entropy" else 0.0,
+        targets=targets_in(10, V).view(2, 5), reduction=reduction, label_smoothing=smoothing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_target_counts(rows, reduction, smoothing, backend):
+    """One micro-batch without labels must not destroy the weights: the mean is NaN, as PyTorch's,
+    and every gradient 0. It was NaN: 0 times 1 / 0."""
+    targets = torch.full((rows,), -100, device=DEVICE)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    for op, shapes in (
+        ("cross_entropy", [(rows, 5)]),
+        ("linear_cross_entropy", [(rows, 4), (5, 4)]),
+    ):
+        inputs = [tensor(*shape).requires_grad_() for shape in shapes]
+        with kernels.use(backend):
+            loss = getattr(kernels, op)(*inputs, targets, **options)
+        want = F.cross_entropy(tensor(rows, 5), targets, **options)
+        assert torch.equal(loss.isnan(), want.isnan()) and not loss.nan_to_num().any()
+        loss.sum().backward()
+        assert all(x.grad.shape == x.shape and not x.grad.any() for x in inputs)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reduction": "max"}, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must lie in \[0, 1\], got -0.1"),
+        ({"label_smoothing": math.nan}, r"label_smoothing must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_errors_of_options(options, message):
+    targets = torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        kernels.cross_entropy(torch.randn(3, 5), targets, **options)
+    with pytest.raises(ValueError, match=message):
+        kernels.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), targets, **options)
+
+
+def test_smoothed_loss_of_a_masked_vocabulary(backend):
+    """A probability of 0 is infinitely far from any smoothed target, and says so; without smoothing
+    0 times minus infinity must not come in."""
+    logits = torch.tensor([[1.0, -math.inf, 2.0]], device=DEVICE)
+    targets = torch.tensor([2], device=DEVICE)
+    with kernels.use(backend):
+        assert kernels.cross_entropy(logits, targets, label_smoothing=0.1) == math.inf
+        assert kernels.cross_entropy(logits, targets).isfinite()
 
 
 def test_forward_keeps_one_number_per_row(kernel_backend):
@@ -123,16 +178,16 @@ def test_ignore_index(ignore_index, ran, kernel_backend):
 
 def test_every_target_ignored_is_nan_as_in_pytorch(backend):
     logits = tensor(3, 5).requires_grad_()
-    targets = torch.full((3,), -1, device=DEVICE)
+    targets = torch.full((3,), -100, device=DEVICE)
     with kernels.use(backend):
         assert kernels.cross_entropy(logits, targets).isnan()
         assert kernels.linear_cross_entropy(logits, tensor(7, 5), targets).isnan()
-    assert F.cross_entropy(logits, targets, ignore_index=-1).isnan()
+    assert F.cross_entropy(logits, targets).isnan()
 
 
 def test_ignored_rows_add_nothing(kernel_backend):
     """Not even where their logits are NaN."""
-    logits, targets = tensor(4, 9), torch.tensor([1, -1, 3, -1], device=DEVICE)
+    logits, targets = tensor(4, 9), torch.tensor([1, -100, 3, -100], device=DEVICE)
     logits[1] = math.nan
     logits.requires_grad_()
     with kernels.use(kernel_backend):
@@ -181,7 +236,7 @@ def test_nan_is_seen(column, kernel_backend):
     logits = tensor(2, 10000)
     logits[1, column] = math.nan
     targets = torch.tensor([1, 2], device=DEVICE)
-    losses, _ = torch.ops.gpt2_kernels.cross_entropy_fwd(logits, targets, -1, kernel_backend)
+    losses, _ = torch.ops.gpt2_kernels.cross_entropy_fwd(logits, targets, -1, 0.0, kernel_backend)
     assert losses[0].isfinite() and losses[1].isnan()
 
 
@@ -189,8 +244,8 @@ def test_uneven_batches_accumulate_to_the_whole(kernel_backend):
     """The sum of losses over halves, weighted by their counts, is the whole: and its gradients."""
     x, weight = tensor(20, 8).requires_grad_(), tensor(30, 8).requires_grad_()
     targets = targets_in(20, 30)
-    targets[:7] = -1
-    counts = [(part != -1).sum() for part in targets.split(10)]
+    targets[:7] = -100
+    counts = [(part != -100).sum() for part in targets.split(10)]
     with kernels.use(kernel_backend):
         whole = kernels.linear_cross_entropy(x, weight, targets)
         parts = [
@@ -272,14 +327,15 @@ def test_in_place_rows_touch_nothing_else(V, dtype, kernel_backend):
     rows = whole[:, 20 : 20 + V + 3]
     rows.copy_(tensor(5, V + 3))
     logits = rows[:, :V].clone()
-    kernel.cross_entropy_fwd_bwd_(rows, targets, -1, V)
+    kernel.cross_entropy_fwd_bwd_(rows, targets, -1, 0.0, V)
     assert (whole[:, :20] == 7).all() and (whole[:, 20 + V + 3 :] == 7).all()
     assert not rows[:, V:].any()
 
     fused, inside = rows[:, :V].clone(), whole[:, 20 : 20 + V]
     inside.copy_(logits)
-    _, stats = kernel.cross_entropy_fwd(inside, targets, -1)
-    kernel.cross_entropy_bwd_(torch.ones(5, device=DEVICE), inside, targets, stats, -1)
+    _, stats = kernel.cross_entropy_fwd(inside, targets, -1, 0.0)
+    dlosses = torch.ones(5, device=DEVICE)
+    kernel.cross_entropy_bwd_(dlosses, inside, targets, stats, -1, 0.0)
     assert bits_equal(inside.clone(), fused) and not whole[:, 20 + V : 20 + V + 3].any()
 
 
@@ -289,7 +345,7 @@ def test_in_place_rows_touch_nothing_else(V, dtype, kernel_backend):
 def test_every_kernel(V, dtype, ran, kernel_backend):
     """Rows that begin anywhere, targets in what is left at their ends, and in between."""
     whole = torch.randn(6, V + 1, device=DEVICE).to(DTYPES[dtype])
-    targets = torch.tensor([V // 2, 0, 1, V - 1, V - 2, -1], device=DEVICE)
+    targets = torch.tensor([V // 2, 0, 1, V - 1, V - 2, -100], device=DEVICE)
     for logits in (whole[:, :V].contiguous(), whole[:, 1:]):
         inputs = {"logits": logits}
         check_op("cross_entropy", inputs, backend=kernel_backend, ran=ran, targets=targets)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_attention import qkv_in
@@ -38,6 +39,15 @@ def test_dropout_mask_is_the_same_in_forward_and_backward(kernel_backend):
     assert torch.allclose(P, dv[0, :, 0, :T].T)
     keep = reference.dropout_keep(torch.tensor([7]), (1, 1, T, T), 0.3)[0, 0].to(P.device)
     assert torch.equal(P > 0, keep.tril())
+
+
+@pytest.mark.parametrize("seed", [np.int64(7), np.uint8(7), torch.tensor(7), torch.tensor([7])])
+def test_seeds_of_every_kind_of_integer(seed):
+    q = torch.randn(1, 5, 1, 16, device=DEVICE)
+    if isinstance(seed, torch.Tensor):
+        seed = seed.to(DEVICE)
+    same = kernels.causal_attention(q, q, q, dropout_p=0.5, seed=7)
+    assert bits_equal(kernels.causal_attention(q, q, q, dropout_p=0.5, seed=seed), same)
 
 
 def test_dropout_masks_differ_by_seed_and_position(backend):

@@ -120,7 +120,7 @@ def test_only_what_is_needed_is_computed(leaf, mode, monkeypatch, kernel_backend
 
     class Spy:
         def linear_cross_entropy_fwd(self, *args):
-            asked.append(args[4:6])
+            asked.append(args[5:7])
             return raw.linear_cross_entropy_fwd(*args)
 
     monkeypatch.setattr(autograd, "raw", Spy())
@@ -163,5 +163,5 @@ def test_half_precision_gradients_do_not_underflow(kernel_backend):
 
 
 def test_errors_of_linear_cross_entropy():
-    with pytest.raises(ValueError, match=r"weight must have shape \(V, 5\) for x \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"weight must have shape .* got \(5, 4\) for x \(3, 5\)"):
         kernels.linear_cross_entropy(torch.randn(3, 5), torch.randn(5, 4), torch.zeros(3).long())

@@ -4,6 +4,9 @@
 //   loss  = log(l) + (m - x[target])
 //   dx[v] = (exp(x[v] - m) / l - [v = target]) dloss
 //
+// Label smoothing e puts (1 - e) [v = target] + e / V in place of [v = target], and so in the loss
+// (1 - e) x[target] + e mean(x) in place of x[target].
+//
 // A row is read from memory once: blocks of it, small enough for L1, are searched for their maximum
 // and then summed relative to the largest so far. m and l stay apart: lse = m + log(l) as one
 // number would round away the digits of log(l) where logits are large. docs/cross_entropy.md.
@@ -55,17 +58,29 @@ GPT2_INLINE void softmax_row(const T* x, int64_t V_, S* m_out, S* l_out) {
   *l_out = l.sum();
 }
 
+// The loss of one row.
+template <class V, class T, class S>
+GPT2_INLINE S loss_of(const LogitsRows& rows, const T* x, int64_t target, S m, S l) {
+  const S own = log_of(l) + (m - S(widen(x[target])));
+  if (rows.smoothing == 0) return own;  // of logits of -inf, 0 times the rest would be NaN
+  const V sum = sum_columns<V>(rows.V, V::set(0),
+                               [=](int64_t v, auto lanes) { return load<V>(x + v, lanes); });
+  const S all = log_of(l) + (m - sum.sum() / rows.V), e = S(rows.smoothing);
+  return (1 - e) * own + e * all;
+}
+
 // dx of one row, which may take the place of x.
 template <class V, class T, class S>
-GPT2_INLINE void softmax_grad_row(const T* x, int64_t target, S m, S l, S dloss, int64_t V_,
-                                  T* dx) {
-  const V shift = V::set(m), scale = V::set(dloss / l);
+GPT2_INLINE void softmax_grad_row(const LogitsRows& rows, const T* x, int64_t target, S m, S l,
+                                  S dloss, T* dx) {
+  const S e = S(rows.smoothing), each = e / rows.V;
+  const V shift = V::set(m), scale = V::set(dloss / l), off = V::set(-each * dloss);
   const Vec<S> x_target = Vec<S>::load(x + target);
-  for_columns<V>(V_, [=](int64_t v, auto lanes) {
-    store(exp_minus(load<V>(x + v, lanes), shift) * scale, dx + v, lanes);
+  for_columns<V>(rows.V, [=](int64_t v, auto lanes) {
+    store(fma(exp_minus(load<V>(x + v, lanes), shift), scale, off), dx + v, lanes);
   });
   const S p = exp_minus(x_target, Vec<S>::set(m)).v / l;
-  narrow((p - 1) * dloss, dx[target]);
+  narrow((p - (1 - e) - each) * dloss, dx[target]);
 }
 
 template <class T>
@@ -85,7 +100,7 @@ void cross_entropy_fwd(const LogitsRows& rows, const void* logits_, void* losses
       const int64_t target = rows.targets[row];
       S m, l;
       softmax_row<V>(x, rows.V, &m, &l);
-      losses[row] = target == rows.ignore_index ? 0 : log_of(l) + (m - S(widen(x[target])));
+      losses[row] = target == rows.ignore_index ? 0 : loss_of<V>(rows, x, target, m, l);
       stats[row] = m;
       stats[rows.N + row] = l;
     }
@@ -106,8 +121,8 @@ void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses_, const void*
       if (rows.targets[row] == rows.ignore_index) {
         zero_row(dx, rows.V);
       } else {
-        softmax_grad_row<V>(logits + row * rows.stride, rows.targets[row], stats[row],
-                            stats[rows.N + row], dlosses[row], rows.V, dx);
+        softmax_grad_row<V>(rows, logits + row * rows.stride, rows.targets[row], stats[row],
+                            stats[rows.N + row], dlosses[row], dx);
       }
     }
   });
@@ -130,8 +145,8 @@ void cross_entropy_fwd_bwd(const LogitsRows& rows, void* logits_, int64_t V_padd
       } else {
         S m, l;
         softmax_row<V>(x, rows.V, &m, &l);
-        losses[row] = log_of(l) + (m - S(widen(x[target])));
-        softmax_grad_row<V>(x, target, m, l, S(1), rows.V, x);
+        losses[row] = loss_of<V>(rows, x, target, m, l);
+        softmax_grad_row<V>(rows, x, target, m, l, S(1), x);
         zero_row(x + rows.V, V_padded - rows.V);
       }
     }

@@ -15,6 +15,9 @@
 //
 // Passes over L1 leave the rest of the machine idle: they ask for what the next pass will write and
 // the next row will read.
+//
+//   T the branch: x, y, their gradients   R the residual, s and their gradients: T, or S where
+//   autocast keeps the stream in float32   S sums, weights, statistics
 #pragma once
 
 #include "rows.h"
@@ -39,8 +42,8 @@ struct Moments {
 };
 
 // One row: y, mean, rstd; ahead(c) prefetches the next.
-template <class V, class T, class S, class F>
-GPT2_INLINE void layer_norm_row(const T* x, const S* weight, const S* bias, S eps, int64_t C, T* y,
+template <class V, class R, class T, class S, class F>
+GPT2_INLINE void layer_norm_row(const R* x, const S* weight, const S* bias, S eps, int64_t C, T* y,
                                 S* mean_out, S* rstd_out, const F& ahead) {
   const V zero = V::set(0);
   const V sum =
@@ -65,47 +68,53 @@ GPT2_INLINE void layer_norm_row(const T* x, const S* weight, const S* bias, S ep
   *rstd_out = rstd;
 }
 
-template <class V, class T>
+template <class V, class T, class R>
 void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, const void* bias_,
                     double eps, void* y_, void* s_, void* stats_, int64_t N, int64_t C,
                     const Threads& threads) {
   using S = typename V::scalar;
-  const T *x = static_cast<const T*>(x_), *residual = static_cast<const T*>(residual_);
+  const T* x = static_cast<const T*>(x_);
+  const R* residual = static_cast<const R*>(residual_);
   const S *weight = static_cast<const S*>(weight_), *bias = static_cast<const S*>(bias_);
-  T *y = static_cast<T*>(y_), *s = static_cast<T*>(s_);
+  T* y = static_cast<T*>(y_);
+  R* s = static_cast<R*>(s_);
   S* stats = static_cast<S*>(stats_);
   parallel_ranges(threads, N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
     for (; row < end; ++row) {
-      const T* normed = x + row * C;
-      if (residual != nullptr) {
-        // The norm sees s as it is stored, so that the backward recomputes the same xhat.
-        for_columns<V>(C, [=](int64_t c, auto lanes) {
-          const int64_t i = row * C + c;
-          store(load<V>(x + i, lanes) + load<V>(residual + i, lanes), s + i, lanes);
-        });
-        normed = s + row * C;
-      }
       const int64_t next = (row + 1) * C;
-      layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row, stats + N + row,
-                        [=](int64_t c) {
-                          prefetch<V>(x + next + c);
-                          if (residual == nullptr) return;
-                          prefetch<V>(residual + next + c);
-                          prefetch_to_write<V>(s + next + c);
-                        });
+      const auto norm = [=](const auto* normed) {
+        layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row,
+                          stats + N + row, [=](int64_t c) {
+                            prefetch<V>(x + next + c);
+                            if (residual == nullptr) return;
+                            prefetch<V>(residual + next + c);
+                            prefetch_to_write<V>(s + next + c);
+                          });
+      };
+      if (residual == nullptr) {
+        norm(x + row * C);
+        continue;
+      }
+      // The norm sees s as it is stored, so that the backward recomputes the same xhat.
+      for_columns<V>(C, [=](int64_t c, auto lanes) {
+        const int64_t i = row * C + c;
+        store(load<V>(x + i, lanes) + load<V>(residual + i, lanes), s + i, lanes);
+      });
+      norm(s + row * C);
     }
   });
 }
 
-template <class V, class T>
-void layer_norm_bwd(const void* dy_, const void* ds_, const void* x_, const void* weight_,
-                    const void* stats_, void* dx_, void* dparams, void* partial_, int64_t N,
-                    int64_t C, const Threads& threads) {
+template <class V, class T, class R>
+void layer_norm_bwd(const void* dy_, const void* ds_, const void* s_, const void* weight_,
+                    const void* stats_, void* dx_, void* dresidual_, void* dparams, void* partial_,
+                    int64_t N, int64_t C, const Threads& threads) {
   using S = typename V::scalar;
-  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
-  const T* ds = static_cast<const T*>(ds_);
+  const T* dy = static_cast<const T*>(dy_);
+  const R *x = static_cast<const R*>(s_), *ds = static_cast<const R*>(ds_);
   const S *weight = static_cast<const S*>(weight_), *stats = static_cast<const S*>(stats_);
   T* dx = static_cast<T*>(dx_);
+  R* dresidual = static_cast<R*>(dresidual_);
   S* partial = static_cast<S*>(partial_);
   const RowBlocks blocks{N};
   for_row_blocks(blocks, 2 * C, partial, threads, [=](int64_t row, int64_t end, S* dw) {
@@ -130,6 +139,7 @@ void layer_norm_bwd(const void* dy_, const void* ds_, const void* x_, const void
         V g = rstd * (d * load<V>(weight + c, lanes) - mean_wdy - xhat * mean_wdy_xhat);
         if (ds != nullptr) g = g + load<V>(ds + start + c, lanes);
         store(g, dx + start + c, lanes);
+        if (dresidual != nullptr) store(g, dresidual + start + c, lanes);
         store(fma(d, xhat, load<V>(dw + c, lanes)), dw + c, lanes);
         store(d + load<V>(db + c, lanes), db + c, lanes);
       });

@@ -4,6 +4,9 @@
 //   loss  = log(l) + (m - x[target])
 //   dx[v] = (exp(x[v] - m) / l - [v = target]) dloss
 //
+// Label smoothing e puts (1 - e) [v = target] + e / V in place of [v = target], and so in the loss
+// (1 - e) x[target] + e mean(x) in place of x[target].
+//
 // A block owns a row and reads it once with an online maximum and sum; the softmax is never stored.
 // m and l stay apart: lse = m + log(l) as one number would round away the digits of log(l) where
 // logits are large. In place, the row is read again while it is still in L2: two blocks of 1024
@@ -55,19 +58,39 @@ __device__ Softmax softmax_of(const T* row, int64_t V) {
   return block_sum(sum);
 }
 
+// The loss of a row, for all of its block; x_target was read before the row may change.
+template <class T>
+__device__ float loss_of(const LogitsRows& rows, const T* row, float x_target, Softmax softmax) {
+  const float own = logf(softmax.l) + (softmax.m - x_target);
+  if (rows.smoothing == 0) return own;  // of logits of -inf, 0 times the rest would be NaN
+  float sum = 0;
+  for_logits<kLanes<T>>(row, rows.V, [&](int64_t v, auto lanes) {
+    float x[lanes];
+    load(row + v, x);
+#pragma unroll
+    for (float each : x) sum += each;
+  });
+  const float all = logf(softmax.l) + (softmax.m - block_sum(sum) / rows.V);
+  const float e = rows.smoothing;
+  return (1 - e) * own + e * all;
+}
+
 // dx may take the place of x: a thread reads what it overwrites, and nothing else.
 template <class T>
-__device__ void store_gradient(const T* row, int64_t V, int64_t target, Softmax softmax,
-                               float dloss, T* drow) {
-  const float scale = 1 / softmax.l;
+__device__ void store_gradient(const LogitsRows& rows, const T* row, int64_t target,
+                               Softmax softmax, float dloss, T* drow) {
+  const int64_t V = rows.V;
+  const float e = rows.smoothing, everywhere = -e / V, scale = 1 / softmax.l;
   const auto store_lanes = [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
 #pragma unroll
-    for (float& each : x) each = exp2_fast(kLog2e * (each - softmax.m)) * scale;
+    for (float& each : x) {
+      each = fmaf(exp2_fast(kLog2e * (each - softmax.m)), scale, everywhere);
+    }
     if (target >= v && target < v + lanes) {
 #pragma unroll
-      for (int k = 0; k < lanes; ++k) x[k] -= k == target - v ? 1 : 0;
+      for (int k = 0; k < lanes; ++k) x[k] -= k == target - v ? 1 - e : 0;
     }
 #pragma unroll
     for (float& each : x) each *= dloss;
@@ -96,9 +119,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t n = blockIdx.x, target = rows.targets[n];
   const T* row = logits + n * rows.stride;
   const Softmax softmax = softmax_of(row, rows.V);
+  float loss = 0;
+  if (target != rows.ignore_index) loss = loss_of(rows, row, widen(row[target]), softmax);
   if (threadIdx.x > 0) return;
-  const bool counts = target != rows.ignore_index;
-  losses[n] = counts ? logf(softmax.l) + (softmax.m - widen(row[target])) : 0;
+  losses[n] = loss;
   stats[n] = softmax.m;
   stats[rows.N + n] = softmax.l;
 }
@@ -115,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (target == rows.ignore_index) {
     store_zeros(drow, rows.V);
   } else {
-    store_gradient(logits + n * rows.stride, rows.V, target, {stats[n], stats[rows.N + n]},
+    store_gradient(rows, logits + n * rows.stride, target, {stats[n], stats[rows.N + n]},
                    dlosses[n], drow);
   }
 }
@@ -134,8 +158,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   const float x_target = widen(row[target]);
   const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
-  if (threadIdx.x == 0) losses[n] = logf(softmax.l) + (softmax.m - x_target);
-  store_gradient(row, rows.V, target, softmax, 1, row);
+  const float loss = loss_of(rows, row, x_target, softmax);
+  if (threadIdx.x == 0) losses[n] = loss;
+  store_gradient(rows, row, target, softmax, 1, row);
   store_zeros(row + rows.V, V_padded - rows.V);
 }
 

@@ -42,14 +42,15 @@ template <class T>
 void bias_gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
                    void* partial, int64_t N, int64_t C, const Executor&);
 
-template <class T>
+// R is T, or float: the mixed form.
+template <class T, class R>
 void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias,
                     double eps, void* y, void* s, void* stats, int64_t N, int64_t C,
                     const Executor&);
-template <class T>
-void layer_norm_bwd(const void* dy, const void* ds, const void* x, const void* weight,
-                    const void* stats, void* dx, void* dparams, void* partial, int64_t N, int64_t C,
-                    const Executor&);
+template <class T, class R>
+void layer_norm_bwd(const void* dy, const void* ds, const void* s, const void* weight,
+                    const void* stats, void* dx, void* dresidual, void* dparams, void* partial,
+                    int64_t N, int64_t C, const Executor&);
 
 template <class T>
 void cross_entropy_fwd(const LogitsRows&, const void* logits, void* losses, void* stats,

@@ -17,7 +17,10 @@
 // A block sums its share of the rows in registers and leaves one row of `partial`.
 //
 //   N rows   C features   TEAM threads that share a row   L columns that a thread moves at once
+//   T the branch: x, y, their gradients   R the residual, s and their gradients: T, or float where
+//   autocast keeps the stream in float32
 #include <algorithm>
+#include <type_traits>
 
 #include "partial.cuh"
 #include "reduce.cuh"
@@ -59,9 +62,9 @@ void with_plan(int64_t C, const F& f) {
 __host__ __device__ constexpr int fwd_blocks(int L) {
   return L > 1 ? 4 : 1;
 }
-template <class T>
+template <class R>
 __host__ __device__ constexpr int bwd_blocks(int held, int L) {
-  return L > 1 && held <= 24 && sizeof(T) < 4 ? 2 : 1;
+  return L > 1 && held <= 24 && sizeof(R) < 4 ? 2 : 1;
 }
 
 template <int TEAM, class A>
@@ -102,26 +105,33 @@ struct Row {
   }
 };
 
-template <class Plan, class T, int L>
+template <class Plan, class T, class R, int L>
 __global__ void __launch_bounds__(kThreads, fwd_blocks(L))
-    layer_norm_fwd_kernel(const T* x, const T* residual,           // (N, C); residual may be null
+    layer_norm_fwd_kernel(const T* x, const R* residual,           // (N, C); residual may be null
                           const float* weight, const float* bias,  // (C,)
-                          T* y, T* s,    // (N, C); s = x + residual, where there is one
+                          T* y, R* s,    // (N, C); s = x + residual, where there is one
                           float* stats,  // (2, N): mean, rstd
                           float eps, int64_t N, int64_t C) {
   const int64_t n = int64_t(blockIdx.x) * Plan::TEAMS + threadIdx.x / Plan::TEAM;
   if (n >= N) return;
-  Row<Plan, T, L> row;
-  row.memory = (residual ? s : x) + n * C;
+  constexpr bool kMixed = !std::is_same_v<T, R>;  // there is a residual then
+  Row<Plan, R, L> row;
+  row.memory = s + n * C;
+  if constexpr (!kMixed) {
+    if (!residual) row.memory = x + n * C;
+  }
   float sum = 0;
   for_columns<Plan, L>(C, [&](int i, int64_t c) {
-    Vec<T, L> stored = Vec<T, L>::load(x + n * C + c);
-    if (residual) {
+    const auto branch = Vec<T, L>::load(x + n * C + c);
+    Vec<R, L> stored;
+    if (kMixed || residual) {
       // The norm sees s as it is stored, so that the backward recomputes the same xhat.
-      const auto r = Vec<T, L>::load(residual + n * C + c);
+      const auto r = Vec<R, L>::load(residual + n * C + c);
 #pragma unroll
-      for (int k = 0; k < L; ++k) stored.x[k] = narrow<T>(widen(stored.x[k]) + widen(r.x[k]));
+      for (int k = 0; k < L; ++k) stored.x[k] = narrow<R>(widen(branch.x[k]) + widen(r.x[k]));
       stored.store(s + n * C + c);
+    } else if constexpr (!kMixed) {
+      stored = branch;
     }
 #pragma unroll
     for (int k = 0; k < L; ++k) sum += widen(stored.x[k]);
@@ -160,13 +170,13 @@ __global__ void __launch_bounds__(kThreads, fwd_blocks(L))
   }
 }
 
-template <class Plan, class T, int L>
-__global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
-    layer_norm_bwd_kernel(const T* dy, const T* ds,  // (N, C); ds may be null
-                          const T* x,                // (N, C): what the norm saw
+template <class Plan, class T, class R, int L>
+__global__ void __launch_bounds__(kThreads, bwd_blocks<R>(Plan::HELD, L))
+    layer_norm_bwd_kernel(const T* dy, const R* ds,  // (N, C); ds may be null
+                          const R* x,                // (N, C): what the norm saw
                           const float* weight,       // (C,)
                           const float* stats,        // (2, N): mean, rstd
-                          T* dx,                     // (N, C)
+                          T* dx, R* dresidual,       // (N, C); dresidual in the mixed form alone
                           float* partial,            // (blocks, 2, C)
                           int64_t N, int64_t C) {
   float dw[Plan::vectors(L)][L] = {}, db[Plan::vectors(L)][L] = {};
@@ -177,12 +187,13 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
     __builtin_assume(first < N);  // there are no more blocks than rows
   for (int64_t n = first; n < N; n += int64_t(gridDim.x) * Plan::TEAMS) {
     const float mean = stats[n], rstd = stats[N + n];
-    Row<Plan, T, L> x_row, dy_row;
+    Row<Plan, R, L> x_row;
+    Row<Plan, T, L> dy_row;
     x_row.memory = x + n * C;
     dy_row.memory = dy + n * C;
     if constexpr (Plan::HELD > 0) {
       for_columns<Plan, L>(C, [&](int i, int64_t c) {
-        x_row.held[i] = Vec<T, L>::load(x_row.memory + c);
+        x_row.held[i] = Vec<R, L>::load(x_row.memory + c);
         dy_row.held[i] = Vec<T, L>::load(dy_row.memory + c);
       });
     }
@@ -226,6 +237,7 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
         db[i][k] += d[k];
       }
       store(g, dx + n * C + c);
+      if constexpr (!std::is_same_v<T, R>) store(g, dresidual + n * C + c);
       if constexpr (Plan::HELD == 0) {
         store(dw[0], partial + c);
         store(db[0], partial + C + c);
@@ -265,52 +277,58 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<T>(Plan::HELD, L))
 
 }  // namespace
 
-template <class T>
+template <class T, class R>
 void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, const void* bias_,
                     double eps, void* y_, void* s_, void* stats_, int64_t N, int64_t C,
                     const Executor& on) {
-  const auto *x = static_cast<const T*>(x_), *residual = static_cast<const T*>(residual_);
+  const auto* x = static_cast<const T*>(x_);
+  const auto* residual = static_cast<const R*>(residual_);
   const auto *weight = static_cast<const float*>(weight_), *bias = static_cast<const float*>(bias_);
-  auto *y = static_cast<T*>(y_), *s = static_cast<T*>(s_);
+  auto* y = static_cast<T*>(y_);
+  auto* s = static_cast<R*>(s_);
   auto* stats = static_cast<float*>(stats_);
-  const bool aligned = are_aligned(x, residual, weight, bias, y, s) && C % kLanes<T> == 0;
+  const bool aligned = are_aligned(x, residual, weight, bias, y, s) && C % kLanes<R> == 0;
   with_plan(C, [&](auto plan) {
-    with_lanes<T>(aligned, [&](auto L) {
-      launch("layer_norm_fwd", layer_norm_fwd_kernel<decltype(plan), T, L>,
+    with_lanes<R>(aligned, [&](auto L) {
+      launch("layer_norm_fwd", layer_norm_fwd_kernel<decltype(plan), T, R, L>,
              cdiv<int64_t>(N, plan.TEAMS), kThreads, 0, on, x, residual, weight, bias, y, s, stats,
              float(eps), N, C);
     });
   });
 }
 
-template <class T>
-void layer_norm_bwd(const void* dy_, const void* ds_, const void* x_, const void* weight_,
-                    const void* stats_, void* dx_, void* dparams, void* partial_, int64_t N,
-                    int64_t C, const Executor& on) {
-  const auto *dy = static_cast<const T*>(dy_), *ds = static_cast<const T*>(ds_);
-  const auto* x = static_cast<const T*>(x_);
+template <class T, class R>
+void layer_norm_bwd(const void* dy_, const void* ds_, const void* s_, const void* weight_,
+                    const void* stats_, void* dx_, void* dresidual_, void* dparams, void* partial_,
+                    int64_t N, int64_t C, const Executor& on) {
+  const auto* dy = static_cast<const T*>(dy_);
+  const auto *ds = static_cast<const R*>(ds_), *x = static_cast<const R*>(s_);
   const auto *weight = static_cast<const float*>(weight_),
              *stats = static_cast<const float*>(stats_);
   auto* dx = static_cast<T*>(dx_);
+  auto* dresidual = static_cast<R*>(dresidual_);
   auto* partial = static_cast<float*>(partial_);
-  const bool aligned = are_aligned(dy, ds, x, weight, dx, partial) && C % kLanes<T> == 0;
+  const bool aligned = are_aligned(dy, ds, x, weight, dx, dresidual, partial) && C % kLanes<R> == 0;
   with_plan(C, [&](auto plan) {
     const int64_t blocks = std::min(kMaxPartial, cdiv<int64_t>(N, plan.TEAMS));
-    with_lanes<T>(aligned, [&](auto L) {
-      launch("layer_norm_bwd", layer_norm_bwd_kernel<decltype(plan), T, L>, blocks, kThreads, 0, on,
-             dy, ds, x, weight, stats, dx, partial, N, C);
+    with_lanes<R>(aligned, [&](auto L) {
+      launch("layer_norm_bwd", layer_norm_bwd_kernel<decltype(plan), T, R, L>, blocks, kThreads, 0,
+             on, dy, ds, x, weight, stats, dx, dresidual, partial, N, C);
     });
     sum_partial(partial, static_cast<float*>(dparams), blocks, 2 * C, on);
   });
 }
 
-#define GPT2_INSTANTIATE(T)                                                                        \
-  template void layer_norm_fwd<T>(const void*, const void*, const void*, const void*, double,      \
-                                  void*, void*, void*, int64_t, int64_t, const Executor&);         \
-  template void layer_norm_bwd<T>(const void*, const void*, const void*, const void*, const void*, \
-                                  void*, void*, void*, int64_t, int64_t, const Executor&);
-GPT2_INSTANTIATE(float)
-GPT2_INSTANTIATE(bf16)
-GPT2_INSTANTIATE(f16)
+#define GPT2_INSTANTIATE(T, R)                                                                   \
+  template void layer_norm_fwd<T, R>(const void*, const void*, const void*, const void*, double, \
+                                     void*, void*, void*, int64_t, int64_t, const Executor&);    \
+  template void layer_norm_bwd<T, R>(const void*, const void*, const void*, const void*,         \
+                                     const void*, void*, void*, void*, void*, int64_t, int64_t,  \
+                                     const Executor&);
+GPT2_INSTANTIATE(float, float)
+GPT2_INSTANTIATE(bf16, bf16)
+GPT2_INSTANTIATE(bf16, float)
+GPT2_INSTANTIATE(f16, f16)
+GPT2_INSTANTIATE(f16, float)
 
 }  // namespace gpt2::cuda

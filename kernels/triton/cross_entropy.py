@@ -4,6 +4,9 @@
     loss  = log(l) + (m - x[target])
     dx[v] = (exp(x[v] - m) / l - [v = target]) dloss
 
+Label smoothing e puts (1 - e) [v = target] + e / V in place of [v = target], and so in the loss
+(1 - e) x[target] + e mean(x) in place of x[target].
+
 One program owns a row, reads it once with an online maximum and sum, and keeps these two numbers;
 the softmax is never stored. lse = m + log(l) as one number would round away the digits of log(l)
 where logits are large. The in-place form overwrites the row with its gradient while it is still in
@@ -26,10 +29,10 @@ def _cross_entropy_fwd_kernel(
     targets_ptr,                       # (N,), int64
     losses_ptr,                        # (N,), float32; 0 where the target is ignored
     m_ptr, l_ptr,                      # (N,), float32, out
-    stride_row, V, V_padded, ignore_index,
-    BLOCK_V: tl.constexpr, GRAD: tl.constexpr,
+    stride_row, V, V_padded, ignore_index, smoothing,
+    BLOCK_V: tl.constexpr, GRAD: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """A row carries m = max x and l = sum exp(x - m) across its blocks."""
+    """A row carries m = max x and l = sum exp(x - m) across its blocks; to smooth, sum x too."""
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
     target = tl.load(targets_ptr + row)
@@ -37,6 +40,7 @@ def _cross_entropy_fwd_kernel(
 
     m = NEG_INF
     l = 0.0
+    total = 0.0
     for start in range(0, V, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + offs, mask=offs < V, other=NEG_INF).to(tl.float32)
@@ -44,17 +48,23 @@ def _cross_entropy_fwd_kernel(
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)  # a block of -inf so far: exp gives 0
         l = l * tl.exp2((m - shift) * LOG2E) + tl.sum(tl.exp2((x - shift) * LOG2E), axis=0)
         m = m_new
+        if SMOOTH:
+            total += tl.sum(tl.where(offs < V, x, 0.0), axis=0)
     x_target = tl.load(logits_ptr + target, mask=counts, other=0.0).to(tl.float32)
     tl.store(m_ptr + row, m)
     tl.store(l_ptr + row, l)
-    tl.store(losses_ptr + row, tl.where(counts, tl.log2(l) * LN2 + (m - x_target), 0.0))
+    loss = tl.log2(l) * LN2 + (m - x_target)
+    if SMOOTH:
+        loss = (1.0 - smoothing) * loss + smoothing * (tl.log2(l) * LN2 + (m - total / V))
+    tl.store(losses_ptr + row, tl.where(counts, loss, 0.0))
 
     if GRAD:
         # Every lane reads its logits before it overwrites them; the barrier keeps the store from
         # passing another lane's read of x[target].
         tl.debug_barrier()
         _store_gradient(
-            logits_ptr, logits_ptr, target, counts, m, l, 1.0, V, V_padded, BLOCK_V
+            logits_ptr, logits_ptr, target, counts, m, l, 1.0, V, V_padded, smoothing,
+            BLOCK_V, SMOOTH,
         )  # fmt: skip
 
 
@@ -64,8 +74,8 @@ def _cross_entropy_bwd_kernel(
     logits_ptr,                        # (N, V), contiguous in V
     targets_ptr, m_ptr, l_ptr,         # (N,)
     dlogits_ptr,                       # (N, V), contiguous in V; may be logits_ptr
-    stride_row, stride_drow, V, ignore_index,
-    BLOCK_V: tl.constexpr,
+    stride_row, stride_drow, V, ignore_index, smoothing,
+    BLOCK_V: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -74,67 +84,73 @@ def _cross_entropy_bwd_kernel(
     dloss = tl.load(dlosses_ptr + row * stride_dlosses)
     _store_gradient(
         logits_ptr + row * stride_row, dlogits_ptr + row * stride_drow,
-        target, target != ignore_index, m, l, dloss, V, V, BLOCK_V,
+        target, target != ignore_index, m, l, dloss, V, V, smoothing, BLOCK_V, SMOOTH,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_gradient(
-    logits_ptr, dlogits_ptr, target, counts, m, l, dloss, V, V_padded, BLOCK_V: tl.constexpr
-):
+    logits_ptr, dlogits_ptr, target, counts, m, l, dloss, V, V_padded, smoothing,
+    BLOCK_V: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
     """dx = (softmax - onehot) dloss, 0 in an ignored row and in the columns that pad V."""
     scale = 1.0 / l
     for start in range(0, V_padded, BLOCK_V):
         offs = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + offs, mask=offs < V, other=NEG_INF).to(tl.float32)
         p = tl.exp2((x - m) * LOG2E) * scale
-        dx = tl.where(offs == target, p - 1.0, p) * dloss
+        if SMOOTH:
+            p -= smoothing / V
+            dx = tl.where(offs == target, p - (1.0 - smoothing), p) * dloss
+        else:
+            dx = tl.where(offs == target, p - 1.0, p) * dloss
         dx = tl.where(counts & (offs < V), dx, 0.0)
         tl.store(dlogits_ptr + offs, dx.to(dlogits_ptr.dtype.element_ty), mask=offs < V_padded)
 
 
-def cross_entropy_fwd(logits, targets, ignore_index):
+def cross_entropy_fwd(logits, targets, ignore_index, smoothing):
     """losses (N,) and stats (2, N), m and l, float32; logits (N, V), targets (N,)."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    return _forward(logits, targets, ignore_index, logits.shape[1], grad=False)
+    return _forward(logits, targets, ignore_index, smoothing, logits.shape[1], grad=False)
 
 
-def cross_entropy_fwd_bwd_(logits, targets, ignore_index, V):
+def cross_entropy_fwd_bwd_(logits, targets, ignore_index, smoothing, V):
     """losses (N,) float32; overwrites logits (N, V_padded) with d losses / d logits, 0 beyond V."""
-    return _forward(logits, targets, ignore_index, V, grad=True)[0]
+    return _forward(logits, targets, ignore_index, smoothing, V, grad=True)[0]
 
 
-def cross_entropy_bwd(dlosses, logits, targets, stats, ignore_index):
+def cross_entropy_bwd(dlosses, logits, targets, stats, ignore_index, smoothing):
     """dlogits (N, V), contiguous."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return _backward(dlosses, logits, targets, stats, ignore_index, dlogits)
+    return _backward(dlosses, logits, targets, stats, ignore_index, smoothing, dlogits)
 
 
-def cross_entropy_bwd_(dlosses, logits, targets, stats, ignore_index):
+def cross_entropy_bwd_(dlosses, logits, targets, stats, ignore_index, smoothing):
     """The same, written over logits."""
-    _backward(dlosses, logits, targets, stats, ignore_index, logits)
+    _backward(dlosses, logits, targets, stats, ignore_index, smoothing, logits)
 
 
-def _forward(logits, targets, ignore_index, V, grad):
+def _forward(logits, targets, ignore_index, smoothing, V, grad):
     N = logits.shape[0]
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     stats = torch.empty((2, N), dtype=torch.float32, device=logits.device)
     if N > 0:
         _cross_entropy_fwd_kernel[(N,)](
             logits, targets, losses, *stats,
-            logits.stride(0), V, logits.shape[1], ignore_index,
-            GRAD=grad, **cross_entropy_config("fwd_bwd" if grad else "fwd")._asdict(),
+            logits.stride(0), V, logits.shape[1], ignore_index, smoothing,
+            GRAD=grad, SMOOTH=smoothing > 0,
+            **cross_entropy_config("fwd_bwd" if grad or smoothing else "fwd")._asdict(),
         )  # fmt: skip
     return losses, stats
 
 
-def _backward(dlosses, logits, targets, stats, ignore_index, dlogits):
+def _backward(dlosses, logits, targets, stats, ignore_index, smoothing, dlogits):
     N, V = logits.shape
     if N > 0:
         _cross_entropy_bwd_kernel[(N,)](
             dlosses, dlosses.stride(0), logits, targets, *stats, dlogits,
-            logits.stride(0), dlogits.stride(0), V, ignore_index,
-            **cross_entropy_config("bwd")._asdict(),
+            logits.stride(0), dlogits.stride(0), V, ignore_index, smoothing,
+            SMOOTH=smoothing > 0, **cross_entropy_config("bwd")._asdict(),
         )  # fmt: skip
     return dlogits

@@ -65,12 +65,12 @@ def _layer_norm_bwd_kernel(
     x_ptr,                             # (N, C), what the norm saw
     weight_ptr,                        # (C,)
     mean_ptr, rstd_ptr,                # (N,), float32
-    dx_ptr,                            # (N, C), contiguous
+    dx_ptr, dresidual_ptr,             # (N, C), contiguous; dresidual only with MIXED
     dw_partial_ptr, db_partial_ptr,    # (programs, C), float32
     stride_dy, stride_ds, stride_x,
     N,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, ADD: tl.constexpr,
+    ROWS: tl.constexpr, ADD: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """With wdy = dy * weight,
 
@@ -97,6 +97,8 @@ def _layer_norm_bwd_kernel(
         if ADD:
             dx += load_rows(ds_ptr, offs_row, stride_ds, N, C, BLOCK_C, True).to(tl.float32)
         store_rows(dx_ptr, dx, offs_row, C, N, C, BLOCK_C)
+        if MIXED:
+            store_rows(dresidual_ptr, dx, offs_row, C, N, C, BLOCK_C)
         # dw, db
         dw += dy * xhat
         db += dy
@@ -119,10 +121,22 @@ def add_layer_norm_fwd(x, residual, weight, bias, eps):
 def layer_norm_bwd(dy, ds, x, weight, stats):
     """dx (..., C) contiguous, which also takes the residual's gradient ds where there is one, and
     (2, C) in weight's dtype: the gradients of weight and bias."""
+    return _backward(dy, ds, x, weight, stats, None)
+
+
+def mixed_layer_norm_bwd(dy, ds, s, weight, stats):
+    """For s = x + residual of another dtype than x: the same dx, in dy's dtype, and again as
+    dresidual, in s's; then the gradients of weight and bias."""
+    dresidual = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    dx, dparams = _backward(dy, ds, s, weight, stats, dresidual)
+    return dx, dresidual, dparams
+
+
+def _backward(dy, ds, x, weight, stats, dresidual):
     C = x.shape[-1]
     x2, dy2 = _matrix(x), _matrix(dy)
     ds2 = dy2 if ds is None else _matrix(ds)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     N = x2.shape[0]
     if N == 0:
         return dx, weight.new_zeros((2, C))
@@ -130,10 +144,10 @@ def layer_norm_bwd(dy, ds, x, weight, stats):
     programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), tile.per_sm)
     partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[(programs,)](
-        dy2, ds2, x2, weight, *stats, dx, *partial,
+        dy2, ds2, x2, weight, *stats, dx, dx if dresidual is None else dresidual, *partial,
         dy2.stride(0), ds2.stride(0), x2.stride(0), N,
         C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=ds is not None,
-        num_warps=tile.num_warps, **SUMS_ALIKE,
+        MIXED=dresidual is not None, num_warps=tile.num_warps, **SUMS_ALIKE,
     )  # fmt: skip
     return dx, partial.sum(1).to(weight.dtype)
 
@@ -143,7 +157,9 @@ def _forward(x, residual, weight, bias, eps):
     x2 = _matrix(x)
     residual2 = x2 if residual is None else _matrix(residual)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = y if residual is None else torch.empty_like(y)
+    s = y
+    if residual is not None:
+        s = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     N = x2.shape[0]
     stats = torch.empty((2, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
     if N > 0:

@@ -310,7 +310,7 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "layer_norm: 16 bytes at a time at any address", NORM,
-        "are_aligned(x, residual, weight, bias, y, s) && C % kLanes<T> == 0;",
+        "are_aligned(x, residual, weight, bias, y, s) && C % kLanes<R> == 0;",
         "C > 0;",
         "test_layer_norm.py::test_layer_norm[cuda-C17-N3-fp32-same]",
     ),
@@ -341,7 +341,7 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "cross_entropy: one-hot left out", LOSS,
-        "x[k] -= k == target - v ? 1 : 0;", "x[k] -= 0;",
+        "x[k] -= k == target - v ? 1 - e : 0;", "x[k] -= 0;",
         "test_cross_entropy.py::test_leading_shapes[cuda-(2, 3)]",
     ),
     Mutant(

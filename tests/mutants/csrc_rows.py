@@ -66,10 +66,23 @@ ROW_MUTANTS = [
     ),
     Mutant(
         "the residual is not normalised", NORM_H,
-        "normed = s + row * C;", "normed = x + row * C;",
+        "norm(s + row * C);", "norm(x + row * C);",
         "test_layer_norm.py::test_the_norm_sees_the_sum_as_it_is_stored[cpu-avx2]",
     ),
+    Mutant(
+        "the residual's gradient in 16 bits", NORM_H,
+        "if (dresidual != nullptr) store(g, dresidual + start + c, lanes);",
+        "if (dresidual != nullptr)"
+        " store(load<V>(dx + start + c, lanes), dresidual + start + c, lanes);",
+        "test_layer_norm.py::test_float32_stream_is_not_rounded[cpu-avx2-bf16]",
+    ),
     # cross_entropy
+    Mutant(
+        "smoothing without its constant", LOSS_H,
+        "off = V::set(-each * dloss)", "off = V::set(0)",
+        "test_cross_entropy.py::test_reductions_and_smoothing"
+        "[cpu-avx2-cross_entropy-V17-fp32-sum-0.1]",
+    ),
     Mutant(
         "sum not rescaled", LOSS_H,
         "l = l * exp_minus(V::set(m), V::set(top.max()));", "",
@@ -82,7 +95,8 @@ ROW_MUTANTS = [
     ),
     Mutant(
         "one-hot left out", LOSS_H,
-        "narrow((p - 1) * dloss, dx[target]);", "narrow(p * dloss, dx[target]);",
+        "narrow((p - (1 - e) - each) * dloss, dx[target]);",
+        "narrow((p - each) * dloss, dx[target]);",
         "test_cross_entropy.py::test_leading_shapes[cpu-avx2-(2, 3)]",
     ),
     Mutant(

@@ -9,6 +9,7 @@ from . import Mutant
 GENERATION = "gpt2/generation.py"
 CACHE = "gpt2/cache.py"
 QUANTIZE = "gpt2/quantize.py"
+MODULES = "gpt2/layers.py"
 LINEAR = "kernels/linear.py"
 LAYERS = "kernels/decode_layers.py"
 
@@ -258,12 +259,12 @@ GENERATION_MUTANTS = [
     ),
     # int8 weights
     Mutant(
-        "scales turned to bfloat16", QUANTIZE,
+        "scales turned to bfloat16", MODULES,
         "        self.scale = self.scale.float()\n", "",
         "test_generation.py::test_int8_model_is_near_and_keeps_its_scales",
     ),
     Mutant(
-        "biases lost", QUANTIZE,
+        "biases lost", MODULES,
         "self.bias = linear.bias",
         "self.bias = None if linear.bias is None else 0 * linear.bias",
         "test_generation.py::test_int8_model_is_near_and_keeps_its_scales",

@@ -11,6 +11,7 @@ PRODUCT = "kernels/product.py"
 AUTOGRAD = "kernels/autograd.py"
 DISPATCH = "kernels/dispatch.py"
 OPS = "kernels/ops.py"
+REFERENCE = "kernels/reference.py"
 
 KERNEL_MUTANTS = [
     # layer_norm
@@ -120,8 +121,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "loss of ignored rows kept", LOSS,
-        "tl.where(counts, tl.log2(l) * LN2 + (m - x_target), 0.0)",
-        "tl.log2(l) * LN2 + (m - x_target)",
+        "tl.where(counts, loss, 0.0)", "loss",
         "test_cross_entropy.py::test_ignore_index[triton--1]",
     ),
     Mutant(
@@ -162,9 +162,8 @@ KERNEL_MUTANTS = [
         "test_cross_entropy.py::test_gradient_in_place_of_the_logits[triton-fp32]",
     ),
     Mutant(
-        "mean over ignored targets too", OPS,
-        'return total if reduction == "sum" else total / (targets != ignore_index).sum()',
-        "return total / targets.numel()",
+        "mean over ignored targets too", AUTOGRAD,
+        "count = (targets != ignore_index).sum()", "count = (targets != ignore_index + 99).sum()",
         "test_cross_entropy.py::test_ignore_index[triton--1]",
     ),
     Mutant(
@@ -189,7 +188,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "saved gradient scaled in place", AUTOGRAD,
-        "dx = dx * dtotal if", "dx = dx.mul_(dtotal) if",
+        "dx = dx * scale if", "dx = dx.mul_(scale) if",
         "test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
     ),
     # the products of the model and of the head
@@ -251,14 +250,29 @@ KERNEL_MUTANTS = [
         "[triton-layer_norm]",
     ),
     Mutant(
-        "forward mode lost", AUTOGRAD,
-        "needed or forward_ad._current_level >= 0", "needed",
-        "test_dispatch.py::test_forward_mode_is_refused[triton]",
+        "forward mode lost", REFERENCE,
+        " or forward_ad._current_level >= 0", "",
+        "test_derivatives.py::test_transforms_of_torch_func[gelu]",
     ),
     Mutant(
-        "second derivative not refused", AUTOGRAD,
-        "    @once_differentiable\n    def backward(ctx, do):\n        *saved, seed",
-        "    def backward(ctx, do):\n        *saved, seed",
-        "test_attention.py::test_second_derivatives_are_refused[triton]",
+        "gradients without a graph", AUTOGRAD,
+        "return torch.is_grad_enabled() and not", "return False and not",
+        "test_derivatives.py::test_hessian_of_a_loss[triton]",
+    ),
+    Mutant(
+        "gradients through the history of another input", AUTOGRAD,
+        "inputs = [x.view_as(x) for x in inputs]", "inputs = list(inputs)",
+        "test_derivatives.py::test_second_derivatives[triton-causal_attention]",
+    ),
+    Mutant(
+        "one over no targets", AUTOGRAD,
+        "dloss / count.clamp(min=1)", "dloss / count",
+        "test_cross_entropy.py::test_no_target_counts[triton-3-mean-0.0]",
+    ),
+    Mutant(
+        "the residual's gradient in 16 bits", NORM,
+        "store_rows(dresidual_ptr, dx, offs_row",
+        "store_rows(dresidual_ptr, dx.to(tl.bfloat16), offs_row",
+        "test_layer_norm.py::test_float32_stream_is_not_rounded[triton-bf16]",
     ),
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Bugs to plant in transformers' GPT-2 on our kernels."""
 
 from . import Mutant
-from .kernels import OPS
+from .kernels import AUTOGRAD
 
 ATTENTION = "gpt2/transformers_attention.py"
 MODEL = "gpt2/transformers_model.py"
@@ -202,9 +202,10 @@ TRANSFORMERS_MUTANTS = [
         "test_transformers.py::test_the_number_of_items_reaches_the_loss",
     ),
     Mutant(
-        "a sum that is a mean", OPS,
-        'return total if reduction == "sum" else total /', "return total /",
-        "test_cross_entropy.py::test_the_sum_in_place_of_the_mean[cpu-some]",
+        "a sum that is a mean", AUTOGRAD,
+        'if reduction == "sum":', 'if reduction == "total":',
+        "test_cross_entropy.py::test_reductions_and_smoothing"
+        "[cpu-avx2-cross_entropy-V17-fp32-sum-0.0]",
     ),
     Mutant(
         "another activation taken for GELU", MODEL,

@@ -4,7 +4,7 @@ from . import Mutant
 
 ATTENTION = "kernels/triton/attention.py"
 LANG = "kernels/triton/lang.py"
-OPS = "kernels/ops.py"
+CHECKS = "kernels/checks.py"
 
 ATTENTION_MUTANTS = [
     # attention: which keys a query sees
@@ -190,7 +190,7 @@ ATTENTION_MUTANTS = [
         "test_dropout.py::test_dropout_masks_differ_by_seed_and_position[triton]",
     ),
     Mutant(
-        "seed not drawn", OPS,
+        "seed not drawn", CHECKS,
         "torch.randint(2**63 - 1, (1,), device=x.device)",
         "torch.zeros(1, dtype=torch.int64, device=x.device)",
         "test_dropout.py::test_dropout_masks_differ_by_seed_and_position[triton]",

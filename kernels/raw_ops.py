@@ -1,0 +1,321 @@
+"""The raw ops: one per pass of a kernel, as PyTorch sees it.
+
+Each is registered under torch.ops.gpt2_kernels, with a fake implementation, so that torch.compile,
+CUDA graphs and selective checkpointing see one opaque node. A raw op's last argument names the
+backend. No raw op has a gradient of its own: see autograd.py.
+
+    B batch   T time (Tq queries, Tk keys)   H heads   D head size
+    N rows   C features   V vocabulary
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import dispatch
+from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
+from .product import multiplies
+
+_library = torch.library.Library("gpt2_kernels", "DEF")
+raw = SimpleNamespace()  # the one overload of each op: a call need not look for it
+
+
+def _register(schema: str, run, fake) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=_library)
+    setattr(raw, name, getattr(torch.ops.gpt2_kernels, name).default)
+
+
+def _launcher(op: str, schema: str):
+    """Registers `schema`, run by the function of its name in the backend's module of `op`. The
+    decorated function is the fake implementation; its outputs must be contiguous."""
+    name = schema.partition("(")[0]
+
+    def run(*args):
+        *args, backend = args
+        return _on_device_of(args[0], getattr(dispatch.module(backend, op), name), *args)
+
+    def decorate(fake):
+        _register(schema, run, fake)
+        return fake
+
+    return decorate
+
+
+def _on_device_of(x: Tensor, launch, *args, **kwargs):
+    if not x.is_cuda:
+        return launch(*args, **kwargs)
+    with torch.cuda.device(x.device):
+        return launch(*args, **kwargs)
+
+
+def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape or x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """Of statistics and sums: float32, and float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---- attention
+
+
+@_launcher(
+    "attention",
+    "attention_fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor o, Tensor lse)",
+)
+def _(q, k, v, softmax_scale, dropout_p, seed, backend):
+    B, Tq, H, _ = q.shape
+    return _like(q), _like(q, B, H, Tq, dtype=_accumulator(q))
+
+
+@_launcher(
+    "attention",
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    "float softmax_scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _(do, q, k, v, o, lse, softmax_scale, dropout_p, seed, backend):
+    return _like(q), _like(k), _like(v)
+
+
+@_launcher(
+    "attention",
+    "attention_qkv_fwd(Tensor qkv, int n_head, float softmax_scale, float dropout_p, "
+    "Tensor? seed, str backend) -> (Tensor o, Tensor lse)",
+)
+def _(qkv, n_head, softmax_scale, dropout_p, seed, backend):
+    B, T, C3 = qkv.shape
+    return _like(qkv, B, T, C3 // 3), _like(qkv, B, n_head, T, dtype=_accumulator(qkv))
+
+
+@_launcher(
+    "attention",
+    "attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, int n_head, "
+    "float softmax_scale, float dropout_p, Tensor? seed, str backend) -> Tensor",
+)
+def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
+    return _like(qkv)
+
+
+# The weight is (N, K) of x's dtype, or with a scale int8, packed (linear.py). No gradient.
+@_launcher(
+    "gemv",
+    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
+)
+def _(x, weight, bias, scale, backend):
+    return _like(x, x.shape[0], weight.shape[0])
+
+
+# params and scales as csrc/cpu/ops_decode.cpp has them; kv is written to. No gradient.
+@_launcher(
+    "gemv",
+    "decode_layers(Tensor x, Tensor[] params, Tensor[] scales, Tensor norm, Tensor norm_bias, "
+    "Tensor(a!) kv, Tensor lengths, int n_head, float eps, str backend) -> Tensor",
+)
+def _(x, params, scales, norm, norm_bias, kv, lengths, n_head, eps, backend):
+    return _like(x)
+
+
+@_launcher(
+    "decode_attention",
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
+    "float softmax_scale, str backend) -> Tensor",
+)
+def _(q, k_cache, v_cache, lengths, softmax_scale, backend):
+    return _like(q)
+
+
+# ---- layer_norm
+
+
+def _stats(x: Tensor) -> Tensor:
+    return _like(x, 2, math.prod(x.shape[:-1]), dtype=_accumulator(x))  # mean, rstd
+
+
+@_launcher(
+    "layer_norm",
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, str backend)"
+    " -> (Tensor y, Tensor stats)",
+)
+def _(x, weight, bias, eps, backend):
+    return _like(x), _stats(x)
+
+
+@_launcher(
+    "layer_norm",
+    "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, "
+    "str backend) -> (Tensor y, Tensor s, Tensor stats)",
+)
+def _(x, residual, weight, bias, eps, backend):
+    return _like(x), _like(residual), _stats(x)
+
+
+@_launcher(
+    "layer_norm",
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor stats, str backend)"
+    " -> (Tensor dx, Tensor dparams)",
+)
+def _(dy, ds, x, weight, stats, backend):
+    return _like(x), _like(weight, 2, weight.numel())  # of weight and bias
+
+
+# x and residual have two dtypes, dy's and s's, and a gradient each.
+@_launcher(
+    "layer_norm",
+    "mixed_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor stats, "
+    "str backend) -> (Tensor dx, Tensor dresidual, Tensor dparams)",
+)
+def _(dy, ds, s, weight, stats, backend):
+    return _like(dy), _like(s), _like(weight, 2, weight.numel())
+
+
+# ---- gelu
+
+
+@_launcher("gelu", "gelu_fwd(Tensor x, str backend) -> Tensor")
+def _(x, backend):
+    return _like(x)
+
+
+@_launcher("gelu", "gelu_bwd(Tensor dy, Tensor x, str backend) -> Tensor")
+def _(dy, x, backend):
+    return _like(x)
+
+
+@_launcher("gelu", "bias_gelu_fwd(Tensor x, Tensor bias, str backend) -> Tensor")
+def _(x, bias, backend):
+    return _like(x)
+
+
+@_launcher(
+    "gelu",
+    "bias_gelu_bwd(Tensor dy, Tensor x, Tensor bias, str backend) -> (Tensor dx, Tensor dbias)",
+)
+def _(dy, x, bias, backend):
+    return _like(x), _like(bias)
+
+
+# ---- cross_entropy
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float smoothing, "
+    "str backend) -> (Tensor losses, Tensor stats)",
+)
+def _(logits, targets, ignore_index, smoothing, backend):
+    N, dtype = logits.shape[0], _accumulator(logits)
+    return _like(logits, N, dtype=dtype), _like(logits, 2, N, dtype=dtype)
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats, "
+    "int ignore_index, float smoothing, str backend) -> Tensor",
+)
+def _(dlosses, logits, targets, stats, ignore_index, smoothing, backend):
+    return _like(logits)
+
+
+@_launcher(
+    "cross_entropy",
+    "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor targets, Tensor stats, "
+    "int ignore_index, float smoothing, str backend) -> ()",
+)
+def _(dlosses, logits, targets, stats, ignore_index, smoothing, backend):
+    return None
+
+
+def _by_chunks(run):
+    """What serves a raw op of linear_cross_entropy.py: `run` with the backend's row kernel."""
+
+    def on_backend(x, weight, *args):
+        *args, backend = args
+        row_kernel = dispatch.module(backend, "cross_entropy")
+        if backend != "cpu":
+            return _on_device_of(x, run, row_kernel, x, weight, *args)
+        # Odd rows cost nothing there, and small products are slow.
+        wide = not multiplies(x.dtype, "cpu")  # see linear.py
+        operands = (x.float(), weight.to(x.dtype).float()) if wide else (x, weight)
+        *losses, dx, dweight = run(row_kernel, *operands, *args, align=1, tile=128)
+        return *losses, dx.to(x.dtype), dweight
+
+    return on_backend
+
+
+def _linear_gradients(x, weight, need_dx, need_dweight):
+    N, (V, C) = x.shape[0], weight.shape
+    dweight = _like(x, V if need_dweight else 0, C, dtype=_accumulator(x))
+    return _like(x, N if need_dx else 0, C), dweight
+
+
+def _linear_fwd_fake(x, weight, targets, ignore_index, smoothing, need_dx, need_dweight, backend):
+    losses = _like(x, x.shape[0], dtype=_accumulator(x))
+    return losses, *_linear_gradients(x, weight, need_dx, need_dweight)
+
+
+def _linear_bwd_fake(
+    x, weight, dlosses, targets, ignore_index, smoothing, need_dx, need_dweight, backend
+):
+    return _linear_gradients(x, weight, need_dx, need_dweight)
+
+
+linear_fwd = _by_chunks(linear_cross_entropy_fwd)
+_register(
+    "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, int ignore_index, "
+    "float smoothing, bool need_dx, bool need_dweight, str backend)"
+    " -> (Tensor losses, Tensor dx, Tensor dweight)",
+    linear_fwd,
+    _linear_fwd_fake,
+)
+_register(
+    "linear_cross_entropy_bwd(Tensor x, Tensor weight, Tensor dlosses, Tensor targets, "
+    "int ignore_index, float smoothing, bool need_dx, bool need_dweight, str backend)"
+    " -> (Tensor dx, Tensor dweight)",
+    _by_chunks(linear_cross_entropy_bwd),
+    _linear_bwd_fake,
+)
+
+
+# ---- token ids
+
+
+def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
+    """Raises ValueError with the first id outside [0, size) that is not ignore_index; ids without
+    values pass."""
+    if _has_no_values(ids):
+        return
+    bad = (ids < 0) | (ids >= size)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        raise ValueError(f"{name} must lie in [0, {size}), got {ids[bad][0].item()}")
+
+
+def _has_no_values(ids: Tensor) -> bool:
+    """Whether nobody can read ids now: shapes alone, a batch inside vmap, or a graph's capture."""
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    if ids.is_meta or isinstance(ids, FakeTensor):
+        return True
+    return torch._C._functorch.is_functorch_wrapped_tensor(ids)
+
+
+def _checked_copy(ids, name, size, ignore_index):
+    look_at_ids(ids, name, size, ignore_index)
+    return ids.clone()
+
+
+_register(
+    "check_ids(Tensor ids, str name, int size, int? ignore_index) -> Tensor",
+    _checked_copy,
+    lambda ids, *args: torch.empty_like(ids),
+)
