@@ -10,7 +10,10 @@ class InputError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """Training met a loss or a gradient that is not finite, and stopped before using it."""
+    """A loss, a gradient or the logits of a step are not finite: stopped before using them.
+
+    The command line prints it as one line and exits with code 1.
+    """
 
 
 def brief(thing: object) -> str:

@@ -9,9 +9,7 @@ be kept, and a token costs a run over block_size tokens.
     B sequences   T tokens   V vocabulary
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,88 +18,9 @@ from . import kernels
 from .cache import Cache, Decode, Prefill
 from .layers import Int8Linear, is_hooked, is_stock
 from .model import MLP, Attention, Block
+from .picking import DEFAULT, Sampling, Uniform, Watch, seeds_of
 
 CHUNK = 16384  # tokens of a prefill that are in the model at a time: bounds its memory
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen. temperature 0 is greedy; top_k leaves the k likeliest; top_p then the
-    likeliest up to the first that brings their sum to p. Raises ValueError, naming the field."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self):
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-
-    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """One token id per row: logits (B, V), uniform (B,) in [0, 1), to (B,) int64.
-
-        The token at which the sum of probabilities, likeliest first where they are cut, else in
-        the order of ids, passes `uniform`: a row's choice depends on nothing but the row.
-        """
-        if self.temperature == 0.0:
-            return logits.max(dim=-1).indices  # argmax of 16 bits: four times as long on a CPU
-        logits, ids = logits.float() / self.temperature, None
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            logits, ids = logits.topk(self.top_k)
-        elif self.top_p is not None:
-            logits, ids = logits.sort(dim=-1, descending=True)
-        probs = logits.double().softmax(dim=-1)
-        total = probs.cumsum(dim=-1)
-        if self.top_p is not None:
-            probs = probs.masked_fill(total - probs >= self.top_p, 0.0)
-            total = probs.cumsum(dim=-1)
-        # The first whose total exceeds it, so one of probability 0 never
-        choice = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True)
-        choice = choice.clamp_(max=logits.shape[-1] - 1)
-        return (choice if ids is None else ids.gather(1, choice))[:, 0]
-
-
-DEFAULT = Sampling()
-
-
-class Uniform:
-    """Numbers in [0, 1) for each sequence, from its own seed alone: on any device, in any batch."""
-
-    DRAWN = 256  # at a time
-
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.device, self.drawn, self.used = device, None, self.DRAWN
-
-    def __call__(self) -> Tensor:
-        """The next number of each: (B,) float64, with 24 bits, so that times a sum is below it."""
-        if self.used == self.DRAWN:
-            drawn = [torch.rand(self.DRAWN, generator=g) for g in self.generators]
-            self.drawn, self.used = torch.stack(drawn).double().to(self.device), 0
-        self.used += 1
-        return self.drawn[:, self.used - 1]
-
-
-def seeds_of(prompts: Sequence[Sequence[int]], seed: int | None) -> list[int]:
-    """A seed for each prompt: `seed`, and one more for each equal prompt before it in the batch.
-
-    So a prompt's text depends on the seed alone, whatever else is in the batch, and several of the
-    same prompt differ. None draws one from PyTorch's generator.
-    """
-    if seed is None:
-        seed = int(torch.randint(2**62, ()))
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
-    before: dict[tuple, int] = {}
-    seeds = []
-    for prompt in map(tuple, prompts):
-        before[prompt] = before.get(prompt, -1) + 1
-        seeds.append((seed + before[prompt]) % 2**63)
-    return seeds
 
 
 class Rows:
@@ -280,6 +199,10 @@ def tokens(
     seed gives the same tokens whatever else is in the batch, as far as the model's own products do:
     a matrix product may round differently in a batch. Raises ValueError, naming the argument,
     before anything is computed.
+
+    Logits that are NaN, +inf, or -inf alone choose no token: NonFiniteError names the step. It
+    comes in place of the step's tokens. On a GPU, which must not be waited for, such a sequence
+    gives -2 (picking.NO_TOKEN), and the error comes with the next step or at the end.
     """
     if not prompts or not all(len(p) for p in prompts):
         raise ValueError(f"prompts must be lists of at least one token, got {prompts!r}")
@@ -297,7 +220,7 @@ def tokens(
 @torch.no_grad()
 def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop, ended):
     device = model.transformer["wte"].weight.device
-    rows, uniform = Rows(prompts, device), Uniform(seeds, device)
+    rows, uniform, watch = Rows(prompts, device), Uniform(seeds, device), Watch(device)
     room = min(model.config.block_size, rows.longest + max_new_tokens)
     cached = None
     if model.fast and rows.longest <= room:
@@ -306,25 +229,25 @@ def _tokens(model, prompts, max_new_tokens, sampling, seeds, stop, ended):
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
+        for step in range(1, max_new_tokens + 1):
             if cached is not None and rows.longest <= room:
                 logits = cached.logits()
             else:
                 logits = recomputed(model, rows)
-            token = sampling.pick(logits, uniform())
+            token = sampling.choose(logits, uniform())
             if not all(growing):
                 finished = token.new_tensor([not grows for grows in growing], dtype=torch.bool)
-                yield token.masked_fill(finished, -1)
-                token = token.masked_fill(finished, 0)
-            else:
-                yield token
-            rows.append(token, growing)
+                token = token.masked_fill(finished, -1)
+            watch.see(token, step)
+            yield token
+            rows.append(token.clamp(min=0), growing)  # below 0 are no ids
             if stop:
                 met = [t in stop for t in token.tolist()]
                 growing = [g and not m for g, m in zip(growing, met, strict=True)]
             if ended is not None:
                 growing = [g and not e for g, e in zip(growing, ended(), strict=True)]
             if not any(growing):
-                return
+                break
+        watch.finish()
     finally:
         model.train(was_training)

@@ -9,6 +9,7 @@ the same windows, `<|endoftext|>` for an empty context, contexts cut on the left
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,9 +23,9 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
-from . import generation, sampling
-from .errors import InputError
-from .evaluate import Window, score_all
+from . import generation, picking, sampling
+from .errors import InputError, NonFiniteError
+from .evaluate import Scores, Window, score_all
 from .generation import Sampling
 from .machine import pick_device, pick_dtype
 from .model import Model
@@ -115,7 +116,7 @@ class KernelsLM(TemplateLM):
         with _bar(windows, disable_tqdm) as bar:
             scores = score_all(self.model, windows, self.batch_size, bar.update)
         for i, found in zip(owners, scores, strict=True):
-            results[i] -= found.losses.sum().item()
+            results[i] += _log_p(found)
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
         return results
@@ -135,7 +136,7 @@ class KernelsLM(TemplateLM):
             windows.append(Window(ids, len(continuation)))
         with _bar(windows, disable_tqdm) as bar:
             scores = score_all(self.model, windows, self.batch_size, bar.update)
-        results = [(-s.losses.sum().item(), bool(s.greedy.all())) for s in scores]
+        results = [(_log_p(s), bool(s.greedy.all())) for s in scores]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -175,8 +176,11 @@ class KernelsLM(TemplateLM):
             return [any(stop in text for stop in until if stop) for text in texts]
 
         stop = () if self.text.eot is None else (self.text.eot,)
-        for step in generation.tokens(self.model, prompts, n, how, stop=stop, ended=ended):
-            for row, token in zip(ids, step.tolist(), strict=True):
+        steps = generation.tokens(self.model, prompts, n, how, stop=stop, ended=ended)
+        for number, step in enumerate(steps, 1):
+            step = step.tolist()
+            picking.check_step(step, number)
+            for row, token in zip(ids, step, strict=True):
                 if token >= 0 and token != self.text.eot:
                     row.append(token)
         return [postprocess_generated_text(self.tok_decode(row), until, None) for row in ids]
@@ -187,6 +191,14 @@ def _present(device: str | None) -> str:
     if device == "cuda:0" and not torch.cuda.is_available():
         return "auto"
     return device or "auto"
+
+
+def _log_p(scores: Scores) -> float:
+    """Of all scored tokens together. Raises NonFiniteError where it is no finite number."""
+    log_p = -scores.losses.sum().item()
+    if not math.isfinite(log_p):
+        raise NonFiniteError(f"the log-probability of a continuation is {log_p}")
+    return log_p
 
 
 def _sampling(options: dict) -> Sampling:

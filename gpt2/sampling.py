@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import convert, files, generation, weights
+from . import convert, files, generation, picking, weights
 from . import tokenizer as tokenizers
 from .errors import InputError, brief
 from .generation import Sampling
@@ -63,7 +63,7 @@ def complete(
     The text after a prompt depends on it and the seed alone (generation.tokens says how far); equal
     prompts differ. An empty prompt starts a document. speed hears of each batch's steps. Raises
     InputError for a prompt that the tokenizer cannot encode and for an empty stop string, before
-    anything is sampled.
+    anything is sampled, and NonFiniteError, naming the step, for logits that choose no token.
     """
     if not all(stop):
         raise InputError("stop must be strings of at least one character, got an empty one")
@@ -116,6 +116,7 @@ def _timed(steps, model, texts, lengths, speed) -> Iterator[list[int]]:
     start = time.perf_counter()
     for n, step in enumerate(steps):
         step = step.tolist()  # waits for the device
+        picking.check_step(step, n + 1)
         if speed is not None and n:
             seen = [length + n for length, t in zip(lengths, texts, strict=True) if not t.finish]
             speed.steps += 1
