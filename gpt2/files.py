@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import lock
 from .errors import InputError
 
 _MARK = ".tmp-"
@@ -56,7 +57,7 @@ def sweep(folder: str | Path) -> None:
 def check_new_folder(name: str, folder: str | Path) -> None:
     """Raises InputError unless folder is new or empty, and can be made as far as one can see."""
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != lock.FILE for path in folder.iterdir()):
         raise InputError(f"{name} must be a new or empty folder, got {str(folder)!r}")
     _check_writable(name, folder)
 

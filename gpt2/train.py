@@ -7,6 +7,7 @@ computed without the stop, bit for bit.
 
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, files, finetune, optim, report, sampling
+from . import checkpoint, data, files, finetune, lock, optim, report, sampling
 from . import tokenizer as tokenizers
 from .config import Config
 from .errors import InputError, NonFiniteError, brief
@@ -36,8 +37,10 @@ CONFIG, METRICS, PLOT = "config.json", "metrics.jsonl", "loss.png"  # in the fol
 def train(options: TrainConfig) -> int:
     """A new run; the exit code is 0, or 128 and the number of the signal that stopped it.
 
-    Raises InputError, with nothing written, where the options cannot make a run.
+    Raises InputError, with nothing written, where the options cannot make a run, and where another
+    process trains in the folder.
     """
+    _check_alone()
     folder = Path(options.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     files.check_new_folder("out", folder)
     start = None if options.init is None else finetune.start(options)
@@ -45,27 +48,58 @@ def train(options: TrainConfig) -> int:
     if start is not None:
         trainer.start_from(start)
     files.make_folder("out", folder)
-    files.write_atomic(folder / tokenizers.FILE, trainer.corpus.tokenizer.to_json())
-    return trainer.run(folder)
+    with lock.held("out", folder):
+        files.check_new_folder("out", folder)  # again: another process may have been faster
+        files.write_atomic(folder / tokenizers.FILE, trainer.corpus.tokenizer.to_json())
+        return trainer.run(folder)
 
 
 def resume(folder: str | Path, **changes: Any) -> int:
     """Goes on with the run in folder, with some options changed; the exit code is that of train.
 
     Raises InputError, with nothing written, where folder does not hold a run, where its data are
-    no longer the same, and for a change that would make it another run.
+    no longer the same, for a change that would make it another run, and where another process
+    trains in the folder.
     """
+    _check_alone()
     folder = Path(folder)
     for name in FIXED & set(changes):
         raise InputError(f"{name} cannot change where a run goes on, got {changes[name]!r}")
     options = _read_options(folder / CONFIG)
+    lock.check_free("resume", folder)
+    before = _state_of(folder)
     _, progress = checkpoint.read(folder / checkpoint.FILE)
     options = replace(options, **changes)
     tokenizer = tokenizers.load(folder / tokenizers.FILE, options.tokenizer_dir)
     trainer = Trainer(options, tokenizer)
     trainer.load(folder / checkpoint.FILE, progress)
-    files.sweep(folder)
-    return trainer.run(folder)
+    with lock.held("resume", folder):
+        if _state_of(folder) != before:
+            raise InputError(
+                f"resume must be a folder that no other process trains in, got {str(folder)!r}, "
+                f"whose checkpoint has just been replaced"
+            )
+        files.sweep(folder)
+        return trainer.run(folder)
+
+
+def _check_alone() -> None:
+    """Raises InputError under torchrun: each of its processes would train the same run."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdecimal() and int(size) > 1:
+        raise InputError(
+            f"WORLD_SIZE must be 1 or absent, training runs in one process (start it without "
+            f"torchrun), got {size}"
+        )
+
+
+def _state_of(folder: Path) -> tuple[int, int] | None:
+    """What changes with every checkpoint that is written; None without one."""
+    try:
+        found = (folder / checkpoint.FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class Trainer:

@@ -1,0 +1,109 @@
+"""One process at a time writes the folder of a run.
+
+The lock is the system's own (flock) on the file .lock in the folder. It ends with the process that
+holds it, whatever ends that: a .lock that a killed process left behind locks nothing.
+"""
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import InputError, brief
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None
+
+FILE = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_said: set[str] = set()
+
+
+@contextmanager
+def held(name: str, folder: str | Path) -> Iterator[None]:
+    """Locks an existing folder inside the with block.
+
+    Raises InputError, beginning with name, where another process has it, or where the folder cannot
+    be written. A file system without locks is used without one, after one line on stderr.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder) / FILE
+    handle = _locked(name, path)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is ours: see _is_still
+        os.close(handle)
+
+
+def check_free(name: str, folder: str | Path) -> None:
+    """Raises InputError as held does, where another process has the folder now. Writes nothing."""
+    path = Path(folder) / FILE
+    if fcntl is None or not path.is_file():
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # it has just been removed, or held will say what is wrong
+    try:
+        _lock(name, path, handle, fcntl.LOCK_SH)
+    finally:
+        os.close(handle)
+
+
+def _locked(name: str, path: Path) -> int:
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as e:
+            raise InputError(
+                f"{name} must be a folder that can be written, got {str(path.parent)!r} "
+                f"({e.strerror})"
+            ) from e
+        try:
+            _lock(name, path, handle, fcntl.LOCK_EX)
+            if _is_still(path, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _is_still(path: Path, handle: int) -> bool:
+    """Whether path is the file that was locked, not another one: its last holder removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(name: str, path: Path, handle: int, how: int) -> None:
+    folder = str(path.parent)
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = brief(os.pread(handle, 100, 0).decode(errors="replace")) or "that is not known"
+        raise InputError(
+            f"{name} must be a folder that no other process trains in, got {folder!r}, "
+            f"which process {holder} has"
+        ) from None
+    except OSError as e:
+        if e.errno not in _NO_LOCKS:
+            raise
+        if folder not in _said:
+            _said.add(folder)
+            print(
+                f"gpt2: {folder!r} cannot be locked ({e.strerror}): let one process alone train "
+                f"in it",
+                file=sys.stderr,
+            )

@@ -1,0 +1,206 @@
+"""Two processes never write one run: the second is refused in one line, and a dead one locks
+nothing."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from test_train import TEXT, Trainer, options, rows
+
+from gpt2 import checkpoint, files, lock
+from gpt2.cli import main
+from gpt2.errors import InputError
+from gpt2.train import resume, train
+
+pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="needs Linux or macOS")
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_step(monkeypatch, step, act):
+    """act() happens in the midst of that step, while its process has the lock."""
+    original, done = Trainer.train_step, []
+
+    def train_step(trainer):
+        if trainer.step == step and not done:
+            done.append(step)
+            act()
+        return original(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    return done
+
+
+def test_a_second_resume_is_refused(text, tmp_path, monkeypatch, capsys):
+    """Two of them took turns in writing one checkpoint, and lost steps without a word."""
+    folder = tmp_path / "run"
+    train(options(text, out=str(folder), sample_tokens=0))
+
+    def second():
+        before = contents(folder)
+        capsys.readouterr()
+        assert main(["train", "--resume", str(folder), "--steps", "30"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (
+            f"gpt2: error: resume must be a folder that no other process trains in, got "
+            f"{str(folder)!r}, which process {os.getpid()} on {lock.socket.gethostname()} has"
+        )
+        with pytest.raises(InputError, match="out must be a new or empty folder"):
+            train(options(text, out=str(folder)))
+        assert main(["sample", str(folder), "--max-new-tokens", "2"]) == 0, "reading is free"
+        assert contents(folder) == before
+
+    done = in_step(monkeypatch, 13, second)
+    assert resume(folder, steps=14) == 0 and done
+    assert not (folder / lock.FILE).exists()
+    assert resume(folder, steps=15) == 0
+
+
+def test_a_resume_that_comes_while_the_first_loads_is_refused(text, tmp_path, monkeypatch):
+    """Both have read step 12; the first goes on, and is done before the second has the lock."""
+    folder = tmp_path / "run"
+    train(options(text, out=str(folder), sample_tokens=0))
+    load, first = Trainer.load, []
+
+    def slow_load(trainer, *args):
+        load(trainer, *args)
+        if not first:
+            first.append(True)
+            assert resume(folder, steps=13) == 0
+
+    monkeypatch.setattr(Trainer, "load", slow_load)
+    with pytest.raises(InputError, match=r"resume must be .* whose checkpoint has just been repl"):
+        resume(folder, steps=20)
+    assert checkpoint.read(folder / checkpoint.FILE)[1]["step"] == 13
+    assert rows(folder)[-1]["step"] == 13
+
+
+@pytest.mark.parametrize("still", [True, False], ids=["runs", "has-finished"])
+def test_two_new_runs_into_one_folder(still, text, tmp_path, monkeypatch):
+    """Both found it new; the second must write nothing into what the first has begun."""
+    folder, build, seen = tmp_path / "run", Trainer.__init__, {}
+
+    def slow_build(trainer, *args):
+        build(trainer, *args)
+        monkeypatch.setattr(Trainer, "__init__", build)
+        if still:
+            folder.mkdir()
+            seen["lock"] = lock.held("out", folder)
+            seen["lock"].__enter__()
+            (folder / "config.json").write_text("the first's")
+        else:
+            train(options(text, out=str(folder), sample_tokens=0))
+        seen["files"] = contents(folder)
+
+    monkeypatch.setattr(Trainer, "__init__", slow_build)
+    message = "no other process trains in" if still else "out must be a new or empty folder"
+    with pytest.raises(InputError, match=message):
+        train(options(text, out=str(folder)))
+    assert contents(folder) == seen["files"]
+    if still:
+        seen["lock"].__exit__(None, None, None)
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    """Killed at once; its file stays, and locks nothing."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with lock.held("out", tmp_path):
+                os.write(told, b".")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    for refuses in (lock.check_free, lambda *args: lock.held(*args).__enter__()):
+        with pytest.raises(InputError, match=f"which process {child} on "):
+            refuses("out", tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / lock.FILE).exists()
+    files.check_new_folder("out", tmp_path)
+    lock.check_free("out", tmp_path)
+    with lock.held("out", tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_its_holder_removed_is_no_lock(tmp_path, monkeypatch):
+    """Opened while the first still had it, locked when the first was gone: another may have made
+    a new file meanwhile."""
+    flock, tries = lock.fcntl.flock, []
+
+    def late(handle, how):
+        if not tries:
+            (tmp_path / lock.FILE).unlink()
+        tries.append(how)
+        flock(handle, how)
+
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with lock.held("out", tmp_path):
+        assert len(tries) == 2
+        with pytest.raises(InputError, match="out must be a folder that no other process"):
+            lock.held("out", tmp_path).__enter__()
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def none(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", none)
+    for _ in range(2):
+        lock.check_free("out", tmp_path)
+        with lock.held("out", tmp_path):
+            lock.check_free("out", tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpt2: {str(tmp_path)!r} cannot be locked (No locks available): ")
+
+
+def test_a_system_without_flock(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    lock.check_free("out", tmp_path)
+    with lock.held("out", tmp_path), lock.held("out", tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def denied(*args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(lock.os, "open", denied)
+    with pytest.raises(InputError, match=r"resume must be a folder that can be written, got .*run"):
+        lock.held("resume", tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("command", [[], ["--resume", "run"]], ids=["new", "resume"])
+def test_torchrun_is_refused(command, text, tmp_path, monkeypatch, capsys):
+    """Each of its processes trained the whole run, into one folder."""
+    monkeypatch.chdir(tmp_path)
+    train(options(text, out="run", sample_tokens=0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    capsys.readouterr()
+    before = {path: contents(path) for path in [tmp_path / "run"]}
+    flags = command or ["--data", text, "--out", "new"]
+    assert main(["train", *flags, "--steps", "14"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "gpt2: error: WORLD_SIZE must be 1 or absent, training runs in one process (start it "
+        "without torchrun), got 2"
+    )
+    assert {path: contents(path) for path in before} == before
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    shutil.rmtree(tmp_path / "run")
+    assert train(options(text, out="run", sample_tokens=0)) == 0
