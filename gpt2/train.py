@@ -5,6 +5,7 @@ are drawn from them anew. So a run that goes on from a checkpoint computes what 
 computed without the stop, bit for bit.
 """
 
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from torch import Tensor
 from . import checkpoint, data, files, finetune, lock, optim, report, sampling
 from . import tokenizer as tokenizers
 from .config import Config
+from .digest import digest
 from .errors import InputError, NonFiniteError, brief
 from .machine import peak_flops, pick_device, pick_dtype
 from .model import Model
@@ -131,6 +133,11 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.elapsed_s = 0.0  # by the processes before this one
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """What a run must find again to go on with the same data."""
+        return digest(self.corpus.train, self.corpus.val)
+
     def start_from(self, start: finetune.Start) -> None:
         """Takes these weights in place of random ones."""
         state = start.state()
@@ -143,11 +150,13 @@ class Trainer:
         step, tokens = progress["step"], progress.get("train_tokens")
         if step >= self.options.steps:
             raise InputError(f"steps must be above the {step} done, got {self.options.steps}")
+        began_with = f"data {self.options.data!r} must be what the run began with"
         if tokens != len(self.corpus.train):
             raise InputError(
-                f"data {self.options.data!r} must be what the run began with, {tokens} training "
-                f"tokens, got {len(self.corpus.train)}"
+                f"{began_with}, {tokens} training tokens, got {len(self.corpus.train)}"
             )
+        if progress.get("data", self.digest) != self.digest:  # absent: of an older version
+            raise InputError(f"{began_with}, got other tokens, though as many")
         checkpoint.load(path, self.model, self.optimizer)
         self.step, self.elapsed_s = step, progress.get("elapsed_s", 0.0)
 
@@ -266,6 +275,7 @@ class Trainer:
             step=self.step,
             elapsed_s=progress.elapsed_s,
             train_tokens=len(self.corpus.train),
+            data=self.digest,
         )
         if progress.rows:
             report.plot(folder / PLOT, progress.rows, f"GPT-2, {folder.name}", self._unit)

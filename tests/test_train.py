@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import rewritten
 
 from gpt2 import checkpoint, sampling
 from gpt2.config import Config
@@ -200,6 +201,14 @@ def test_resume_with_more_steps_goes_on(finished):
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
 
 
+def test_a_checkpoint_that_does_not_know_its_data_goes_on(finished):
+    """As those written before the tokens were hashed."""
+    folder, _ = finished
+    rewritten(folder / checkpoint.FILE, lambda tensors, description: description.pop("data"))
+    assert resume(folder, steps=13) == 0
+    assert "data" in checkpoint.read(folder / checkpoint.FILE)[1]
+
+
 def test_lines_after_the_checkpoint_are_forgotten_and_strays_swept(finished):
     """A killed run's metrics may be ahead of its checkpoint, and end in half a line."""
     folder, _ = finished
@@ -220,6 +229,21 @@ REFUSED = {
         lambda run, text: Path(text).write_text(TEXT[:-40]),
         {"steps": 14},
         "must be what the run began with, 2808 training tokens, got 2772",
+    ),
+    "text-changed": (
+        lambda run, text: Path(text).write_text(TEXT.replace("cat", "tac", 1)),
+        {"steps": 14},
+        "data 'text.txt' must be what the run began with, got other tokens, though as many",
+    ),
+    "text-changed-in-validation": (
+        lambda run, text: Path(text).write_text(TEXT[:-9] + TEXT[-9:].replace("cat", "tac")),
+        {"steps": 14},
+        "must be what the run began with, got other tokens",
+    ),
+    "text-cut-elsewhere": (
+        lambda run, text: Path("other.txt").write_text(TEXT[52:] + TEXT[:51] + "a"),
+        {"steps": 14, "data": "other.txt"},
+        "data 'other.txt' must be what the run began with, got other tokens",
     ),
     "text-other": (lambda run, text: Path(text).write_text("q" + TEXT), {}, "character 'q'"),
     "text-gone": (lambda run, text: Path(text).unlink(), {}, "data must be a file"),
