@@ -25,9 +25,18 @@ def sample(flags: argparse.Namespace) -> None:
     # A step of decoding is a hundred loops that threads share. Not to spin between them at all made
     # it half as fast (two EPYC cores); so long, it is two thirds as fast where others want a core.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    from . import sampling
+    import torch
+
+    from . import memory, sampling
 
     prompts = [flags.prompt] if flags.prompts is None else sampling.read_prompts(flags.prompts)
+    texts = len(prompts) * flags.num_samples
+    memory.check_fits(
+        f"num_samples must be smaller, got {flags.num_samples}",
+        100 * texts,
+        torch.device("cpu"),
+        f"keeping {texts:,} prompts",
+    )
     prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
     model, tokenizer = _load_model(flags)
     speed = sampling.Speed()

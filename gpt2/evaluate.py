@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import memory
 from .errors import InputError, NonFiniteError
 from .model import Model
 from .tokenizer import Tokenizer
@@ -121,6 +122,8 @@ def perplexity(
             f"text must be at least 2 tokens, of which the second is predicted, "
             f"got {sum(map(len, texts))}"
         )
+    count = sum(max(1, 1 - (context + 1 - len(ids)) // stride) for ids in texts if len(ids) > 1)
+    _check_batch(model, min(batch_size, count), min(context, max(map(len, texts))))
     sizes = None if tokenizer is None else token_bytes(tokenizer)
     nats, tokens, size, start = 0.0, 0, 0, time.perf_counter()
     read, scored = itertools.tee(w for ids in texts for w in windows(ids, context, stride))
@@ -197,11 +200,19 @@ def score_all(
     """The same of windows of all lengths, the longest first: little of a batch is padding.
     progress hears of each."""
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    if order:
+        _check_batch(model, min(batch_size, len(order)), len(windows[order[0]].ids) - 1)
     results = {}
     for i, scores in zip(order, score(model, (windows[i] for i in order), batch_size), strict=True):
         results[i] = scores
         progress(1)
     return [results[i] for i in range(len(windows))]
+
+
+def _check_batch(model: Model, B: int, T: int) -> None:
+    """Raises InputError where B windows of T tokens do not fit into memory at a time."""
+    weight = model.transformer["wte"].weight
+    memory.check_inference(model.config, B, T, itemsize=weight.itemsize, device=weight.device)
 
 
 def _check(window: Window, block_size: int) -> None:

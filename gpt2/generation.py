@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from . import kernels, memory
 from .cache import Cache, Decode, Prefill
 from .layers import Int8Linear, is_hooked, is_stock
 from .model import MLP, Attention, Block
@@ -181,6 +181,15 @@ def step_bytes(model, lengths: Sequence[int]) -> int:
     return weights + cached * 2 * c.n_layer * c.n_embd * itemsize
 
 
+def check_batch(model, lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raises InputError, naming batch_size, where prompts of these lengths and what follows them
+    cannot fit into the device's memory together."""
+    weight, B = model.transformer["wte"].weight, len(lengths)
+    T = min(model.config.block_size, max(lengths) + max_new_tokens)
+    check = memory.check_cache if model.fast else memory.check_inference
+    check(model.config, B, T, itemsize=weight.itemsize, device=weight.device)
+
+
 def tokens(
     model,
     prompts: Sequence[Sequence[int]],
@@ -213,6 +222,7 @@ def tokens(
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < V:
                 raise ValueError(f"prompts must hold ids from 0 to {V - 1}, got {token}")
+    check_batch(model, [len(p) for p in prompts], max_new_tokens)
     seeds = seeds_of(prompts, seed) if seed is None or isinstance(seed, int) else seed
     return _tokens(model, prompts, max_new_tokens, sampling, seeds, set(stop), ended)
 

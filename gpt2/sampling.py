@@ -62,13 +62,17 @@ def complete(
 
     The text after a prompt depends on it and the seed alone (generation.tokens says how far); equal
     prompts differ. An empty prompt starts a document. speed hears of each batch's steps. Raises
-    InputError for a prompt that the tokenizer cannot encode and for an empty stop string, before
-    anything is sampled, and NonFiniteError, naming the step, for logits that choose no token.
+    InputError for a prompt that the tokenizer cannot encode, for an empty stop string and for more
+    texts at a time than fit into memory, before anything is sampled, and NonFiniteError, naming the
+    step, for logits that choose no token.
     """
     if not all(stop):
         raise InputError("stop must be strings of at least one character, got an empty one")
     ids = [_encode(tokenizer, prompt) for prompt in prompts]
     seeds = generation.seeds_of(ids, seed)
+    if ids:
+        lengths = sorted(map(len, ids))[-batch_size:]
+        generation.check_batch(model, lengths, max_new_tokens)
 
     def batches():
         for start in range(0, len(prompts), batch_size):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, data, files, finetune, lock, optim, report, sampling
+from . import checkpoint, data, files, finetune, lock, memory, optim, report, sampling
 from . import tokenizer as tokenizers
 from .config import Config
 from .digest import digest
@@ -114,6 +114,22 @@ class Trainer:
         self.options = o = options
         self.device = pick_device(o.device)
         self.dtype = pick_dtype(o.dtype, self.device)
+        fast = self.device.type == "cuda" if o.fast is None else o.fast
+
+        def config_for(vocab_size: int) -> Config:
+            """The model's, once it is known to fit."""
+            config = Config(o.block_size, vocab_size, o.n_layer, o.n_head, o.n_embd, o.dropout)
+            memory.check_training(
+                config,
+                batch_size=o.batch_size,
+                grad_accum=o.grad_accum,
+                fast=fast,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            return config
+
+        config_for(1)  # at least; before a text is read
         self.corpus = data.load(
             o.data,
             o.block_size,
@@ -121,10 +137,8 @@ class Trainer:
             tokenizer_dir=o.tokenizer_dir,
             val_fraction=o.val_fraction,
         )
-        vocab_size = self.corpus.tokenizer.vocab_size
-        config = Config(o.block_size, vocab_size, o.n_layer, o.n_head, o.n_embd, o.dropout)
+        config = config_for(self.corpus.tokenizer.vocab_size)
         torch.manual_seed(o.seed)
-        fast = self.device.type == "cuda" if o.fast is None else o.fast
         self.model = Model(config, fast=fast).to(self.device)
         self.forward = torch.compile(self.model) if o.compile else self.model
         self.optimizer = optim.adamw(

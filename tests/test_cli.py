@@ -89,6 +89,13 @@ WRONG = {
     "train --device warp": "device must be auto or one that works here, got 'warp'",
     "train --device cuda:99": "device must be auto or one that works here, got 'cuda:99'",
     "train --n-embd 130": "n_embd must be divisible by n_head, got n_embd=130, n_head=4",
+    "train --n-embd 200000": "n_layer and n_embd must be smaller, got 3 and 200000: training "
+    r"1,440,0\d\d,\d+,\d+ parameters takes at least 23,04\d.\d GB of memory, cpu has ",
+    "train --n-layer 1000000000000": "n_layer and n_embd must be smaller, got 1000000000000 and",
+    "train --block-size 1000000000000": "block_size must be smaller, got 1000000000000, at n_embd",
+    "train --batch-size 100000000": "batch_size must be smaller, got 100000000: a step over "
+    r"100,000,000 windows of 64 tokens takes at least [\d,.]+ GB of memory, (cpu|cuda) has ",
+    "train --grad-accum 1000000000": "grad_accum must be smaller, got 1000000000, at batch_size 16",
     "train --data none.txt": "data must be a file, .* got 'none.txt'",
     "train --data none*": "data must be a file, .* got 'none\\*'",
     "train --data empty": "data must be a file, .* got 'empty'",
@@ -149,6 +156,7 @@ WRONG = {
     "sample run --top-p 1.5": "top_p must be above 0 and at most 1, got 1.5",
     "sample run --max-new-tokens -1": "max_new_tokens must be at least 0, got -1",
     "sample run --num-samples 0": "num_samples must be at least 1, got 0",
+    "sample run --num-samples 100000000000": "num_samples must be smaller, got 100000000000: ",
     "sample run --device warp": "device must be auto or one that works here, got 'warp'",
     "prepare text.txt": "required: --out",
     "prepare none.txt --out new --tokenizer byte": "data must be a file",

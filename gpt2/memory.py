@@ -1,0 +1,175 @@
+"""What a computation takes at least, and the memory there is: what cannot fit is refused before.
+
+The figures are lower bounds, so that nothing is refused which would have fitted.
+
+    P parameters   L layers   B windows   T tokens   C features   V vocabulary
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import Config
+from .errors import InputError
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def check_fits(subject: str, need: int, device: torch.device, what: str) -> None:
+    """Raises InputError where device has less than `need` bytes: subject, such as "batch_size must
+    be smaller, got 9", then what takes them, and both figures."""
+    there = available(device)
+    if there is not None and need > there:
+        raise InputError(
+            f"{subject}: {what} takes at least {_gigabytes(need)} of memory, "
+            f"{device} has {_gigabytes(there)}"
+        )
+
+
+def check_training(
+    config: Config,
+    *,
+    batch_size: int,
+    grad_accum: int,
+    fast: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raises InputError, naming options, values and memory, where a run cannot fit on device."""
+    states = 16 * parameters(config)  # weights, gradients, and AdamW's two moments in float32
+    check_fits(
+        _smaller_model(config), states, device, f"training {parameters(config):,} parameters"
+    )
+    of_tokens = f"windows of {config.block_size} tokens"
+    saved = batch_size * activations(config, fast=fast, itemsize=dtype.itemsize)
+    # The gradients come while the activations go; the rest is there beside them.
+    check_fits(
+        f"batch_size must be smaller, got {batch_size}",
+        states * 3 // 4 + saved,
+        device,
+        f"a step over {batch_size:,} {of_tokens}",
+    )
+    windows = batch_size * grad_accum
+    smaller = (
+        f"batch_size must be smaller, got {batch_size}"
+        if batch_size >= grad_accum
+        else f"grad_accum must be smaller, got {grad_accum}, at batch_size {batch_size}"
+    )
+    check_fits(
+        smaller,
+        windows * config.block_size * 3 * 8,  # drawn as one array, then x and y, int64
+        torch.device("cpu"),
+        f"a batch of {windows:,} {of_tokens}",
+    )
+
+
+def check_inference(config: Config, B: int, T: int, *, itemsize: int, device: torch.device) -> None:
+    """Raises InputError, naming batch_size, where a run of the model over T tokens of B sequences
+    cannot fit on device: the MLP's input and what is before GELU, of one block."""
+    check_fits(
+        f"batch_size must be smaller, got {B}",
+        B * T * 5 * config.n_embd * itemsize,
+        device,
+        f"a run over {B:,} windows of {T} tokens",
+    )
+
+
+def check_cache(config: Config, B: int, T: int, *, itemsize: int, device: torch.device) -> None:
+    """Raises InputError, naming batch_size, where keys and values of T tokens of B sequences cannot
+    fit on device."""
+    check_fits(
+        f"batch_size must be smaller, got {B}",
+        config.n_layer * B * T * 2 * config.n_embd * itemsize,
+        device,
+        f"keeping keys and values of {B:,} texts of {T} tokens",
+    )
+
+
+def _smaller_model(config: Config) -> str:
+    """Which option makes the model large."""
+    in_blocks = config.n_layer * 12 * config.n_embd
+    if max(config.block_size, config.vocab_size) <= in_blocks:
+        return f"n_layer and n_embd must be smaller, got {config.n_layer} and {config.n_embd}"
+    name = "block_size" if config.block_size >= config.vocab_size else "vocab_size"
+    return f"{name} must be smaller, got {getattr(config, name)}, at n_embd {config.n_embd}"
+
+
+def parameters(config: Config) -> int:
+    """P, the tied head counted once."""
+    C = config.n_embd
+    return (config.vocab_size + config.block_size + 2) * C + config.n_layer * (12 * C + 13) * C
+
+
+def activations(config: Config, *, fast: bool, itemsize: int) -> int:
+    """Bytes of one window that the backward needs, whatever is computed anew: of each block qkv,
+    the output of attention, and the MLP's before GELU; plain PyTorch's logits."""
+    T, C = config.block_size, config.n_embd
+    logits = 0 if fast else T * config.vocab_size
+    return itemsize * (config.n_layer * 8 * T * C + logits)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that device has free, or None where that is not known. Of the CPU: swap counts, and
+    what other processes leave; within a container, its limit does."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    try:
+        kilobytes = {
+            name: int(value.split()[0])
+            for name, value in (
+                line.split(":") for line in _MEMINFO.read_text().splitlines() if line.strip()
+            )
+        }
+        swap = 1024 * kilobytes["SwapFree"]
+        free = 1024 * kilobytes["MemAvailable"]
+    except (OSError, ValueError, KeyError, IndexError):  # not Linux
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return None
+    return min([free, *_cgroup_rooms()]) + swap
+
+
+def _cgroup_rooms() -> list[int]:
+    """Bytes that each control group of this process, and those around it, leaves."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files, prefix = _CGROUPS, ("memory.max", "memory.current"), ""
+        elif controllers == "memory":
+            root, prefix = _CGROUPS / "memory", "total_"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / own.strip("/")
+        while folder.is_relative_to(root):
+            if (room := _room(folder, *files, prefix)) is not None:
+                rooms.append(room)
+            folder = folder.parent
+    return rooms
+
+
+def _room(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """What a control group leaves; None without a limit. Cached files are given back when asked."""
+    try:
+        most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+        pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        stat = {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):  # "max", or a group that is not to be seen in this container
+        return None
+    files = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
+    return max(most - used + files, 0)
+
+
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB"
