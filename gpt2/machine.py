@@ -4,9 +4,12 @@ MFU, model FLOPs utilisation, is the part of that rate which goes into the model
 (Chowdhery et al., PaLM, appendix B).
 """
 
+import platform
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +32,9 @@ _BF16_TFLOPS = {
     "RTX 3090": 71.0,
     "RTX A6000": 154.8,
 }
+
+PEAK_SECONDS = 1.0  # of measuring: the best of six products differed by a third between two runs
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def pick_device(name: str) -> torch.device:
@@ -54,34 +60,63 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s of matrix products on device in dtype, and where the figure comes from.
+class Peak(NamedTuple):
+    """FLOP/s of matrix products."""
 
-    Known GPUs in bfloat16: the data sheet. Everything else: measured here, in a moment.
+    flops: float
+    source: str  # where the figure comes from
+    machine: str  # whose it is: see describe
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """What the peak depends on: the device, the dtype, and of a CPU the number of threads."""
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {kind}"
+    return f"{_cpu_name()}, {kind}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak of device in dtype.
+
+    Known GPUs in bfloat16: the data sheet. Everything else: measured here, in about a second.
     """
+    machine = describe(device, dtype)
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for model, tflops in _BF16_TFLOPS.items():
             if re.search(rf"\b{model}\b", name):
-                return tflops * 1e12, f"{tflops:,.0f} TFLOP/s, {model}'s dense bfloat16 peak"
+                source = f"{tflops:,.0f} TFLOP/s, {model}'s dense bfloat16 peak"
+                return Peak(tflops * 1e12, source, machine)
     n = 4096 if device.type == "cuda" else 1024
     rate = _measured_flops(n, device, dtype)
     kind = str(dtype).removeprefix("torch.")
-    return rate, f"{rate / 1e12:.3g} TFLOP/s, measured on {kind} products of {n} x {n} matrices"
+    source = f"{rate / 1e12:.3g} TFLOP/s, measured on {kind} products of {n} x {n} matrices"
+    return Peak(rate, source, machine)
 
 
 def _measured_flops(n: int, device: torch.device, dtype: torch.dtype) -> float:
     a = torch.ones(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / _best(lambda: (a @ a)[0, 0].item())  # waits for the device
+    # waits for the device
+    return 2 * n**3 / _best(lambda: (a @ a)[0, 0].item(), PEAK_SECONDS)
 
 
-def _best(compute: Callable[[], object]) -> float:
-    """The seconds that it takes at best."""
-    best = float("inf")
-    for _ in range(6):  # the first ones warm up
+def _best(compute: Callable[[], object], seconds: float = 0.0) -> float:
+    """The seconds that it takes at best, of 6 times at least and for so many seconds: the first
+    ones warm up, and of the others some share the machine with other programs."""
+    best, count, began = float("inf"), 0, time.perf_counter()
+    while count < 6 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         compute()
-        best = min(best, time.perf_counter() - start)
+        best, count = min(best, time.perf_counter() - start), count + 1
     return best
 
 

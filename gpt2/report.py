@@ -109,6 +109,12 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
     files.write_atomic(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+def last_step(path: Path) -> int:
+    """The step of the last line of metrics.jsonl; 0 without one."""
+    rows = _read(path)
+    return rows[-1]["step"] if rows else 0
+
+
 def _smoothed(values: list[float], keep: float = 0.5) -> list[float]:
     """The running mean that forgets: each value has keep times the weight of the one after it."""
     smooth, total, weight = [], 0.0, 0.0

@@ -87,6 +87,11 @@ class TrainConfig:
     )
     log_interval: int = _evaluation(10, "steps between lines of metrics.jsonl", at_least=1)
     save_interval: int = _evaluation(250, "steps between checkpoints", at_least=1)
+    keep_best: bool = _evaluation(
+        False,
+        "keep the weights with the lowest validation loss, over eval_batches, in RUN/best, which "
+        "sample, eval, convert and --init read",
+    )
     sample_tokens: int = _evaluation(400, "tokens to sample at the end", at_least=0)
 
     device: str = _machine("auto", "cpu, cuda, cuda:1, … [default: cuda where there is one]")

@@ -177,7 +177,7 @@ INTEROP_MUTANTS = [
         "test_convert.py::test_a_padded_vocabulary_stays_unless_it_is_cropped",
     ),
     Mutant(
-        "random weights after all", "gpt2/train.py",
+        "random weights after all", "gpt2/trainer.py",
         "                parameter.copy_(state[name])\n", "                pass\n",
         "test_finetune.py::test_it_begins_with_the_model_and_its_sizes",
     ),

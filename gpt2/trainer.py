@@ -1,0 +1,348 @@
+"""A training run while it runs: the model, its data, its optimizer, and its folder.
+
+Step k is a pure function of the weights, the optimizer's state and (seed, k): batch and dropout
+are drawn from them anew. So a run that goes on from a checkpoint computes what it would have
+computed without the stop, bit for bit.
+"""
+
+import functools
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import best, checkpoint, data, files, finetune, memory, optim, report, sampling
+from .config import Config
+from .digest import digest
+from .errors import InputError, NonFiniteError
+from .machine import Peak, describe, peak_flops, pick_device, pick_dtype
+from .model import Model
+from .tokenizer import Tokenizer
+from .train_config import TrainConfig
+
+CONFIG, METRICS, PLOT = "config.json", "metrics.jsonl", "loss.png"  # in the folder of a run
+
+
+class Trainer:
+    """A model, its data, its optimizer, and how far they have come. Writes nothing until run.
+
+    Raises InputError where the options fit neither each other, nor the data, nor this machine.
+    """
+
+    def __init__(self, options: TrainConfig, tokenizer: Tokenizer | None = None):
+        self.options = o = options
+        self.device = pick_device(o.device)
+        self.dtype = pick_dtype(o.dtype, self.device)
+        fast = self.device.type == "cuda" if o.fast is None else o.fast
+
+        def config_for(vocab_size: int) -> Config:
+            """The model's, once it is known to fit."""
+            config = Config(o.block_size, vocab_size, o.n_layer, o.n_head, o.n_embd, o.dropout)
+            memory.check_training(
+                config,
+                batch_size=o.batch_size,
+                grad_accum=o.grad_accum,
+                fast=fast,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            return config
+
+        config_for(1)  # at least; before a text is read
+        self.corpus = data.load(
+            o.data,
+            o.block_size,
+            tokenizer=tokenizer or o.tokenizer,
+            tokenizer_dir=o.tokenizer_dir,
+            val_fraction=o.val_fraction,
+        )
+        config = config_for(self.corpus.tokenizer.vocab_size)
+        torch.manual_seed(o.seed)
+        self.model = Model(config, fast=fast).to(self.device)
+        self.forward = torch.compile(self.model) if o.compile else self.model
+        self.optimizer = optim.adamw(
+            self.model, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
+        )
+        self.step = 0  # optimizer steps done
+        self.elapsed_s = 0.0  # by the processes before this one
+        self.best = math.inf, 0  # the lowest validation loss, and its step: see _keep_if_best
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What a run must find again to go on with the same data."""
+        return digest(self.corpus.train, self.corpus.val)
+
+    def start_from(self, start: finetune.Start) -> None:
+        """Takes these weights in place of random ones."""
+        state = start.state()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(state[name])
+
+    def load(self, path: Path, progress: dict[str, Any]) -> None:
+        """Goes to where the checkpoint at path was saved."""
+        step, tokens = progress["step"], progress.get("train_tokens")
+        if step >= self.options.steps:
+            raise InputError(f"steps must be above the {step} done, got {self.options.steps}")
+        began_with = f"data {self.options.data!r} must be what the run began with"
+        if tokens != len(self.corpus.train):
+            raise InputError(
+                f"{began_with}, {tokens} training tokens, got {len(self.corpus.train)}"
+            )
+        if progress.get("data", self.digest) != self.digest:  # absent: of an older version
+            raise InputError(f"{began_with}, got other tokens, though as many")
+        checkpoint.load(path, self.model, self.optimizer)
+        self.step, self.elapsed_s = step, progress.get("elapsed_s", 0.0)
+
+    def run(self, folder: Path) -> int:
+        """Trains to the last step or to a signal, and leaves everything in folder."""
+        with _signals() as stop:
+            return self._run(folder, stop)
+
+    def _run(self, folder: Path, stop: list[int]) -> int:
+        o = self.options
+        peak = _kept_peak(folder / CONFIG, describe(self.device, self.dtype))
+        peak = peak or peak_flops(self.device, self.dtype)
+        config = asdict(self.model.config)
+        settings = {"model": config, "train": asdict(o), "peak": peak._asdict()}
+        files.write_atomic(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+        if o.keep_best:
+            self.best = self._best_so_far(folder)
+        say(
+            f"{self.model.num_params():,} parameters on {self.device}, "
+            f"{len(self.corpus.train):,} training tokens; mfu is a part of {peak.source}"
+        )
+        with report.Progress(
+            folder / METRICS,
+            step=self.step,
+            steps=o.steps,
+            elapsed_s=self.elapsed_s,
+            tokens_per_step=o.tokens_per_step,
+            flops_per_token=self.model.flops_per_token(o.block_size),
+            peak_flops=peak.flops,
+        ) as progress:
+            saved = None
+            while self.step < o.steps and not stop:
+                start = time.perf_counter()
+                loss, lr = self.train_step()
+                progress.add(loss, time.perf_counter() - start)
+
+                last = self.step == o.steps
+                val_loss = None
+                if last or self.step % o.eval_interval == 0:
+                    val_loss = self.evaluate(limit=0 if last else o.eval_batches)
+                    if o.keep_best:
+                        self._keep_if_best(folder, val_loss, last)
+                if val_loss is not None or stop or self.step % o.log_interval == 0:
+                    progress.line(self.step, lr, val_loss)
+                if last or stop or self.step % o.save_interval == 0:
+                    self.save(folder, progress)
+                    saved = self.step
+            if saved != self.step:  # a signal came during the last lines, or before the first step
+                self.save(folder, progress)
+        if self.step < o.steps:
+            say(
+                f"stopped at step {self.step} of {o.steps}; "
+                f"go on: gpt2 train --resume {shlex.quote(str(folder))}"
+            )
+            return 128 + stop[0]
+        self._finish(folder, val_loss)
+        return 0
+
+    def train_step(self) -> tuple[float, float]:
+        """One optimizer step; its loss, in nats per token, and its learning rate.
+
+        Raises NonFiniteError, before anything is updated, where loss or gradient is not finite.
+        """
+        o, k = self.options, self.step
+        torch.manual_seed(int(np.random.SeedSequence((o.seed, k)).generate_state(1, np.uint64)[0]))
+        x, y = self.corpus.train.batch(o.seed, k, o.batch_size * o.grad_accum, o.block_size)
+        loss = self.backward(self._to_device(x), self._to_device(y))
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip or math.inf)
+        loss, norm = torch.stack([loss, norm]).tolist()  # waits for the device, once a step
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteError(
+                f"step {k + 1} (batch {k} of seed {o.seed}) has loss {loss} and gradient norm "
+                f"{norm}: stopped before the update; a lower lr than {o.lr:g} may help"
+            )
+        lr = optim.learning_rate(
+            k, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr, min_lr=o.final_lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, lr
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds the gradient of the mean loss over the targets y (B, T); that loss.
+
+        batch_size windows go through the model at a time, weighted by the targets they have, so
+        that the cut changes memory and nothing else.
+        """
+        total = torch.zeros((), device=self.device)
+        targets = (y != -1).sum()
+        for x_part, y_part in zip(
+            x.split(self.options.batch_size), y.split(self.options.batch_size), strict=True
+        ):
+            with self._autocast():
+                _, loss = self.forward(x_part, y_part)
+            loss = loss * ((y_part != -1).sum() / targets)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _best_so_far(self, folder: Path) -> tuple[float, int]:
+        """The lowest validation loss over eval_batches, and its step. Where these are others than
+        before, the loss of the weights that were kept is computed anew."""
+        found = best.read(folder)
+        if found is None:
+            return math.inf, 0
+        if found.get("measure") == self._measure:
+            return found["val_loss"], found["step"]
+        model = Model(self.model.config, fast=self.model.fast).to(self.device)
+        checkpoint.load(folder / best.FOLDER / checkpoint.FILE, model)
+        return self.evaluate(self.options.eval_batches, model), found["step"]
+
+    def _keep_if_best(self, folder: Path, val_loss: float, last: bool) -> None:
+        """val_loss is that of eval_batches, or of the whole split after the last step: two
+        measures, of which only the first is compared."""
+        limit = self.options.eval_batches
+        loss = self.evaluate(limit) if last and limit else val_loss
+        if loss < self.best[0]:
+            best.write(
+                folder,
+                self.model,
+                self.corpus.tokenizer,
+                step=self.step,
+                val_loss=loss,
+                measure=self._measure,
+            )
+            self.best = loss, self.step
+
+    @property
+    def _measure(self) -> list[int]:
+        """On which batches of the validation split the best is sought."""
+        o = self.options
+        return [o.eval_batches, o.batch_size if o.eval_batches else 0]
+
+    @torch.no_grad()
+    def evaluate(self, limit: int = 0, model: Model | None = None) -> float:
+        """The mean loss of the validation split, or of limit batches of it, in nats per token; of
+        the trainer's model, or of another one.
+
+        Raises NonFiniteError where it is not finite.
+        """
+        o, total, count = self.options, 0.0, 0
+        model = model or self.model
+        model.eval()
+        for x, y in self.corpus.val.windows(o.batch_size, o.block_size, limit):
+            targets = int((y != -1).sum())
+            with self._autocast():
+                _, loss = model(self._to_device(x), self._to_device(y), return_logits=False)
+            total += loss.item() * targets
+            count += targets
+        model.train()
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the validation loss after step {self.step} is {total / count}; a lower lr than "
+                f"{o.lr:g} may help"
+            )
+        return total / count
+
+    def save(self, folder: Path, progress: report.Progress) -> None:
+        """The checkpoint, and the plot up to it."""
+        checkpoint.save(
+            folder / checkpoint.FILE,
+            self.model,
+            self.optimizer,
+            step=self.step,
+            elapsed_s=progress.elapsed_s,
+            train_tokens=len(self.corpus.train),
+            data=self.digest,
+        )
+        if progress.rows:
+            report.plot(folder / PLOT, progress.rows, f"GPT-2, {folder.name}", self._unit)
+
+    def _finish(self, folder: Path, val_loss: float) -> None:
+        o = self.options
+        if o.sample_tokens:
+            text = sampling.stream_text(
+                self.model,
+                self.corpus.tokenizer,
+                max_new_tokens=o.sample_tokens,
+                temperature=0.7,
+                seed=o.seed,
+            )
+            for part in text:
+                print(part, end="", flush=True)
+            print()
+        if o.keep_best:
+            loss, step = self.best
+            kept = shlex.quote(str(folder / best.FOLDER))
+            say(f"lowest validation loss over eval_batches {loss:.4f}, after step {step}: {kept}")
+        say(
+            f"validation loss {val_loss:.4f} nats per {self._unit} over the whole split, "
+            f"{len(self.corpus.val):,} tokens; sample from it: "
+            f"gpt2 sample {shlex.quote(str(folder))} --prompt TEXT"
+        )
+
+    @property
+    def _unit(self) -> str:
+        return {"char": "character", "byte": "byte"}.get(self.corpus.tokenizer.name, "token")
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C or SIGTERM is put into; the second takes its usual course."""
+    caught: list[int] = []
+    before = {}
+
+    def note(number, frame):
+        caught.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        say("\nfinishing this step, then saving; again to quit at once")
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, note)
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _kept_peak(path: Path, machine: str) -> Peak | None:
+    """The peak that the run has counted by so far, where it goes on on the same machine: measured
+    again, it would be another, and the same speed another part of it."""
+    try:
+        found = Peak(**files.parse_json(path.read_text(encoding="utf-8"))["peak"])
+        usable = found.machine == machine and 0 < found.flops < math.inf
+        return found if usable and isinstance(found.source, str) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
