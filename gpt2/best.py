@@ -6,7 +6,6 @@ stand in the header of the file that holds the weights, so that they never disag
 """
 
 import json
-import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +30,7 @@ def read(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     _, found = checkpoint.read(path)
-    loss = found.get("val_loss")
-    if not isinstance(loss, float) or not math.isfinite(loss):
+    if not isinstance(found.get("val_loss"), float):
         found["measure"] = None  # of no use: it is measured anew
     return found
 
