@@ -118,7 +118,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    _say_once(op, "; ".join(reasons))
+    if device.type == "cpu" and "cpu" in PRIORITY[op] and (missing := cpu._library_reason()):
+        _say_no_library(missing)
+    else:
+        _say_once(op, "; ".join(reasons))
     return "reference"
 
 
@@ -185,9 +188,17 @@ def _say_once(op: str, reason: str) -> None:
         warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
 
 
+def _say_no_library(reason: str) -> None:
+    """One reason for every op is one line, whichever op comes first."""
+    if ("", reason) not in _said:
+        _said.add(("", reason))
+        message = f"plain PyTorch computes in place of every kernel: {reason}"
+        warnings.warn_explicit(message, UserWarning, "gpt2.kernels", 0)  # shows no line of code
+
+
 # torch.compile calls these instead of tracing them: what torch.compiler.assume_constant_result
 # sets, without importing the compiler, which takes longer than all the rest of this package.
-for _function in (_say_once, _library_is_built):
+for _function in (_say_once, _say_no_library, _library_is_built):
     _function._dynamo_marked_constant = True
 
 

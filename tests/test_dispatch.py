@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -75,21 +76,43 @@ def test_forced_backend_serves_or_raises(op, accelerated, monkeypatch):
         call(*inputs)
 
 
+def test_without_a_library_one_line_speaks_for_every_op(monkeypatch):
+    """Without a compiler each op said so for itself, in two long lines."""
+    reason = "no C++ compiler: none of c++, g++, clang++ is on PATH; set CXX"
+    monkeypatch.setattr(kernels.cpu, "_library_reason", lambda: reason)
+    for backend in (kernels.triton, kernels.cuda):
+        monkeypatch.setattr(backend, "why_not", lambda *args: "not for this device")
+    dispatch._said.clear()
+    x = torch.randn(2, 3, 4)
+    with pytest.warns(UserWarning) as said:
+        for _ in range(2):
+            kernels.gelu(x)
+            kernels.layer_norm(x, torch.ones(4), torch.ones(4))
+            kernels.cross_entropy(x, torch.zeros(2, 3).long())
+    (warning,) = said
+    line = warnings.formatwarning(
+        warning.message, warning.category, warning.filename, warning.lineno
+    )
+    assert line == (
+        f"gpt2.kernels:0: UserWarning: plain PyTorch computes in place of every kernel: {reason}\n"
+    )
+
+
 def test_fallback_says_so_once(monkeypatch):
     monkeypatch.setitem(dispatch.PRIORITY, "gelu", ("triton", "cuda", "cpu"))
     monkeypatch.setattr(kernels.triton, "why_not", lambda *args: "not today")
     monkeypatch.setattr(kernels.cuda, "why_not", lambda *args: "nor tomorrow")
     monkeypatch.setattr(kernels.cpu, "why_not", lambda *args: "nor today")
     dispatch._said.clear()
-    with pytest.warns(UserWarning) as warnings:
+    with pytest.warns(UserWarning) as said:
         for _ in range(3):
             kernels.gelu(tensor(3))
-    assert len(warnings) == 1
+    assert len(said) == 1
     message = (
         "gelu falls back to plain PyTorch (triton: not today; cuda: nor tomorrow; cpu: nor today)"
     )
-    assert message in str(warnings[0].message)
-    assert warnings[0].filename == __file__, "the warning points at the caller"
+    assert message in str(said[0].message)
+    assert said[0].filename == __file__, "the warning points at the caller"
 
 
 def test_use_nests_and_ends_with_its_block():
