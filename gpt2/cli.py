@@ -25,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot
     try:
-        options = _parser().parse_args(arguments)
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
         return options.command(options) or 0
     except InputError as e:
         return _fail(str(e), 2)
@@ -55,9 +59,21 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser, *_):
+        from . import __version__
+
+        print(f"gpt2-kernels {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gpt2", description="Train GPT-2 and sample from it.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help="print it"
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for command, add_flags, help in (
         (_train, _add_train_flags, "train a model"),
         (cli_model.sample, cli_model.add_sample_flags, "write text with a trained model"),

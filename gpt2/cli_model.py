@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 
 from .errors import InputError
@@ -29,16 +30,22 @@ def sample(flags: argparse.Namespace) -> None:
 
     from . import memory, sampling
 
-    prompts = [flags.prompt] if flags.prompts is None else sampling.read_prompts(flags.prompts)
-    texts = len(prompts) * flags.num_samples
+    stop = [_unescaped(text) for text in flags.stop]
+    found = [flags.prompt or ""]
+    if flags.prompts is not None:
+        found = sampling.read_prompts(flags.prompts, strict=not flags.jsonl)
+    texts = len(found) * flags.num_samples
     memory.check_fits(
         f"num_samples must be smaller, got {flags.num_samples}",
         100 * texts,
         torch.device("cpu"),
         f"keeping {texts:,} prompts",
     )
-    prompts = [prompt for prompt in prompts for _ in range(flags.num_samples)]
     model, tokenizer = _load_model(flags)
+    if flags.prompts is not None:
+        found = sampling.check_prompts(flags.prompts, found, tokenizer, strict=not flags.jsonl)
+    found = [prompt for prompt in found for _ in range(flags.num_samples)]
+    prompts = [prompt for prompt in found if isinstance(prompt, str)]
     speed = sampling.Speed()
     parts = sampling.complete(
         model,
@@ -47,14 +54,39 @@ def sample(flags: argparse.Namespace) -> None:
         flags.max_new_tokens,
         sampling.Sampling(flags.temperature, flags.top_k, flags.top_p),
         seed=flags.seed,
-        stop=flags.stop,
+        stop=stop,
         batch_size=flags.batch_size,
         speed=speed,
     )
-    for piece in sampling.as_json(parts) if flags.jsonl else sampling.as_text(prompts, parts):
+    written = sampling.as_json(found, parts) if flags.jsonl else sampling.as_text(prompts, parts)
+    for piece in written:
         print(piece, end="", flush=True)
+    if len(prompts) < len(found):
+        refused = len(found) - len(prompts)
+        print(f"gpt2: {refused:,} of {len(found):,} texts have an error", file=sys.stderr)
     if speed.steps:
         print(f"gpt2: {speed}{_of_the_limit(model, speed)}", file=sys.stderr)
+
+
+def _unescaped(text: str) -> str:
+    """text with its escapes read. Raises InputError, naming stop, for one that is not known."""
+
+    def character(found: re.Match) -> str:
+        escape = found[0]
+        if escape in _ESCAPES:
+            return _ESCAPES[escape]
+        code = int(escape[2:], 16) if escape[1:2] in ("x", "u") and len(escape) > 2 else None
+        if code is None or 0xD800 <= code < 0xE000:
+            raise InputError(
+                f"stop must have the escapes \\n, \\r, \\t, \\\\, \\xNN and \\uNNNN alone, "
+                f"got {escape} in {text}"
+            )
+        return chr(code)
+
+    return re.sub(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.?)", character, text, flags=re.DOTALL)
+
+
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", "\\\\": "\\"}
 
 
 def _of_the_limit(model, speed) -> str:
@@ -72,8 +104,9 @@ def _of_the_limit(model, speed) -> str:
 def add_sample_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_model_flags(parser)
-    add("--prompt", default="", metavar="TEXT", help="what to continue [default: nothing]")
-    add(
+    one_or_several = parser.add_mutually_exclusive_group().add_argument
+    one_or_several("--prompt", metavar="TEXT", help="what to continue [default: nothing]")
+    one_or_several(
         "--prompts",
         metavar="FILE",
         help='several: a line each, or {"prompt": TEXT} a line in FILE.jsonl; - reads stdin',
@@ -84,7 +117,8 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times [default: nothing]",
+        help="end before this text, in which \\n, \\r, \\t, \\xNN and \\uNNNN are characters and "
+        "\\\\ is a backslash; may be given several times [default: nothing]",
     )
     add(
         "--temperature",
@@ -106,13 +140,16 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--jsonl",
         action="store_true",
-        help="write an object a line: prompt, text, tokens, and finish: length, end or stop",
+        help="write an object a line: prompt, text, tokens, and finish: length, end or stop; or "
+        "prompt and error",
     )
 
 
 def _load_model(flags: argparse.Namespace):
     """The model that the flags of _add_model_flags describe, and its tokenizer."""
-    _check(flags, "quantize", flags.quantize in (None, "int8"), "int8")
+    _check(flags, "quantize", flags.quantize in (None, "int8"), "int8 or absent")
+    given = flags.quantize or flags.quantize_data is None
+    _check(flags, "quantize_data", given, "absent without quantize")
     from . import sampling
     from .machine import pick_device, pick_dtype
 
@@ -197,9 +234,7 @@ def eval_(flags: argparse.Namespace) -> None:
     for name in ("context", "stride"):
         value = getattr(flags, name)
         _check(flags, name, value is None or flags.data is not None, "absent without data")
-    from tqdm import tqdm
-
-    from . import choices, data, evaluate
+    from . import bars, choices, data, evaluate
 
     model, tokenizer = _load_model(flags)
     context, stride = evaluate.check_windows(model, flags.context, flags.stride, flags.batch_size)
@@ -211,7 +246,7 @@ def eval_(flags: argparse.Namespace) -> None:
     results = {}
     if flags.data is not None:
         total = sum(len(ids) - 1 for ids in texts)
-        with tqdm(total=total, unit="token", desc="scoring", unit_scale=True, delay=1) as bar:
+        with bars.bar(total=total, unit="token", desc="scoring", unit_scale=True, delay=1) as bar:
             results["data"] = evaluate.perplexity(
                 model,
                 *texts,
@@ -223,7 +258,7 @@ def eval_(flags: argparse.Namespace) -> None:
             )
     if questions:
         total = sum(len(question.windows) for question in questions)
-        with tqdm(total=total, unit="ending", desc="choosing", delay=1) as bar:
+        with bars.bar(total=total, unit="ending", desc="choosing", delay=1) as bar:
             results["choices"] = choices.evaluate(model, questions, flags.batch_size, bar.update)
     if flags.json:
         print(json.dumps({name: result.figures() for name, result in results.items()}))

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from . import shards, sources
+from . import bars, shards, sources
 from . import tokenizer as tokenizers
 from .errors import InputError
 from .tokenizer import Tokenizer
@@ -119,7 +118,7 @@ def whole(source: str, tokenizer: Tokenizer, tokenizer_dir: str | None = None) -
 def _tokenise(texts: list[sources.Document], tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     total = sum(text.size for text in texts)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", delay=1) as bar:
+    with bars.bar(total=total, unit="B", unit_scale=True, desc="tokenising", delay=1) as bar:
         return np.concatenate(
             [ids.astype(dtype) for ids in sources.encode(texts, tokenizer, bar.update)]
         )

@@ -5,6 +5,7 @@ replaces the old file in one step, and flushing its folder makes that last. What
 writer lies in the temporary folder, also what a library writes there under names of its own.
 """
 
+import codecs
 import json
 import os
 import shutil
@@ -88,16 +89,29 @@ def _check_writable(name: str, folder: Path) -> None:
 
 def read_lines(name: str, path: str | Path) -> list[str]:
     """The lines of a text in UTF-8; - is standard input. They end in \\n or \\r\\n alone: in JSON
-    others are characters. Raises InputError, beginning with name, for what cannot be read."""
+    others are characters. A byte order mark is dropped. Raises InputError, beginning with name, for
+    what cannot be read, with the number of the line."""
+    lines = lines_of(name, path)
+    return [decode_line(name, path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def lines_of(name: str, path: str | Path) -> list[bytes]:
+    """The same lines, not yet decoded."""
     try:
         text = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
-        lines = text.decode().split("\n")
     except OSError as e:
         raise InputError(f"{name} {str(path)!r} cannot be read: {e.strerror}") from e
+    lines = text.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    return [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
+def decode_line(name: str, path: str | Path, number: int, line: bytes) -> str:
+    """The text of a line. Raises InputError, naming file and line, where it is not UTF-8."""
+    try:
+        return line.decode()
     except UnicodeDecodeError as e:
-        got = f"{e.object[e.start]:#04x} at byte {e.start}"
-        raise InputError(f"{name} {str(path)!r} must be UTF-8, got {got}") from None
-    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+        got = f"{line[e.start]:#04x} at byte {e.start} of the line"
+        raise InputError(f"{name} {str(path)!r}, line {number} must be UTF-8, got {got}") from None
 
 
 def _flush(path: Path) -> None:

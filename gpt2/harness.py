@@ -10,20 +10,29 @@ the same windows, `<|endoftext|>` for an empty context, contexts cut on the left
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
-from lm_eval.utils import get_rolling_token_windows
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
+    from lm_eval.utils import get_rolling_token_windows
+except ImportError as e:
+    missing = f'lm-evaluation-harness is needed ({e}): pip install "gpt2-kernels[eval]"'
+    if __name__ != "__main__":
+        raise ImportError(missing) from e
+    print(f"gpt2: error: {missing}", file=sys.stderr)
+    sys.exit(2)
 from tqdm import tqdm
 
-from . import generation, picking, sampling
+from . import bars, generation, picking, sampling
 from .errors import InputError, NonFiniteError
 from .evaluate import Scores, Window, score_all
 from .generation import Sampling
@@ -225,10 +234,14 @@ def _number(name: str, value: int | str, most: int | None) -> int:
 
 
 def _bar(things: Sequence, hidden: bool) -> tqdm:
-    return tqdm(total=len(things), desc="gpt2_kernels", disable=hidden, delay=1)
+    return bars.bar(total=len(things), desc="gpt2_kernels", disable=hidden, delay=1)
 
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (InputError, NonFiniteError) as e:  # as gpt2's own commands say it
+        print(f"gpt2: error: {e}", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from . import files, shards, sources
+from . import bars, files, shards, sources
 from . import tokenizer as tokenizers
 from .errors import InputError
 
@@ -60,7 +59,7 @@ def _tokenise(texts, tokenizer, path: Path, val_fraction: float) -> dict[str, np
     """All ids, kept in the file path, as the train and the val part of it."""
     total = sum(text.size for text in texts)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar,
+        bars.bar(total=total, unit="B", unit_scale=True, desc="tokenising") as bar,
         path.open("wb") as file,
     ):
         for ids in sources.encode(texts, tokenizer, bar.update):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import files
+from . import bars, files
 
 
 class Progress:
@@ -35,8 +35,7 @@ class Progress:
         self._tokens_per_step = tokens_per_step
         self._mfu_per_speed = flops_per_token / peak_flops
         self._losses, self._seconds = [], 0.0  # of the steps since the last line
-        seen = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", mininterval=0.2 if seen else 10.0)
+        self._bar = bars.bar(total=steps, initial=step, unit="step")
 
     def __enter__(self):
         return self

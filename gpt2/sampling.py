@@ -210,34 +210,72 @@ def as_text(prompts: Sequence[str], parts: Iterator[str | Completion]) -> Iterat
             yield part
 
 
-def as_json(parts: Iterable[str | Completion]) -> Iterator[str]:
-    """The completions, an object in JSON a line, as each ends."""
-    for part in parts:
-        if isinstance(part, Completion):
-            yield json.dumps(asdict(part), ensure_ascii=False) + "\n"
+def as_json(prompts: Sequence["str | Refused"], parts: Iterable[str | Completion]) -> Iterator[str]:
+    """The completions of these prompts, an object in JSON a line, as each ends; of a prompt that
+    was refused, an object with its error."""
+    completions = (part for part in parts if isinstance(part, Completion))
+    for prompt in prompts:
+        found = asdict(prompt if isinstance(prompt, Refused) else next(completions))
+        yield json.dumps(found, ensure_ascii=False) + "\n"
 
 
-def read_prompts(path: str) -> list[str]:
+@dataclass(frozen=True)
+class Refused:
+    """A prompt that cannot be continued, as far as it can be read, and why: it names its line."""
+
+    prompt: str
+    error: str
+
+
+def read_prompts(path: str, *, strict: bool = True) -> list[str | Refused]:
     """A prompt a line; of a `.jsonl` file the "prompt" of each line's object; - is standard input.
 
-    Raises InputError, naming file and line, for what is neither UTF-8 nor such an object.
+    Raises InputError, naming file and line, for what is neither UTF-8 nor such an object; unless
+    strict, such a line is Refused, and the others are read.
     """
-    lines = files.read_lines("prompts", path)
-    if not path.endswith(".jsonl"):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
+    prompts: list[str | Refused] = []
+    for number, line in enumerate(files.lines_of("prompts", path), 1):
         try:
-            prompt = files.parse_json(line)["prompt"]
-            if not isinstance(prompt, str):
-                raise TypeError(f"got {type(prompt).__name__}")
-        except (ValueError, TypeError, KeyError) as e:
-            raise InputError(
-                f'prompts {path!r}, line {number} must be {{"prompt": TEXT}} '
-                f"({type(e).__name__}: {brief(e)})"
-            ) from e
-        prompts.append(prompt)
+            text = files.decode_line("prompts", path, number, line)
+            prompts.append(_prompt(path, number, text) if path.endswith(".jsonl") else text)
+        except InputError as e:
+            if strict:
+                raise
+            prompts.append(Refused(line.decode(errors="replace"), str(e)))
     return prompts
+
+
+def check_prompts(
+    path: str, prompts: Sequence[str | Refused], tokenizer: Tokenizer, *, strict: bool = True
+) -> list[str | Refused]:
+    """The prompts of read_prompts, each a text that the tokenizer can encode or Refused.
+
+    Raises InputError, naming file and line, for the first that it cannot; unless strict."""
+    checked: list[str | Refused] = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            if isinstance(prompt, str):
+                tokenizer.encode(prompt)
+        except InputError as e:
+            error = f"prompts {path!r}, line {number}: {e}"
+            if strict:
+                raise InputError(error) from e
+            prompt = Refused(prompt.encode(errors="replace").decode(), error)
+        checked.append(prompt)
+    return checked
+
+
+def _prompt(path: str, number: int, line: str) -> str:
+    try:
+        prompt = files.parse_json(line)["prompt"]
+        if not isinstance(prompt, str):
+            raise TypeError(f"got {type(prompt).__name__}")
+        return prompt
+    except (ValueError, TypeError, KeyError) as e:
+        raise InputError(
+            f'prompts {path!r}, line {number} must be {{"prompt": TEXT}} '
+            f"({type(e).__name__}: {brief(e)})"
+        ) from e
 
 
 def load(

@@ -100,7 +100,8 @@ def of_model(model: Model) -> State:
     expected = shapes(model.config)
     if missing := [name for name in expected if name not in state]:
         raise InputError(
-            f"model must have floating weights to be saved, got none for {some(missing)}"
+            f"model must have floating weights to be saved (save it before it is quantized: int8 "
+            f"weights are for inference alone), got none for {some(missing)}"
         )
     return {name: state[name] for name in expected}
 

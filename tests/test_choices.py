@@ -179,7 +179,7 @@ def test_a_file_that_is_none_is_named(content, message, tmp_path):
     path = tmp_path / "q.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=f"choices '{path}' {message}"):
+    with pytest.raises(InputError, match=f"choices '{path}'(, line 1)? {message}"):
         choices.read(path, byte(), 8)
 
 

@@ -237,7 +237,7 @@ def test_prompts_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(InputError, match=r"prompts '.*none' cannot be read: No such file"):
         sampling.read_prompts(str(tmp_path / "none"))
     (tmp_path / "p").write_bytes(b"ab\xff")
-    with pytest.raises(InputError, match="p' must be UTF-8, got 0xff at byte 2"):
+    with pytest.raises(InputError, match="p', line 1 must be UTF-8, got 0xff at byte 2"):
         sampling.read_prompts(str(tmp_path / "p"))
 
 
@@ -363,7 +363,7 @@ WRONG = {
     "--prompts none": "prompts 'none' cannot be read: No such file or directory",
     "--batch-size 0": "batch_size must be at least 1, got 0",
     "--dtype float8": "dtype must be auto, float32 or bfloat16, got 'float8'",
-    "--quantize int4": "quantize must be int8, got int4",
+    "--quantize int4": "quantize must be int8 or absent, got int4",
     "--quantize int8 --quantize-data none": "data must be a file",
     "--tokenizer gpt5": "tokenizer must be byte, gpt2, a file",
     "--stop=": "stop must be strings of at least one character, got an empty one",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from util import why_no_vocabulary
 
 from gpt2 import tokenizer as tk
 from gpt2.errors import InputError
@@ -28,8 +29,8 @@ ANY_TEXT = st.text(
 
 @pytest.fixture(scope="module")
 def published():
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR is not set: GPT-2's vocabulary is not at hand")
+    if reason := why_no_vocabulary():
+        pytest.skip(reason)
     return tk.gpt2()
 
 

@@ -408,7 +408,7 @@ def test_tiny_shakespeare_as_nanogpt(tmp_path):
     """nanoGPT's setting for a CPU: 1.92 measured with its own code, 1.88 published."""
     folder = os.environ.get("GPT2_TEST_DATA")
     if not folder:
-        pytest.skip("GPT2_TEST_DATA is not set: tinyshakespeare.txt is not at hand")
+        pytest.skip("set GPT2_TEST_DATA to a folder with tinyshakespeare.txt")
     assert (
         train(
             TrainConfig(

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -155,6 +156,24 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
 def bytes_of(x: Tensor) -> Tensor:
     """The bytes of x in one dimension: a loss, which has none, cannot be viewed as bytes itself."""
     return x.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def why_no_vocabulary() -> str | None:
+    """None where tests have GPT-2's vocabulary; else what to set, as the reason of a skip."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if folder and all((Path(folder) / name).is_file() for name in _VOCABULARY):
+        return None
+    return (
+        "set TIKTOKEN_CACHE_DIR to a folder with tiktoken's two files of GPT-2's vocabulary; "
+        "tiktoken.get_encoding('gpt2') downloads them into it"
+    )
+
+
+# The names of tiktoken's cache: SHA-1 of the addresses of vocab.bpe and encoder.json.
+_VOCABULARY = (
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+)
 
 
 def guarded(x: Tensor, width: int = 64) -> Tensor:
