@@ -124,6 +124,8 @@ def perplexity(
         )
     count = sum(max(1, 1 - (context + 1 - len(ids)) // stride) for ids in texts if len(ids) > 1)
     _check_batch(model, min(batch_size, count), min(context, max(map(len, texts))))
+    for ids in texts:
+        check_ids(ids, model.config.vocab_size)
     sizes = None if tokenizer is None else token_bytes(tokenizer)
     nats, tokens, size, start = 0.0, 0, 0, time.perf_counter()
     read, scored = itertools.tee(w for ids in texts for w in windows(ids, context, stride))
@@ -207,6 +209,13 @@ def score_all(
         results[i] = scores
         progress(1)
     return [results[i] for i in range(len(windows))]
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises InputError for ids of a text that the model does not have."""
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise InputError(f"text must hold ids from 0 to {vocab_size - 1}, got {bad}")
 
 
 def _check_batch(model: Model, B: int, T: int) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from . import kernels, memory
 from .cache import Cache, Decode, Prefill
+from .errors import brief
 from .layers import Int8Linear, is_hooked, is_stock
 from .model import MLP, Attention, Block
-from .picking import DEFAULT, Sampling, Uniform, Watch, seeds_of
+from .picking import DEFAULT, Sampling, Uniform, Watch, as_int, seeds_of
 
 CHUNK = 16384  # tokens of a prefill that are in the model at a time: bounds its memory
 
@@ -213,17 +214,24 @@ def tokens(
     comes in place of the step's tokens. On a GPU, which must not be waited for, such a sequence
     gives -2 (picking.NO_TOKEN), and the error comes with the next step or at the end.
     """
-    if not prompts or not all(len(p) for p in prompts):
-        raise ValueError(f"prompts must be lists of at least one token, got {prompts!r}")
+    if isinstance(prompts, str) or not prompts or not all(len(p) for p in prompts):
+        got = brief(repr(prompts))
+        raise ValueError(f"prompts must be lists of at least one token, got {got}")
+    max_new_tokens = as_int("max_new_tokens", max_new_tokens)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     V = model.config.vocab_size
     for prompt in prompts:
+        for token in set(map(type, prompt)) - {int} and prompt:
+            as_int("each token of prompts", token)
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < V:
                 raise ValueError(f"prompts must hold ids from 0 to {V - 1}, got {token}")
     check_batch(model, [len(p) for p in prompts], max_new_tokens)
-    seeds = seeds_of(prompts, seed) if seed is None or isinstance(seed, int) else seed
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    seeds = seed if several else seeds_of(prompts, seed)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seed must be one, or one for each of {len(prompts)} prompts, got {seed}")
     return _tokens(model, prompts, max_new_tokens, sampling, seeds, set(stop), ended)
 
 

@@ -84,6 +84,8 @@ class Model(nn.Module):
 
     def __init__(self, config: Config | None = None, *, fast: bool = False):
         super().__init__()
+        if config is not None and not isinstance(config, Config):
+            raise TypeError(f"config must be a Config, got {type(config).__name__}")
         self.config = config = Config() if config is None else config
         self.fast = fast
         self.transformer = nn.ModuleDict(

@@ -10,14 +10,16 @@ maximum choose nothing: see NO_TOKEN and Watch.
 """
 
 import math
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from .errors import NonFiniteError
+from .errors import NonFiniteError, brief
 
 NO_TOKEN = -2  # of a sequence whose logits choose none: one is NaN or +inf, or all are -inf
 _COLDEST = 1e-300  # 1 / temperature must be finite; in float32 this is greedy already
@@ -26,13 +28,20 @@ _COLDEST = 1e-300  # 1 / temperature must be finite; in float32 this is greedy a
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. temperature 0 is greedy; top_k leaves the k likeliest; top_p then the
-    likeliest up to the first that brings their sum to p. Raises ValueError, naming the field."""
+    likeliest up to the first that brings their sum to p. Raises TypeError or ValueError, naming the
+    field."""
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
 
     def __post_init__(self):
+        for name, kind in (("temperature", Real), ("top_k", Integral), ("top_p", Real)):
+            value = getattr(self, name)
+            absent = value is None and name != "temperature"
+            if not absent and (isinstance(value, bool) or not isinstance(value, kind)):
+                expected = "an int" if kind is Integral else "a number"
+                raise TypeError(f"{name} must be {expected}, got {value!r}")
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -138,14 +147,25 @@ class Uniform:
         return self.drawn[:, self.used - 1]
 
 
+def as_int(name: str, value: object) -> int:
+    """An integer of whichever type: numpy's, and tensors of one, too. Raises TypeError."""
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = brief(repr(value))
+        raise TypeError(f"{name} must be an integer, got {got}") from None
+
+
 def seeds_of(prompts: Sequence[Sequence[int]], seed: int | None) -> list[int]:
     """A seed for each prompt: `seed`, and one more for each equal prompt before it in the batch.
 
     So a prompt's text depends on the seed alone, whatever else is in the batch, and several of the
-    same prompt differ. None draws one from PyTorch's generator.
+    same prompt differ. None draws one from PyTorch's generator. Raises TypeError and ValueError,
+    naming seed.
     """
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    seed = as_int("seed", seed)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
     before: dict[tuple, int] = {}

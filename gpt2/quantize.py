@@ -17,8 +17,13 @@ from .model import Model
 def quantize_int8(model: Model) -> Model:
     """The model itself, its linear layers replaced by Int8Linear: for inference, not to be saved.
 
-    Raises ValueError where a weight is not finite.
+    Raises TypeError and ValueError for what is not a Model, or one that is int8 already, and
+    ValueError where a weight is not finite.
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a Model, got {type(model).__name__}")
+    if isinstance(model.lm_head, Int8Linear):
+        raise ValueError("model must have floating weights, got int8 ones: it is quantized already")
     for block in model.transformer["h"]:
         for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"),
                            (block.mlp, "c_fc"), (block.mlp, "c_proj")):  # fmt: skip

@@ -66,6 +66,11 @@ def complete(
     texts at a time than fit into memory, before anything is sampled, and NonFiniteError, naming the
     step, for logits that choose no token.
     """
+    for name, texts in (("prompts", prompts), ("stop", stop)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{name} must be a list of strings, got {brief(repr(texts))}")
+    if picking.as_int("batch_size", batch_size) < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not all(stop):
         raise InputError("stop must be strings of at least one character, got an empty one")
     ids = [_encode(tokenizer, prompt) for prompt in prompts]

@@ -52,6 +52,8 @@ class Tokenizer:
 
         Raises InputError for half a surrogate pair, and for a character outside the alphabet.
         """
+        if not isinstance(text, str):
+            raise InputError(f"text must be a string, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as e:
