@@ -7,6 +7,7 @@ Not in the list: what only a GPU runs, the CUDA graph of a step.
 from . import Mutant
 
 GENERATION = "gpt2/generation.py"
+PICKING = "gpt2/picking.py"
 CACHE = "gpt2/cache.py"
 QUANTIZE = "gpt2/quantize.py"
 MODULES = "gpt2/layers.py"
@@ -26,71 +27,91 @@ OTHERS = "test_few_rows.py::test_what_else_is_not_the_kernel_s[cpu-avx2]"
 GENERATION_MUTANTS = [
     # what is chosen
     Mutant(
-        "a temperature that multiplies", GENERATION,
-        "logits.float() / self.temperature", "logits.float() * self.temperature",
+        "a temperature that multiplies", PICKING,
+        "largest) / max(self.temperature, _COLDEST)", "largest) * max(self.temperature, _COLDEST)",
         CUTS,
     ),
     Mutant(
-        "more of the likeliest than there are", GENERATION,
+        "more of the likeliest than there are", PICKING,
         "if self.top_k is not None and self.top_k < logits.shape[-1]:",
         "if self.top_k is not None:",
         CUTS,
     ),
     Mutant(
-        "all of the likeliest in another order", GENERATION,
+        "all of the likeliest in another order", PICKING,
         "self.top_k < logits.shape[-1]", "self.top_k <= logits.shape[-1]",
         CUTS,
     ),
     Mutant(
-        "the token that brings the sum to p left out", GENERATION,
+        "the token that brings the sum to p left out", PICKING,
         "total - probs >= self.top_p", "total >= self.top_p",
         CUTS, quick=True,
     ),
     Mutant(
-        "a token more than p asks for", GENERATION,
+        "a token more than p asks for", PICKING,
         "total - probs >= self.top_p", "total - probs > self.top_p",
         CUTS,
     ),
     Mutant(
-        "a place for an id", GENERATION,
-        "(choice if ids is None else ids.gather(1, choice))[:, 0]", "choice[:, 0]",
+        "a place for an id", PICKING,
+        "choice if ids is None else ids.gather(1, choice)", "choice",
         CUTS,
     ),
     Mutant(
-        "a token of probability 0", GENERATION,
+        "the maximum is not subtracted", PICKING,
+        "(logits.double() - largest) /", "logits.double() /",
+        "test_picking.py::test_the_coldest_temperatures_are_greedy[5e-324-torch.float32]",
+    ),
+    Mutant(
+        "NaN is the likeliest", PICKING,
+        "return token.masked_fill_(largest - largest != 0, NO_TOKEN)\n", "return token\n",
+        "test_picking.py::test_logits_that_are_not_finite_choose_no_token[greedy-torch.float32]",
+    ),
+    Mutant(
+        "NaN has a probability", PICKING,
+        "return token.masked_fill_(largest - largest != 0, NO_TOKEN)[:, 0]", "return token[:, 0]",
+        "test_picking.py::test_logits_that_are_not_finite_choose_no_token[top-p-torch.float32]",
+    ),
+    Mutant(
+        "a step nobody looks at", GENERATION,
+        "            watch.see(token, step)\n", "",
+        "test_picking.py::test_generation_stops_at_the_step_that_is_not_finite[greedy-True]",
+    ),
+    Mutant(
+        "a token of probability 0", PICKING,
         "right=True", "right=False",
         "test_generation.py::test_the_ends_of_the_unit_interval",
     ),
     # seeds
     Mutant(
-        "one number for two steps", GENERATION,
+        "one number for two steps", PICKING,
         "self.drawn[:, self.used - 1]", "self.drawn[:, self.used // 2]",
         "test_generation.py::test_each_row_has_numbers_of_its_own",
     ),
     Mutant(
-        "the same numbers again", GENERATION,
+        "the same numbers again", PICKING,
         "torch.rand(self.DRAWN, generator=g) for g",
         "torch.rand(self.DRAWN, generator=g.manual_seed(g.initial_seed())) for g",
         "test_generation.py::test_each_row_has_numbers_of_its_own",
     ),
     Mutant(
-        "one generator for all rows", GENERATION,
+        "one generator for all rows", PICKING,
         "torch.Generator().manual_seed(seed) for seed",
         "torch.Generator().manual_seed(seeds[0]) for seed",
         "test_generation.py::test_each_row_has_numbers_of_its_own",
     ),
     Mutant(
-        "a seed by the place in the batch", GENERATION,
+        "a seed by the place in the batch", PICKING,
         "(seed + before[prompt]) % 2**63", "(seed + len(seeds)) % 2**63",
         "test_generation.py::test_each_row_has_numbers_of_its_own",
     ),
     Mutant(
-        "the seed after the last", GENERATION,
+        "the seed after the last", PICKING,
         "(seed + before[prompt]) % 2**63", "seed + before[prompt]",
         "test_generation.py::test_each_row_has_numbers_of_its_own",
     ),
     Mutant(
-        "no seed is seed 0", GENERATION,
+        "no seed is seed 0", PICKING,
         "int(torch.randint(2**62, ()))", "0",
         "test_generation.py::test_a_text_depends_on_its_prompt_and_seed_alone",
     ),

@@ -105,7 +105,7 @@ SAMPLING_MUTANTS = [
     ),
     Mutant(
         "lines counted from 0", SAMPLING,
-        "enumerate(lines, 1)", "enumerate(lines)",
+        'lines_of("prompts", path), 1)', 'lines_of("prompts", path))',
         "test_sampling.py::test_a_broken_line_is_named[x]",
     ),
     Mutant(
