@@ -22,7 +22,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
-from . import generation, sampling
+from . import generation, loading
 from .errors import InputError
 from .evaluate import Window, score_all
 from .generation import Sampling
@@ -64,14 +64,13 @@ class KernelsLM(TemplateLM):
             self.model, self.text = pretrained, tokenizer
         else:
             where = pick_device(_present(device))
-            self.model, self.text = sampling.load(
+            self.model, self.text = loading.load(
                 pretrained,
-                where,
+                device=where,
                 dtype=pick_dtype(dtype, where),
                 tokenizer=tokenizer,
                 tokenizer_dir=tokenizer_dir,
             )
-            self.model.fast = True
         if quantize:
             quantize_int8(self.model)
         self.batch_size = _number("batch_size", batch_size or 8, None)

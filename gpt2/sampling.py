@@ -9,12 +9,8 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import torch
-
-from . import convert, files, generation, weights
-from . import tokenizer as tokenizers
+from . import files, generation
 from .errors import InputError, brief
 from .generation import Sampling
 from .model import Model
@@ -233,35 +229,6 @@ def read_prompts(path: str) -> list[str]:
             ) from e
         prompts.append(prompt)
     return prompts
-
-
-def load(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: str | None = None,
-    tokenizer_dir: str | None = None,
-) -> tuple[Model, Tokenizer]:
-    """A model in eval mode, from any format that convert.read knows, and its tokenizer: a run's
-    own; for others GPT-2's, or the one that is named.
-
-    nanoGPT pads its vocabulary: ids beyond the tokenizer's have no text, and are left off. Raises
-    InputError, naming the file, where one is missing, broken, or does not fit the other.
-    """
-    found = convert.read(source, dropout=0.0)
-    if tokenizer is None and found.format == "run":
-        reads = tokenizers.load(found.path / tokenizers.FILE, tokenizer_dir)
-    else:
-        reads = tokenizers.named(tokenizer or "gpt2", tokenizer_dir)
-    config, size = found.config, reads.vocab_size
-    if size != config.vocab_size and (found.format != "nanogpt" or size > config.vocab_size):
-        raise InputError(
-            f"model {found.name!r}: the tokenizer must fit its vocab_size {config.vocab_size}, "
-            f"got {size} ids"
-        )
-    config, state = weights.crop(config, found.state(), vocab_size=size)
-    return weights.to_model(config, state, dtype=dtype).to(device), reads
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -115,7 +115,8 @@ def encode(
     """
     for i, document in enumerate(texts):
         if i:
-            yield np.array([tokenizer.eot]) if tokenizer.eot else tokenizer.encode("\n")
+            eot = tokenizer.eot  # 0 is an id, too
+            yield tokenizer.encode("\n") if eot is None else np.array([eot])
         for text in tokenizers.cut(document.blocks(progress)):
             try:
                 ids = tokenizer.encode(text)

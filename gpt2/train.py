@@ -84,6 +84,7 @@ class Trainer:
             tokenizer=tokenizer or o.tokenizer,
             tokenizer_dir=o.tokenizer_dir,
             val_fraction=o.val_fraction,
+            named=o.tokenizer is not None,
         )
         vocab_size = self.corpus.tokenizer.vocab_size
         config = Config(o.block_size, vocab_size, o.n_layer, o.n_head, o.n_embd, o.dropout)

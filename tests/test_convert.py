@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from util import bits_equal
 
-from gpt2 import Config, Model, checkpoint, llmc, nanogpt, sampling, weights
+from gpt2 import Config, Model, checkpoint, llmc, loading, nanogpt, weights
 from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
 from gpt2.convert import FORMATS, convert, read
@@ -121,7 +121,7 @@ def test_every_format_computes_the_same(tmp_path):
 
 def test_a_converted_run_is_sampled_from_and_is_no_run_to_resume(tmp_path, capsys):
     run = write(CONFIG, random_state(), tmp_path, "run")
-    model, tokenizer = sampling.load(run)
+    model, tokenizer = loading.load(run)
     assert tokenizer.name == "byte" and model.config == CONFIG
     assert main(["sample", str(run), "--prompt", "a", "--max-new-tokens", "3"]) == 0
     assert main(["train", "--resume", str(run)]) == 2
@@ -151,7 +151,7 @@ def test_a_run_keeps_its_tokenizer_through_a_copy(tmp_path):
     checkpoint.write(tmp_path / checkpoint.FILE, config, random_state(config), step=7)
     (tmp_path / tokenizers.FILE).write_text(tokenizers.char("abc").to_json())
     convert(tmp_path, tmp_path / "copy", "run")
-    assert sampling.load(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
+    assert loading.load(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
     with pytest.raises(InputError, match="must fit the model's vocab_size 2, got 3 ids; --tok"):
         convert(tmp_path, tmp_path / "cropped", "run", vocab_size=2)
 
@@ -243,9 +243,15 @@ def test_nanogpts_head_is_tied(ckpt):
 
 LN = "transformer.ln_f.weight"
 CKPTS = {
-    "list": (lambda h: [1], "must hold model and model_args, got list"),
-    "no-model": (lambda h: h.pop("model") and None, "must hold model and model_args, got"),
-    "args-list": (lambda h: h.update(model_args=[1]), "must hold model and model_args, got"),
+    "list": (lambda h: [1], "must hold model, and model_args or config, got list"),
+    "no-model": (
+        lambda h: h.pop("model") and None,
+        "must hold model, and model_args or config, got",
+    ),
+    "args-list": (
+        lambda h: h.update(model_args=[1]),
+        "must hold model, and model_args or config, got",
+    ),
     "size-gone": (lambda h: h["model_args"].pop("n_head") and None, "must have n_head among"),
     "size": (lambda h: h["model_args"].update(n_embd=2**40), r"shape \(256, 1099511627776\)"),
     "layers": (lambda h: h["model_args"].update(n_layer=10**9), "weights of 1000000000 layers"),
@@ -388,7 +394,8 @@ def test_a_truncated_llmc_file_is_refused(size, tmp_path):
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"vocab_size": 257}, "vocab_size must be 1 to 256, the model's own, got 257"),
         ({"vocab_size": 0}, "vocab_size must be 1 to 256, .* got 0"),
-        ({"tokenizer": "byte"}, "tokenizer must be absent: format hf has none, got 'byte'"),
+        ({"to": "llmc", "tokenizer": "byte"}, "must be absent: format llmc has none, got 'byte'"),
+        ({"tokenizer": "alphabet"}, "at most the model's 256 ids, got 300; --tokenizer names"),
         ({"to": "run"}, "tokenizer must fit the model's vocab_size 256, got 50257 ids; --tok"),
         ({"to": "run", "tokenizer": "char"}, "tokenizer must be byte, gpt2, a file"),
         ({"to": "llmc", "max_shard_size": "1GB"}, "max_shard_size must be absent for format llmc"),
@@ -404,6 +411,8 @@ def test_what_is_wrong_is_said_and_nothing_is_written(changes, message, ckpt, mo
     monkeypatch.chdir(path.parent)
     (path.parent / "full").mkdir()
     (path.parent / "full" / "mine").touch()
+    alphabet = tokenizers.char(map(chr, range(1000, 1300)))
+    (path.parent / "alphabet").write_text(alphabet.to_json())
     before = sorted(path.parent.rglob("*"))
     with pytest.raises(InputError, match=message):
         convert(**{"source": path, "dest": "new", "to": "hf", **changes})
