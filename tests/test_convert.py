@@ -3,8 +3,11 @@
 import itertools
 import pickle
 import struct
+import sys
+import types
+import warnings
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -314,6 +317,102 @@ def test_a_bare_pickle_is_no_model(tmp_path):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(pickle.dumps({"model": {}}))
     with pytest.raises(InputError, match=r"nanoGPT's ckpt.pt or llm.c's model.bin, got"):
+        read(path)
+
+
+# ---- build-nanogpt
+
+
+def build_nanogpt(path, state, monkeypatch, module="__main__", prefix="", **more):
+    """A checkpoint as build-nanogpt's train_gpt2.py writes it: config is an object."""
+
+    @dataclass
+    class GPTConfig:
+        block_size: int = 16
+        vocab_size: int = 256
+        n_layer: int = 2
+        n_head: int = 2
+        n_embd: int = 8
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = module, "GPTConfig"
+    holder = sys.modules.get(module) or types.ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, holder)
+    monkeypatch.setattr(holder, "GPTConfig", GPTConfig, raising=False)
+    model = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    model[f"{prefix}{weights.HEAD}"] = model[f"{prefix}{weights.WTE}"]
+    for i in (0, 1):
+        model[f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16)
+    config = GPTConfig()
+    for name, value in more.items():
+        setattr(config, name, value)
+    torch.save({"model": model, "config": config, "step": 100, "val_loss": 3.2}, path)
+    monkeypatch.delattr(holder, "GPTConfig")
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("module", ["__main__", "train_gpt2"])
+def test_build_nanogpt_s_checkpoints(module, prefix, tmp_path, monkeypatch):
+    """They were refused: the class of config was not looked at, and is not looked up now either."""
+    state = random_state()
+    path = build_nanogpt(tmp_path / "model_00100.pt", state, monkeypatch, module, prefix)
+    model = read(path)
+    assert (model.format, model.gelu) == ("nanogpt", "tanh")
+    assert model.config == replace(CONFIG, dropout=0.0)
+    assert same(model.state(), state)
+    with warnings.catch_warnings(action="error"):
+        loading.load(path, tokenizer="byte")
+
+
+def test_nanogpt_s_own_config_object_means_erf(tmp_path, monkeypatch):
+    path = build_nanogpt(tmp_path / "x.pt", random_state(), monkeypatch, bias=True, dropout=0.1)
+    model = read(path)
+    assert model.gelu == "erf" and model.config.dropout == 0.1
+
+
+def test_a_config_object_that_is_no_configuration_is_refused(tmp_path, monkeypatch):
+    def saved(**more):
+        return build_nanogpt(tmp_path / "x.pt", random_state(), monkeypatch, **more)
+
+    for more, message in (
+        ({"n_layer": "2"}, "n_layer must be an int, got '2'"),
+        ({"n_embd": 2**40}, r"shape \(256, 1099511627776\)"),
+        ({"use_rope": True}, r"model_args of a fork, got \['use_rope'\]"),
+        ({"x": [1]}, "of a fork"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(saved(**more))
+
+
+class GPTConfig:
+    """One whose pickle would run a function."""
+
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_a_config_object_with_a_function_is_not_run(ckpt, capsys):
+    path, _ = ckpt
+    rewrite(path, lambda held: None)
+    good = zipfile.ZipFile(path)
+    entries = {info.filename: good.read(info) for info in good.infolist()}
+    calls = {
+        "asks for": pickle.dumps({"model": {}, "config": GPTConfig()}, 2),
+        "cannot be read": b"\x80\x02c__main__\nGPTConfig\nK\x05\x85R.",
+    }
+    for message, evil in calls.items():
+        with zipfile.ZipFile(path, "w") as bad:
+            for name, data in entries.items():
+                bad.writestr(name, evil if name.endswith("data.pkl") else data)
+        with pytest.raises(InputError, match=message):
+            read(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_weight_with_and_without_prefix_is_refused(ckpt):
+    path, _ = ckpt
+    rewrite(path, lambda held: held["model"].update({f"module.{LN}": held["model"][LN]}))
+    with pytest.raises(InputError, match=f"must hold {LN} once"):
         read(path)
 
 
