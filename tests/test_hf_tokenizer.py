@@ -15,6 +15,8 @@ from gpt2 import tokenizer as tk
 from gpt2.cli import main
 from gpt2.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("without_the_interpreter")
+
 tokenizers = pytest.importorskip("tokenizers")
 LINES = "First, the naïve café: 1 234 日本語 don't  \n\n\tWE'LL see... ¡años! aaaa aabaa aaa " * 20
 

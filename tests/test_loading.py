@@ -15,6 +15,8 @@ from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
 from gpt2.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("without_the_interpreter")
+
 BYTES = Config(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16)
 FORMATS = {"hf": "hf", "run": "run", "nanogpt": "ckpt.pt", "llmc": "model.bin"}
 

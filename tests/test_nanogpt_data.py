@@ -12,6 +12,8 @@ from gpt2 import tokenizer as tk
 from gpt2.cli import main
 from gpt2.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("without_the_interpreter")
+
 ALPHABET = "zyxwvutsrqponmlkjihgfedcba \n"  # nanoGPT sorts; the file's order counts
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 12
 
