@@ -22,7 +22,7 @@ import torch
 from . import checkpoint, files, hf_tokenizer, hub, interop, llmc, nanogpt, weights
 from . import tokenizer as tokenizers
 from .config import Config
-from .errors import InputError
+from .errors import InputError, brief
 from .weights import State
 
 FORMATS = ("hf", "run", "nanogpt", "llmc")
@@ -153,7 +153,7 @@ def _tokenizer_json(model: Source, config: Config, spec: str | None) -> str:
         named = tokenizers.named(spec)
         text, size = named.to_json(), named.vocab_size
     elif spec is None and model.format == "run":
-        text, size = tokenizers.describe(model.path / tokenizers.FILE)
+        text, size = described(model.path / tokenizers.FILE)
     elif spec is None and (own := own_tokenizer(model)) is not None:
         text, size = own.to_json(), own.vocab_size
     else:
@@ -197,6 +197,25 @@ def _copy_tokenizer(source: Path, dest: Path) -> None:
     for name in hf_tokenizer.FILES:
         if (source / name).is_file():
             files.write_atomic(dest / name, partial(shutil.copyfile, source / name))
+
+
+def described(path: str | Path) -> tuple[str, int]:
+    """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        state = files.parse_json(text)
+        if isinstance(state, dict) and state.get("name") == "gpt2":
+            size = state.get("size", tokenizers.GPT2_SIZE)
+            if type(size) is not int or not 1 <= size <= tokenizers.GPT2_SIZE:
+                raise InputError(
+                    f"size must be 1 to {tokenizers.GPT2_SIZE}, got {brief(repr(size))}"
+                )
+            return text, size
+        return text, tokenizers.from_json(text).vocab_size
+    except OSError as e:
+        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
 
 
 def _check_choice(name: str, value: str | None, choices: tuple) -> None:

@@ -11,9 +11,9 @@ import re
 _STRAIGHT = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
 _MARKER = re.compile(r"(?:[*•+-]|\d+\.|\(\d+\)|\[\d+\])\s+")  # of an item or a footnote
 _FOOTNOTE = re.compile(r"\s*\[\d+\](?=\W|$)")
-_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2}|_)(?=\S)([^*_\n]+?)(?<=\S)\1(?![\w*])")
+_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})(?=\S)([^*\n]+?)(?<=\S)\1(?![\w*])")
 _VERSION = re.compile(r"(?:Changed in|New in|Added in|Deprecated since) version|Source code:")
-_CODE = re.compile(r"[|{}<>=\\^~`@#$%]|->|\w\(\w+, ")
+_CODE = re.compile(r"[|{}<>=\\^~`@#$%&*+/_\[\]]|\w\(\w+, ")
 _SENTENCES = re.compile(r'["\'(]?[A-Z].*[.!?]["\')]?')
 _WORD = re.compile(r"(?<!\S)[A-Za-z][a-z'-]*[,.;:!?]?(?!\S)")
 _LEAST_WORDS, _LEAST_PART = 6, 0.75  # of plain words in a paragraph

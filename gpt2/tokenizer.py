@@ -280,50 +280,13 @@ def _from_state(state: Any, folder: str | Path | None) -> Tokenizer:
     raise InputError(f"name must be char, byte, gpt2, bpe or hf, got {name}")
 
 
-def describe(path: str | Path) -> tuple[str, int]:
-    """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        state = files.parse_json(text)
-        if isinstance(state, dict) and state.get("name") == "gpt2":
-            size = state.get("size", GPT2_SIZE)
-            if type(size) is not int or not 1 <= size <= GPT2_SIZE:
-                raise InputError(f"size must be 1 to {GPT2_SIZE}, got {brief(repr(size))}")
-            return text, size
-        return text, from_json(text).vocab_size
-    except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
-
-
 def save(tokenizer: Tokenizer, path: str | Path) -> None:
     """Writes a BPE whole: as JSON where the name ends in .json, else in tiktoken's text format."""
+    from . import tiktoken_file  # not above: it builds on this module
+
     as_json = Path(path).suffix == ".json"
-    files.write_atomic(path, tokenizer.to_json() if as_json else to_tiktoken(tokenizer))
-
-
-def to_tiktoken(tokenizer: Tokenizer) -> str:
-    """A BPE in tiktoken's own text format: base64 of a token and its rank, a token a line."""
-    lines = [f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokenizer.tokens[:-1])]
-    return "".join(lines)
-
-
-def from_tiktoken(text: str) -> Tokenizer:
-    """Reads to_tiktoken's format. (tiktoken's reader would cache the file by its name for good.)"""
-    ranks = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks.append(base64.b64decode(token, validate=True))
-            if int(rank) != len(ranks) - 1:
-                raise ValueError
-        except ValueError:
-            raise InputError(
-                f"line {number} must be a token in base64 and its rank {number - 1}, "
-                f"got {line[:40]!r}"
-            ) from None
-    return bpe(ranks)
+    text = tokenizer.to_json() if as_json else tiktoken_file.to_text(tokenizer)
+    files.write_atomic(path, text)
 
 
 def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
@@ -347,7 +310,7 @@ def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
 
     Raises InputError, naming the file, where it cannot be read.
     """
-    from . import hf_tokenizer, nanogpt_meta  # not above: they build on this module
+    from . import hf_tokenizer, nanogpt_meta, tiktoken_file
 
     path = Path(path)
     try:
@@ -357,7 +320,7 @@ def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
             return nanogpt_meta.load(path)
         text = path.read_text(encoding="utf-8")
         if not text.startswith("{"):
-            return from_tiktoken(text)
+            return tiktoken_file.from_text(text)
         if hf_tokenizer.is_one(path, files.parse_json(text)):
             return hf_tokenizer.load(path)
         return from_json(text, folder)

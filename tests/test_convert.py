@@ -18,7 +18,7 @@ from util import bits_equal
 from gpt2 import Config, Model, checkpoint, llmc, loading, nanogpt, weights
 from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
-from gpt2.convert import FORMATS, convert, read
+from gpt2.convert import FORMATS, convert, described, read
 from gpt2.errors import InputError
 
 CONFIG = Config(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=8, dropout=0.25)
@@ -145,7 +145,7 @@ def test_a_padded_vocabulary_stays_unless_it_is_cropped(tmp_path, capsys):
     assert main(["convert", ckpt, str(tmp_path / "run"), *flags]) == 0
     run = read(tmp_path / "run")
     assert bits_equal(run.state()[weights.WTE], state[weights.WTE][:50257])
-    text, size = tokenizers.describe(tmp_path / "run" / tokenizers.FILE)
+    text, size = described(tmp_path / "run" / tokenizers.FILE)
     assert (text, size) == ('{"name": "gpt2"}\n', 50257)
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpt2 import tiktoken_file
 from gpt2 import tokenizer as tk
 from gpt2.errors import InputError
 
@@ -240,7 +241,7 @@ def test_the_first_ids_of_a_tokenizer(name, trained, request):
 
 def test_tiktoken_format_round_trip(trained, tmp_path):
     path = tmp_path / "ranks.tiktoken"
-    path.write_text(tk.to_tiktoken(trained))
+    path.write_text(tiktoken_file.to_text(trained))
     after = tk.load(path)
     assert after.tokens == trained.tokens
     assert after.encode(LINES).tolist() == trained.encode(LINES).tolist()
@@ -249,9 +250,9 @@ def test_tiktoken_format_round_trip(trained, tmp_path):
 def test_a_changed_file_is_read_anew(trained, tmp_path):
     """tiktoken's own reader caches a file under its name, and would go on giving the old ranks."""
     path = tmp_path / "ranks.tiktoken"
-    path.write_text(tk.to_tiktoken(trained))
+    path.write_text(tiktoken_file.to_text(trained))
     assert tk.load(path).vocab_size == 400
-    path.write_text(tk.to_tiktoken(tk.train_bpe([LINES], 260)))
+    path.write_text(tiktoken_file.to_text(tk.train_bpe([LINES], 260)))
     assert tk.load(path).vocab_size == 260
 
 
