@@ -149,7 +149,7 @@ def test_same_seed_same_weights_and_another_seed_others(text):
 
 def test_default_run_needs_no_data():
     trainer = Trainer(TrainConfig(device="cpu"))
-    assert len(trainer.corpus.train) > 300_000
+    assert len(trainer.corpus.train) > 100_000
 
 
 # Going on
