@@ -1,7 +1,7 @@
 """GPT-2 with hand-written kernels: the model, its configuration, and the kernels themselves.
 
-Model and kernels are imported when first asked for: they need torch, the command line's help does
-not, and some of PyTorch's settings count only before it is loaded.
+Model, load and kernels are imported when first asked for: they need torch, the command line's help
+does not, and some of PyTorch's settings count only before it is loaded.
 """
 
 import importlib
@@ -9,12 +9,14 @@ import importlib
 from .config import Config
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Model", "kernels"]
+__all__ = ["Config", "Model", "kernels", "load"]
 
 
 def __getattr__(name: str):
     if name == "Model":
         return importlib.import_module(".model", __name__).Model
+    if name == "load":
+        return importlib.import_module(".loading", __name__).load
     if name == "kernels":
         return importlib.import_module(".kernels", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,6 @@ A file is judged by its header before anything is allocated or changed.
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,14 +23,11 @@ from torch import nn
 from . import files, weights
 from .config import Config
 from .errors import InputError, brief
-from .weights import HEAD, WTE
+from .weights import HEAD, WTE, plain
 
 FILE = "checkpoint.safetensors"  # in the folder of a run
 _OPTIMIZER = "optimizer."
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module)\."
-)  # torch.compile's and DDP's, at any depth
 
 
 def save(
@@ -106,11 +102,6 @@ def state(path: str | Path, config: Config) -> dict[str, torch.Tensor]:
     with _open(path) as file:
         keys = _keys(path, file, weights.shapes(config))
         return {name: file.get_tensor(key) for name, key in keys.items()}
-
-
-def plain(name: str) -> str:
-    """The name of a parameter without what torch.compile and DDP put before it."""
-    return _WRAPPERS.sub("", name)
 
 
 @contextmanager

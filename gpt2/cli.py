@@ -8,7 +8,9 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from . import cli_model
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot
+    shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         parser = _parser()
         options = parser.parse_args(arguments)
@@ -42,6 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{e.filename or 'file'}: {e.strerror or e}", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    finally:
+        warnings.showwarning = shown
+
+
+def _warn(message: Warning | str, *where) -> None:
+    """A warning as one line, without the place in the code that it came from."""
+    print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:
@@ -144,6 +154,7 @@ def _convert(flags: argparse.Namespace) -> None:
     (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2); the folder of a run; nanoGPT's ckpt.pt; or
     llm.c's model.bin. The optimizer's state is left behind."""
     from .convert import convert
+    from .hf_tokenizer import is_in
 
     model = convert(
         flags.model,
@@ -154,10 +165,8 @@ def _convert(flags: argparse.Namespace) -> None:
         tokenizer=flags.tokenizer,
         max_shard_size=flags.max_shard_size,
     )
-    if "nanogpt" in (model.format, flags.to) and model.format != flags.to:
-        print(
-            "gpt2: nanoGPT computes GELU by erf, not tanh: logits differ a little", file=sys.stderr
-        )
+    if flags.to == "hf" and not is_in(Path(flags.dest)):
+        print("gpt2: no tokenizer is written; --tokenizer names one", file=sys.stderr)
     print(f"{flags.dest}: {model.config}")
 
 
@@ -181,8 +190,8 @@ def _add_convert_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         metavar="NAME",
-        help="of a run: byte, gpt2, or a file, such as another run's tokenizer.json "
-        "[default: the model's own, or gpt2]",
+        help="of a run or of hf: byte, gpt2, or a file, such as another run's tokenizer.json "
+        "[default: the model's own; else gpt2 for a run, and none for hf]",
     )
     add("--max-shard-size", metavar="SIZE", help="of a file of hf's, such as 5GB [default: 50GB]")
 
@@ -225,7 +234,7 @@ def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_TOKENIZER_HELP = "gpt2, char, byte, or a file that `gpt2 tokenizer` wrote [default: gpt2]"
+_TOKENIZER_HELP = "gpt2, char, byte, or a file, as `gpt2 tokenizer` writes [default: gpt2]"
 
 
 def _tokenizer(flags: argparse.Namespace) -> None:
@@ -236,7 +245,7 @@ def _tokenizer(flags: argparse.Namespace) -> None:
     texts = sources.documents(flags.source)
     blocks = (block for text in texts for block in text.blocks())
     learned = tokenizer.train_bpe(blocks, flags.vocab_size)
-    files.write_atomic(flags.out, tokenizer.to_tiktoken(learned))
+    tokenizer.save(learned, flags.out)
     print(f"{flags.out}: {learned.vocab_size:,} ids; use them: gpt2 train --tokenizer {flags.out}")
 
 
@@ -250,4 +259,9 @@ def _add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ids: 256 bytes, the merges, and <|endoftext|>; at least 257",
     )
-    add("--out", required=True, metavar="FILE", help="new file, in tiktoken's format")
+    add(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="new file: JSON, if it ends so, or tiktoken's format",
+    )

@@ -150,18 +150,18 @@ def _load_model(flags: argparse.Namespace):
     _check(flags, "quantize", flags.quantize in (None, "int8"), "int8 or absent")
     given = flags.quantize or flags.quantize_data is None
     _check(flags, "quantize_data", given, "absent without quantize")
-    from . import sampling
+    from . import loading
     from .machine import pick_device, pick_dtype
 
     device = pick_device(flags.device)
-    model, tokenizer = sampling.load(
+    model, tokenizer = loading.load(
         flags.model,
-        device,
+        fast=flags.fast,
+        device=device,
         dtype=pick_dtype(flags.dtype, device),
         tokenizer=flags.tokenizer,
         tokenizer_dir=flags.tokenizer_dir,
     )
-    model.fast = flags.fast
     if flags.quantize:
         _quantize(model, tokenizer, flags.quantize_data)
     return model, tokenizer
@@ -221,7 +221,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--tokenizer",
         metavar="NAME",
-        help="byte, gpt2, or a file [default: a run's own; else gpt2]",
+        help="byte, gpt2, a file or folder that holds one, or nanoGPT's meta.pkl [default: the "
+        "own of a run or of Hugging Face's folder; else gpt2]",
     )
     add("--tokenizer-dir", metavar="PATH", help="folder with GPT-2's vocab.bpe and encoder.json")
 
@@ -240,7 +241,8 @@ def eval_(flags: argparse.Namespace) -> None:
     context, stride = evaluate.check_windows(model, flags.context, flags.stride, flags.batch_size)
     texts = questions = ()
     if flags.data is not None:
-        texts = data.whole(flags.data, tokenizer, flags.tokenizer_dir).parts
+        named = flags.tokenizer is not None
+        texts = data.whole(flags.data, tokenizer, flags.tokenizer_dir, named=named).parts
     if flags.choices is not None:
         questions = choices.read(flags.choices, tokenizer, model.config.block_size)
     results = {}

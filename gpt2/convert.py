@@ -2,7 +2,7 @@
 
     hf       Hugging Face's folder, or a published name     interop.py
     run      the folder of one of our runs                  checkpoint.py
-    nanogpt  nanoGPT's ckpt.pt                              nanogpt.py
+    nanogpt  nanoGPT's ckpt.pt, build-nanogpt's model.pt    nanogpt.py
     llmc     llm.c's model.bin                              llmc.py
 
 What is kept: every weight, to the bit and in its dtype, and of the configuration what both formats
@@ -10,22 +10,25 @@ hold: the sizes, and dropout (llm.c has none, and reads as 0). An optimizer's st
 """
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import checkpoint, files, hub, interop, llmc, nanogpt, weights
+from . import checkpoint, files, hf_tokenizer, hub, interop, llmc, nanogpt, weights
 from . import tokenizer as tokenizers
 from .config import Config
-from .errors import InputError
+from .errors import InputError, brief
 from .weights import State
 
 FORMATS = ("hf", "run", "nanogpt", "llmc")
 DTYPES = ("float32", "bfloat16", "float16")
 _CKPT = "ckpt.pt"
-_GPT2_JSON, _GPT2_SIZE = '{"name": "gpt2"}\n', 50257
+_GPT2_JSON = '{"name": "gpt2"}\n'
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,20 @@ class Source:
     path: Path
     config: Config
     state: Callable[[], State]
+    gelu: str = "tanh"  # or erf: how the program that trained it computes GELU
+
+
+def own_tokenizer(model: Source, folder: str | Path | None = None) -> tokenizers.Tokenizer | None:
+    """The tokenizer that a model brings: a run and a Hugging Face folder do. folder holds GPT-2's
+    files."""
+    if model.format == "run":
+        return tokenizers.load(model.path / tokenizers.FILE, folder)
+    if model.format == "hf" and not hub.is_published(model.name) and hf_tokenizer.is_in(model.path):
+        try:
+            return tokenizers.load(model.path, folder)
+        except InputError as e:
+            raise InputError(f"{e}; --tokenizer names another") from e
+    return None
 
 
 def read(source: str | Path, *, dropout: float | None = None) -> Source:
@@ -61,8 +78,8 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
         config = llmc.read_config(path)
         return Source(name, "llmc", path, config, lambda: llmc.read_state(path, config))
     if path.is_file() and nanogpt.is_one(path):
-        config, state = nanogpt.read(path)
-        return Source(name, "nanogpt", path, config, lambda: state)
+        config, state, gelu = nanogpt.read(path)
+        return Source(name, "nanogpt", path, config, lambda: state, gelu)
     raise InputError(
         f"model must be {', '.join(hub.PUBLISHED)}, a folder of Hugging Face's or of a run, "
         f"nanoGPT's ckpt.pt or llm.c's model.bin, got {name!r}"
@@ -84,24 +101,32 @@ def convert(
     Returns what was read, with the configuration that was written.
 
     dtype rounds the weights to float32, bfloat16 or float16. vocab_size keeps the first tokens
-    alone, where a vocabulary was padded. tokenizer is what a run will read text with: byte, gpt2
-    or a file (default: the source's own, else GPT-2's). max_shard_size is for hf.
-    Raises InputError, with nothing written, for what does not fit.
+    alone, where a vocabulary was padded. tokenizer is what a run or a Hugging Face folder will
+    read text with: byte, gpt2 or a file (default: the source's own; else GPT-2's for a run, and
+    none for hf). max_shard_size is for hf. Raises InputError, with nothing written, for what does
+    not fit.
     """
     _check_choice("to", to, FORMATS)
     _check_choice("dtype", dtype, (None, *DTYPES))
-    if tokenizer is not None and to != "run":
+    if tokenizer is not None and to not in ("hf", "run"):
         raise InputError(f"tokenizer must be absent: format {to} has none, got {tokenizer!r}")
     if max_shard_size is not None and to != "hf":
         raise InputError(f"max_shard_size must be absent for format {to}, got {max_shard_size!r}")
     shard_bytes = interop.parse_bytes(max_shard_size or interop.MAX_SHARD_SIZE)
     (files.check_new_folder if to in ("hf", "run") else files.check_new)("dest", dest)
     model = read(source)
+    if to != "nanogpt":
+        nanogpt.say(model)
+    elif model.gelu == "tanh":
+        nanogpt.say_written()
     config, state = weights.crop(model.config, model.state(), vocab_size=vocab_size)
     if dtype is not None:
         state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
     if to == "hf":
-        interop.write(config, state, dest, max_shard_size=shard_bytes)
+        reads = _hf_tokenizer(model, config, tokenizer)
+        interop.write(config, state, dest, tokenizer=reads, max_shard_size=shard_bytes)
+        if reads is None and model.format == "hf":
+            _copy_tokenizer(model.path, Path(dest))
     elif to == "run":
         _write_run(config, state, Path(dest), _tokenizer_json(model, config, tokenizer))
     elif to == "nanogpt":
@@ -128,15 +153,69 @@ def _tokenizer_json(model: Source, config: Config, spec: str | None) -> str:
         named = tokenizers.named(spec)
         text, size = named.to_json(), named.vocab_size
     elif spec is None and model.format == "run":
-        text, size = tokenizers.describe(model.path / tokenizers.FILE)
+        text, size = described(model.path / tokenizers.FILE)
+    elif spec is None and (own := own_tokenizer(model)) is not None:
+        text, size = own.to_json(), own.vocab_size
     else:
-        text, size = _GPT2_JSON, _GPT2_SIZE
+        text, size = _GPT2_JSON, tokenizers.GPT2_SIZE
     if size != config.vocab_size:
         raise InputError(
             f"tokenizer must fit the model's vocab_size {config.vocab_size}, got {size} ids; "
             f"--tokenizer names another, --vocab-size crops the model's"
         )
     return text
+
+
+def _hf_tokenizer(model: Source, config: Config, spec: str | None) -> tokenizers.Tokenizer | None:
+    """What is written for transformers; None where nothing is known, or a folder's is copied."""
+    if spec is None and model.format == "hf":
+        return None
+    try:
+        if spec is not None:
+            reads = tokenizers.named(spec)
+        elif model.format == "run":
+            reads = tokenizers.load(model.path / tokenizers.FILE)
+        else:
+            return None
+    except InputError as e:
+        if spec is not None:
+            raise
+        warnings.warn(f"{model.name!r}: its tokenizer cannot be written: {e}", stacklevel=3)
+        return None
+    if reads.vocab_size > config.vocab_size:
+        if spec is None:  # of a run that --vocab-size crops
+            return tokenizers.first(reads, config.vocab_size)
+        raise InputError(
+            f"tokenizer must have at most the model's {config.vocab_size} ids, "
+            f"got {reads.vocab_size}; --tokenizer names another"
+        )
+    return reads
+
+
+def _copy_tokenizer(source: Path, dest: Path) -> None:
+    """The tokenizer of a Hugging Face folder, file by file, as it is."""
+    for name in hf_tokenizer.FILES:
+        if (source / name).is_file():
+            files.write_atomic(dest / name, partial(shutil.copyfile, source / name))
+
+
+def described(path: str | Path) -> tuple[str, int]:
+    """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        state = files.parse_json(text)
+        if isinstance(state, dict) and state.get("name") == "gpt2":
+            size = state.get("size", tokenizers.GPT2_SIZE)
+            if type(size) is not int or not 1 <= size <= tokenizers.GPT2_SIZE:
+                raise InputError(
+                    f"size must be 1 to {tokenizers.GPT2_SIZE}, got {brief(repr(size))}"
+                )
+            return text, size
+        return text, tokenizers.from_json(text).vocab_size
+    except OSError as e:
+        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
 
 
 def _check_choice(name: str, value: str | None, choices: tuple) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bars, shards, sources
+from . import bars, nanogpt_meta, shards, sources
 from . import tokenizer as tokenizers
 from .errors import InputError
 from .tokenizer import Tokenizer
@@ -78,19 +78,25 @@ def load(
     tokenizer: Tokenizer | str | None = None,
     tokenizer_dir: str | None = None,
     val_fraction: float = 0.1,
+    named: bool | None = None,
 ) -> Corpus:
     """Everything that training needs to know of its data.
 
     A tokenizer may be given as itself, or as a name or file (tokenizer.named). By default text
-    is read by characters, and shards by the tokenizer.json beside them, or else GPT-2's.
+    is read by characters, and shards by the tokenizer.json or nanoGPT's meta.pkl beside them, or
+    else GPT-2's. named says whether the user named it; by default a name or file counts as such.
 
     Raises InputError, naming the source, where it cannot be read, holds an id that is not in the
-    vocabulary, or is too short for one window of block_size + 1 training tokens.
+    vocabulary, is too short for one window of block_size + 1 training tokens, or is not made with
+    a tokenizer that nobody named (see _check_made_with).
     """
+    named = isinstance(tokenizer, str) if named is None else named
     paths = [] if source in (None, "-") else sources.files(source)
     if any(path.suffix == ".bin" for path in paths):
-        tokenizer = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir)
+        tokenizer, sure = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir, named)
         train, val = _shard_splits(source, paths, tokenizer.vocab_size, val_fraction)
+        if not sure:
+            _check_made_with(source, tokenizer, [*train.parts, *val.parts])
     else:
         texts = sources.documents(source)
         if isinstance(tokenizer, str) or tokenizer is None:
@@ -104,14 +110,24 @@ def load(
     return Corpus(tokenizer, train, val)
 
 
-def whole(source: str, tokenizer: Tokenizer, tokenizer_dir: str | None = None) -> Split:
+def whole(
+    source: str,
+    tokenizer: Tokenizer,
+    tokenizer_dir: str | None = None,
+    *,
+    named: bool = False,
+) -> Split:
     """All ids of a source, to evaluate on: its texts as one array, as training packs them; of
-    shards, an array each. Raises InputError, naming the source, as load does."""
+    shards, an array each. named says whether the user named the tokenizer. Raises InputError,
+    naming the source, as load does."""
     paths = [] if source == "-" else sources.files(source)
     if any(path.suffix == ".bin" for path in paths):
         _check_shards(source, paths)
-        tokenizer = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir)
-        return Split([shards.read(path, tokenizer.vocab_size) for path in paths])
+        tokenizer, sure = _shard_tokenizer(paths[0], tokenizer, tokenizer_dir, named)
+        parts = [shards.read(path, tokenizer.vocab_size) for path in paths]
+        if not sure:
+            _check_made_with(source, tokenizer, parts)
+        return Split(parts)
     return Split([_tokenise(sources.documents(source), tokenizer)])
 
 
@@ -130,15 +146,61 @@ def _cut(tokens: np.ndarray, val_fraction: float) -> tuple[Split, Split]:
     return Split([tokens[:end]]), Split([tokens[end:]])
 
 
-def _shard_tokenizer(path: Path, spec: Tokenizer | str | None, folder: str | None) -> Tokenizer:
-    beside = path.with_name(tokenizers.FILE)
-    if isinstance(spec, Tokenizer):
-        if beside.is_file() and tokenizers.load(beside, folder).tokens != spec.tokens:
-            raise InputError(f"data {str(path)!r} must be made with the model's tokenizer")
-        return spec
-    if spec is None and beside.is_file():
-        return tokenizers.load(beside, folder)
-    return tokenizers.named(spec or "gpt2", folder)
+def _shard_tokenizer(
+    path: Path, spec: Tokenizer | str | None, folder: str | None, named: bool
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer of a shard, and whether the user or a file beside the shard says so."""
+    if isinstance(spec, str):
+        return tokenizers.named(spec, folder), True
+    beside = _beside(path, folder, named)
+    if spec is None:
+        return (tokenizers.gpt2(folder), False) if beside is None else (beside, True)
+    if beside is not None and beside.tokens != spec.tokens:
+        raise InputError(f"data {str(path)!r} must be made with the model's tokenizer")
+    return spec, named or beside is not None
+
+
+def _beside(path: Path, folder: str | None, named: bool) -> Tokenizer | None:
+    """The tokenizer kept beside a shard: our tokenizer.json, or nanoGPT's meta.pkl.
+
+    A meta.pkl that cannot be read is an error, unless the user named a tokenizer.
+    """
+    if path.with_name(tokenizers.FILE).is_file():
+        return tokenizers.load(path.with_name(tokenizers.FILE), folder)
+    meta = path.with_name(nanogpt_meta.FILE)
+    if not meta.is_file():
+        return None
+    try:
+        return nanogpt_meta.load(meta)
+    except InputError as e:
+        if named:
+            return None
+        raise InputError(f"{e}; --tokenizer names the one that made {path.name!r}") from e
+
+
+# Text of so many tokens has an id in the upper part of a BPE's vocabulary. Ids are in the order of
+# the merges: of Shakespeare's in GPT-2's, 17 % are beyond an eighth and 4.6 % beyond a half.
+_REACHED = ((256, 1 / 8), (65536, 1 / 2))  # tokens, part of the vocabulary
+_LEAST_BPE = 1024  # ids of a BPE for which that is so
+
+
+def _check_made_with(source: str, tokenizer: Tokenizer, parts: list[np.ndarray]) -> None:
+    """Raises InputError where the ids of shards are all far below the vocabulary of a BPE.
+
+    Characters or bytes read by GPT-2's tokenizer, which nobody named, would train on words that
+    are not there.
+    """
+    count = sum(map(len, parts))
+    if tokenizer.name in ("char", "byte") or tokenizer.vocab_size < _LEAST_BPE:
+        return
+    for least, part in _REACHED:
+        bound = int(tokenizer.vocab_size * part)
+        if count >= least and not any(shards.reaches(tokens, bound) for tokens in parts):
+            raise InputError(
+                f"data {source!r} must be made with the tokenizer {tokenizer.name}, which nobody "
+                f"named, but of its {tokenizer.vocab_size} ids all {count} tokens are below "
+                f"{bound}: name the tokenizer that made it with --tokenizer"
+            )
 
 
 def _shard_splits(

@@ -1,14 +1,14 @@
 """Training that starts from weights, not from random numbers: `gpt2 train --init MODEL`.
 
-The run keeps all it needs, and goes on without MODEL. A model and its tokenizer are one: a run
-brings its own; for any other the tokenizer is GPT-2's, or the one that is named.
+The run keeps all it needs, and goes on without MODEL. A model and its tokenizer are one, as
+loading.tokenizer_of says; the run's embedding has the rows of that tokenizer's ids alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import convert, weights
+from . import convert, loading, nanogpt, weights
 from . import tokenizer as tokenizers
 from .convert import Source
 from .errors import InputError
@@ -48,25 +48,18 @@ def start(options: TrainConfig) -> Start:
             f"{model.config.block_size}, got {options.block_size}"
         )
     tokenizer = _tokenizer(model, options)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"tokenizer must fit init {options.init!r} with vocab_size {model.config.vocab_size}, "
-            f"got {tokenizer.vocab_size} ids"
-        )
-    return Start(
-        tokenizer,
-        lambda: weights.crop(model.config, model.state(), block_size=options.block_size)[1],
-    )
+    nanogpt.say(model)
+    sizes = {"block_size": options.block_size, "vocab_size": tokenizer.vocab_size}
+    return Start(tokenizer, lambda: weights.crop(model.config, model.state(), **sizes)[1])
 
 
 def _tokenizer(model: Source, options: TrainConfig) -> Tokenizer:
     spec, folder = options.tokenizer, options.tokenizer_dir
-    own = None
-    if model.format == "run":
-        own = tokenizers.load(model.path / tokenizers.FILE, folder)
-    named = None
-    if spec != "char" and (spec is not None or own is None):  # char would be the new text's
-        named = tokenizers.named(spec or "gpt2", folder)
-    if spec is not None and (named is None or (own is not None and named.tokens != own.tokens)):
+    if spec == "char":  # would be the new text's
         raise InputError(f"tokenizer must be that of init {options.init!r}, got {spec!r}")
-    return own or named
+    if spec is not None and model.format == "run":
+        own = convert.own_tokenizer(model, folder)
+        if tokenizers.named(spec, folder).tokens != own.tokens:
+            raise InputError(f"tokenizer must be that of init {options.init!r}, got {spec!r}")
+        spec = None
+    return loading.tokenizer_of(model, spec, folder)

@@ -32,7 +32,7 @@ except ImportError as e:
     sys.exit(2)
 from tqdm import tqdm
 
-from . import bars, generation, picking, sampling
+from . import bars, generation, loading, picking
 from .errors import InputError, NonFiniteError
 from .evaluate import Scores, Window, score_all
 from .generation import Sampling
@@ -74,14 +74,13 @@ class KernelsLM(TemplateLM):
             self.model, self.text = pretrained, tokenizer
         else:
             where = pick_device(_present(device))
-            self.model, self.text = sampling.load(
+            self.model, self.text = loading.load(
                 pretrained,
-                where,
+                device=where,
                 dtype=pick_dtype(dtype, where),
                 tokenizer=tokenizer,
                 tokenizer_dir=tokenizer_dir,
             )
-            self.model.fast = True
         if quantize:
             quantize_int8(self.model)
         self.batch_size = _number("batch_size", batch_size or 8, None)

@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import files, hub, weights
+from . import files, hf_tokenizer, weights
 from .config import Config
 from .errors import InputError, brief
 from .model import Model
+from .tokenizer import Tokenizer
 from .weights import HEAD, WTE, State
 
 CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -60,20 +61,6 @@ _PDROPS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 _MASK = re.compile(r"(?:^|\.)h\.\d+\.attn\.(?:masked_)?bias$")  # buffers of older versions
 _TRANSPOSED = re.compile(r"\.(?:c_attn|c_proj|c_fc)\.weight$")
 _MAX_JSON_BYTES = 2**20  # config.json has a thousand bytes, the index of gpt2-xl 40,000
-
-
-def load(name_or_folder: str | Path, *, fast: bool = False, dropout: float | None = 0.0) -> Model:
-    """What Model.from_pretrained returns."""
-    folder = Path(name_or_folder)
-    if hub.is_published(name_or_folder):
-        folder = hub.download(str(name_or_folder), FILES)
-    elif not folder.is_dir():
-        raise InputError(
-            f"name or folder must be one of {', '.join(hub.PUBLISHED)}, or a folder with {CONFIG} "
-            f"and {FILE}, got {str(name_or_folder)!r}"
-        )
-    config = read_config(folder, dropout=dropout)
-    return weights.to_model(config, read_state(folder, config), fast=fast)
 
 
 def read_config(folder: Path, *, dropout: float | None = None) -> Config:
@@ -142,9 +129,16 @@ def turned(name: str, tensor: Tensor) -> Tensor:
     return tensor.T.contiguous() if _TRANSPOSED.search(name) else tensor
 
 
-def save(model: Model, folder: str | Path, *, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
+def save(
+    model: Model,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+) -> None:
     """What Model.save_pretrained does."""
-    write(model.config, weights.of_model(model), folder, max_shard_size=max_shard_size)
+    state = weights.of_model(model)
+    write(model.config, state, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
 
 
 def write(
@@ -152,14 +146,22 @@ def write(
     state: State,
     folder: str | Path,
     *,
+    tokenizer: Tokenizer | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """A folder that transformers load: GPT-2's `<|endoftext|>` ends a text, where it is an id.
+    """A folder that transformers load, with a tokenizer that AutoTokenizer loads, if one is given.
 
+    What ends a text is the tokenizer's; without one, GPT-2's `<|endoftext|>`, where it is an id.
     Every file is whole or absent. Where the folder held a model before, the new one counts when
-    its last file is there, and the old one's other files are removed.
+    its last file is there, and the old one's other files are removed. Raises InputError, with
+    nothing written, for a tokenizer with more ids than the model.
     """
     limit = parse_bytes(max_shard_size)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"tokenizer must have at most the model's {config.vocab_size} ids, "
+            f"got {tokenizer.vocab_size}"
+        )
     files.make_folder("folder", folder)
     folder = Path(folder)
     parts = _shards({name: turned(name, tensor) for name, tensor in state.items()}, limit)
@@ -172,7 +174,11 @@ def write(
             folder / name, lambda path, part=part: save_file(part, path, {"format": "pt"})
         )
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    described = _describe(config, dtypes.pop() if len(dtypes) == 1 else None)
+    eot = 50256 if config.vocab_size >= 50257 else None
+    if tokenizer is not None:
+        hf_tokenizer.write(tokenizer, folder, config.block_size)
+        eot = tokenizer.eot
+    described = _describe(config, dtypes.pop() if len(dtypes) == 1 else None, eot)
     _write_json(folder / CONFIG, described)
     if len(parts) > 1:
         total = sum(tensor.nbytes for tensor in state.values())
@@ -235,9 +241,8 @@ def _need_transformers() -> None:
         )
 
 
-def _describe(config: Config, dtype: str | None) -> dict[str, Any]:
+def _describe(config: Config, dtype: str | None, eot: int | None) -> dict[str, Any]:
     """config.json."""
-    eot = 50256 if config.vocab_size >= 50257 else None
     described = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -288,7 +293,8 @@ def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         if _MASK.search(key):
             continue
-        name = key if key.startswith(("transformer.", HEAD)) else f"transformer.{key}"
+        name = weights.plain(key)
+        name = name if name.startswith(("transformer.", HEAD)) else f"transformer.{name}"
         if name in found:
             raise InputError(f"{what} must hold {brief(name)} once, got it with and without prefix")
         found[name] = key
@@ -336,9 +342,6 @@ def _open_file(path: Path, stack: ExitStack) -> safe_open:
 
 def _no_safetensors(folder: Path) -> str:
     """Why a folder without safetensors cannot be read, and what the user can do."""
-    if (folder / "checkpoint.safetensors").is_file():
-        run = shlex.quote(str(folder))
-        return f"{str(folder)!r} is the folder of a run; first: gpt2 convert {run} FOLDER --to hf"
     if any(folder.glob("pytorch_model*.bin")):
         code = (
             f"from transformers import GPT2LMHeadModel as M; f = {str(folder)!r}; "

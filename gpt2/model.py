@@ -232,29 +232,34 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, fast: bool = False, dropout: float | None = 0.0
+        cls, name_or_path: str | Path, *, fast: bool = False, dropout: float | None = 0.0
     ) -> "Model":
-        """The model of a folder in Hugging Face's format, or a published one: gpt2, gpt2-medium,
-        gpt2-large, gpt2-xl, distilgpt2 (through huggingface_hub; a folder so called is `./gpt2`).
+        """The model of a folder in Hugging Face's format, a run's folder, nanoGPT's ckpt.pt or
+        llm.c's model.bin; or a published one: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2
+        (through huggingface_hub; a folder so called is `./gpt2`). gpt2.load gives its tokenizer.
 
         In eval mode, in PyTorch's default dtype, on the CPU. dropout is the new model's, for
-        training; None takes the rates of config.json, which must be one. Raises InputError,
+        training; None takes the file's, of which config.json must have one. Raises InputError,
         naming file, key and value, for a configuration that this model does not compute, and
         unless the weights are exactly its own: before memory is taken for them.
         """
-        from . import interop  # not above: interop builds on the model
+        from . import loading  # not above: it builds on the model
 
-        return interop.load(name_or_folder, fast=fast, dropout=dropout)
+        return loading.model(name_or_path, fast=fast, dropout=dropout)
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "50GB") -> None:
-        """Writes config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them.
+    def save_pretrained(
+        self, folder: str | Path, *, tokenizer=None, max_shard_size: int | str = "50GB"
+    ) -> None:
+        """Writes config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them;
+        and a tokenizer (tokenizer.Tokenizer), if given, as AutoTokenizer loads it.
 
         Weights beyond max_shard_size (bytes, or such as "5GB") go into several files and an index.
-        Each file appears whole; those of a model that lay there before are replaced.
+        Each file appears whole; those of a model that lay there before are replaced. Raises
+        InputError, with nothing written, for a tokenizer with more ids than the model.
         """
         from . import interop
 
-        interop.save(self, folder, max_shard_size=max_shard_size)
+        interop.save(self, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """The number of parameters, shared ones once; position embeddings count if asked for."""

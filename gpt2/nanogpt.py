@@ -1,12 +1,16 @@
 """nanoGPT's ckpt.pt: a dictionary with `model`, its state dict, and `model_args`, its sizes.
 
-It is a pickle, the only one read here: by PyTorch's unpickler for weights, which calls nothing that
-a file names beyond what makes tensors, and only once the file is seen to ask for nothing but that.
-A model without biases is one with biases of zero. nanoGPT computes GELU by erf, this model by
-tanh, as GPT-2 does: weights are kept to the bit, the logits differ a little.
+build-nanogpt's checkpoints have `config` instead, an object of the class GPTConfig.
+
+Both are pickles, read by PyTorch's unpickler for weights, which calls nothing that a file names
+beyond what makes tensors, and only once the file is seen to ask for nothing but that. GPTConfig is
+not looked up: an empty class stands for it, and takes its values. A model without biases is one
+with biases of zero. nanoGPT computes GELU by erf, this model by tanh, as GPT-2 and build-nanogpt
+do: weights are kept to the bit, the logits differ a little.
 """
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from pickletools import genops
@@ -22,10 +26,11 @@ from .weights import DTYPES, HEAD, WTE, State
 
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MASK = re.compile(r"\.attn\.bias$")  # a buffer, where PyTorch had no fused attention
+_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # buffers, where attention is not fused
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"
 )  # what the pickle of tensors, numbers and texts names
+_CONFIGS = re.compile(r"([\w.]+) GPTConfig")  # and the class of build-nanogpt's config
 _MAX_PICKLE_BYTES = 2**22  # that of gpt2-xl with its optimizer has about 300,000
 
 
@@ -35,25 +40,56 @@ def is_one(path: Path) -> bool:
         return file.read(4) == b"PK\3\4"
 
 
-def read(path: Path) -> tuple[Config, State]:
-    """The configuration and the weights, memory-mapped.
+class _GPTConfig:
+    """What an object of the class GPTConfig in a file becomes: its values, and nothing else."""
+
+
+def say(model) -> None:
+    """A warning, once per process, where a model (convert.Source) was trained with GELU by erf."""
+    if model.gelu == "erf":
+        _say(f"{model.name!r} was trained with GELU by erf, as nanoGPT computes it; here it is "
+             f"tanh, as in GPT-2: logits differ a little")  # fmt: skip
+
+
+def say_written() -> None:
+    """The same of a model that is written for nanoGPT."""
+    _say("nanoGPT computes GELU by erf, this model by tanh, as GPT-2: logits differ a little")
+
+
+def _say(text: str) -> None:
+    global _said
+    if not _said:
+        _said = True
+        warnings.warn(text, stacklevel=4)
+
+
+_said = False
+
+
+def read(path: Path) -> tuple[Config, State, str]:
+    """The configuration, the weights, memory-mapped, and the GELU, erf or tanh.
 
     Raises InputError, naming the file, where it is broken, asks for more than tensors, or does not
     hold exactly the weights of its configuration.
     """
     what = f"nanoGPT's {str(path)!r}"
     checkpoint = _load(what, path)
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")
-    ):
-        raise InputError(f"{what} must hold model and model_args, got {brief(_keys(checkpoint))}")
-    config, biases = _config(what, checkpoint["model_args"])
+    args, gelu = _sizes(checkpoint)
+    if args is None or not isinstance(checkpoint.get("model"), dict):
+        raise InputError(
+            f"{what} must hold model, and model_args or config, got {brief(_keys(checkpoint))}"
+        )
+    config, biases = _config(what, args)
     found = {}
     for key, tensor in checkpoint["model"].items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise InputError(f"{what} must hold tensors by name, got {brief(repr(key))}")
-        if not _MASK.search(key):
-            found[key.removeprefix("_orig_mod.")] = tensor
+        name = weights.plain(key)
+        if _MASK.search(name):
+            continue
+        if name in found:
+            raise InputError(f"{what} must hold {brief(name)} once, got it with and without prefix")
+        found[name] = tensor
     expected = weights.check_names(what, config, found.keys() - {HEAD}, biases)
     for name, tensor in found.items():
         shape = expected[WTE if name == HEAD else name]
@@ -65,10 +101,11 @@ def read(path: Path) -> tuple[Config, State]:
     if HEAD in found:
         weights.check_tied(what, found[WTE], found[HEAD])
     dtype = found[WTE].dtype
-    return config, {
+    state = {
         name: found[name] if name in found else torch.zeros(shape, dtype=dtype)
         for name, shape in weights.shapes(config).items()
     }
+    return config, state, gelu
 
 
 def write(config: Config, state: State, path: Path) -> None:
@@ -99,6 +136,18 @@ def write(config: Config, state: State, path: Path) -> None:
     files.write_atomic(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
+def _sizes(checkpoint: Any) -> tuple[dict[Any, Any] | None, str]:
+    """The sizes, and the GELU: nanoGPT's models, which alone may leave out biases, have erf."""
+    if not isinstance(checkpoint, dict):
+        return None, ""
+    if isinstance(checkpoint.get("model_args"), dict):
+        return checkpoint["model_args"], "erf"
+    if isinstance(checkpoint.get("config"), _GPTConfig):
+        args = vars(checkpoint["config"])
+        return args, "erf" if "bias" in args else "tanh"
+    return None, ""
+
+
 def _config(what: str, args: dict[Any, Any]) -> tuple[Config, bool]:
     """The configuration, and whether the file has biases."""
     if unknown := [key for key in args if key not in (*_SIZES, "dropout", "bias")]:
@@ -117,15 +166,20 @@ def _config(what: str, args: dict[Any, Any]) -> tuple[Config, bool]:
 
 def _load(what: str, path: Path) -> Any:
     try:
-        _check_archive(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        stands_for = [(_GPTConfig, f"{module}.GPTConfig") for module in _check_archive(path)]
+        with torch.serialization.safe_globals(stands_for):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:  # what PyTorch and zipfile raise for broken files is of every kind
         raise InputError(f"{what} cannot be read: {brief(e) or type(e).__name__}") from e
 
 
-def _check_archive(path: Path) -> None:
-    """Raises ValueError for an archive that is larger than its file, or a pickle that names
-    anything that tensors are not made of."""
+def _check_archive(path: Path) -> set[str]:
+    """The modules that a pickle takes GPTConfig from.
+
+    Raises ValueError for an archive that is larger than its file, or a pickle that names anything
+    else that tensors are not made of.
+    """
+    modules: set[str] = set()
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -136,15 +190,20 @@ def _check_archive(path: Path) -> None:
             if entry.filename.endswith("data.pkl"):
                 if entry.file_size > _MAX_PICKLE_BYTES:
                     raise ValueError(f"its pickle has {entry.file_size} bytes")
-                _check_pickle(archive.read(entry))
+                modules |= _check_pickle(archive.read(entry))
+    return modules
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_pickle(data: bytes) -> set[str]:
+    modules = set()
     for opcode, argument, _ in genops(data):
-        if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
+        if opcode.name == "GLOBAL" and (match := _CONFIGS.fullmatch(argument)):
+            modules.add(match[1])
+        elif opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
             raise ValueError(f"its pickle asks for {argument}")
         if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
+    return modules
 
 
 def _keys(checkpoint: Any) -> Any:

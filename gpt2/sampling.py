@@ -9,12 +9,8 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-import torch
-
-from . import convert, files, generation, picking, weights
-from . import tokenizer as tokenizers
+from . import files, generation, picking
 from .errors import InputError, brief
 from .generation import Sampling
 from .model import Model
@@ -281,35 +277,6 @@ def _prompt(path: str, number: int, line: str) -> str:
             f'prompts {path!r}, line {number} must be {{"prompt": TEXT}} '
             f"({type(e).__name__}: {brief(e)})"
         ) from e
-
-
-def load(
-    source: str | Path,
-    device: str | torch.device = "cpu",
-    *,
-    dtype: torch.dtype = torch.float32,
-    tokenizer: str | None = None,
-    tokenizer_dir: str | None = None,
-) -> tuple[Model, Tokenizer]:
-    """A model in eval mode, from any format that convert.read knows, and its tokenizer: a run's
-    own; for others GPT-2's, or the one that is named.
-
-    nanoGPT pads its vocabulary: ids beyond the tokenizer's have no text, and are left off. Raises
-    InputError, naming the file, where one is missing, broken, or does not fit the other.
-    """
-    found = convert.read(source, dropout=0.0)
-    if tokenizer is None and found.format == "run":
-        reads = tokenizers.load(found.path / tokenizers.FILE, tokenizer_dir)
-    else:
-        reads = tokenizers.named(tokenizer or "gpt2", tokenizer_dir)
-    config, size = found.config, reads.vocab_size
-    if size != config.vocab_size and (found.format != "nanogpt" or size > config.vocab_size):
-        raise InputError(
-            f"model {found.name!r}: the tokenizer must fit its vocab_size {config.vocab_size}, "
-            f"got {size} ids"
-        )
-    config, state = weights.crop(config, found.state(), vocab_size=size)
-    return weights.to_model(config, state, dtype=dtype).to(device), reads
 
 
 def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

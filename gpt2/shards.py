@@ -44,6 +44,16 @@ def read(path: Path, vocab_size: int) -> np.ndarray:
     return tokens
 
 
+def reaches(tokens: np.ndarray, bound: int) -> bool:
+    """Whether an id is at least bound; what comes after the first is not read."""
+    start, step = 0, 2**14
+    while start < len(tokens):
+        if tokens[start : start + step].max() >= bound:
+            return True
+        start, step = start + step, 2**24
+    return False
+
+
 def write(path: Path, tokens: np.ndarray) -> None:
     """Writes ids below 65536 as an llm.c shard."""
     header = np.zeros(256, dtype="<i4")

@@ -1,4 +1,4 @@
-"""Text to train on: a file, a folder, a pattern, standard input, or what every Python carries.
+"""Text to train on: a file, a folder, a pattern, standard input, or the prose of Python's help().
 
 Documents are read in blocks and tokenised as they come, so that a text may be larger than memory.
 Between two documents stands `<|endoftext|>` where the tokenizer has it, and a newline elsewhere.
@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from . import reference_text
 from . import tokenizer as tokenizers
 from .errors import InputError
 from .tokenizer import Tokenizer
@@ -115,7 +116,8 @@ def encode(
     """
     for i, document in enumerate(texts):
         if i:
-            yield np.array([tokenizer.eot]) if tokenizer.eot else tokenizer.encode("\n")
+            eot = tokenizer.eot  # 0 is an id, too
+            yield tokenizer.encode("\n") if eot is None else np.array([eot])
         for text in tokenizers.cut(document.blocks(progress)):
             try:
                 ids = tokenizer.encode(text)
@@ -151,11 +153,16 @@ def _in_memory(name: str, text: bytes) -> Document:
 
 
 def _python_reference() -> list[Document]:
-    """The language reference behind Python's help(), topic by topic: about 465,000 characters."""
+    """The prose of the language reference behind Python's help(), topic by topic: of Python 3.11's
+    465,000 characters 139,000."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise InputError(
             "data must be given: this Python comes without pydoc_data.topics, the default text"
         ) from None
-    return [_in_memory(f"pydoc_data.topics[{k!r}]", topics[k].encode()) for k in sorted(topics)]
+    return [
+        _in_memory(f"pydoc_data.topics[{key!r}]", f"{text}\n".encode())
+        for key in sorted(topics)
+        if (text := reference_text.prose(topics[key]))
+    ]

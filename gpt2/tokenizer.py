@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on one's own text.
+"""Text to token ids and back: characters, bytes, GPT-2's BPE, or another byte-level BPE.
 
 A tokenizer is a table from id to bytes and a function from text to ids. Decoding joins the bytes
 of the ids and reads them as UTF-8, so that for every string that UTF-8 can hold
@@ -13,17 +13,18 @@ import base64
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from . import files
+from . import bytelevel, files
+from .bytelevel import EOT, GPT2_SIZE
 from .errors import InputError, brief
 
-FILE = "tokenizer.json"  # in the folder of a run, or of shards
-EOT = "<|endoftext|>"
+FILE = "tokenizer.json"  # in the folder of a run, of shards, or of a Hugging Face model
 
 # GPT-2's cut of a text into pieces, which no merge crosses, in the form that never backtracks.
 GPT2_PATTERN = (
@@ -38,17 +39,20 @@ _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 class Tokenizer:
     """Text <-> token ids 0 … vocab_size - 1."""
 
-    name: str  # char, byte, gpt2 or bpe
+    name: str  # char, byte, gpt2, bpe or hf
     tokens: list[bytes]  # the bytes of every id
     to_ids: Callable[[str], np.ndarray]
     eot: int | None = None  # the id that ends a document, where there is one
+    state: dict[str, Any] | None = None  # Hugging Face's tokenizer.json, for name hf
+    whole: "Tokenizer | None" = None  # the tokenizer whose first ids these are
 
     @property
     def vocab_size(self) -> int:
         return len(self.tokens)
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of text, (N,) uint32. With special=True, `<|endoftext|>` becomes the eot id.
+        """The ids of text, (N,) uint32. With special=True, the text of the eot token, which is
+        `<|endoftext|>` in GPT-2, becomes its id.
 
         Raises InputError for half a surrogate pair, and for a character outside the alphabet.
         """
@@ -64,7 +68,7 @@ class Tokenizer:
         if not special or self.eot is None:
             return self.to_ids(text).astype(np.uint32)
         eot = np.array([self.eot], dtype=np.uint32)
-        first, *rest = map(self.encode, text.split(EOT))
+        first, *rest = map(self.encode, text.split(self.tokens[self.eot].decode()))
         return np.concatenate([first, *(part for ids in rest for part in (eot, ids))])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -87,19 +91,54 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """What from_json needs. GPT-2's BPE is published, so its name is enough."""
-        state = {"name": self.name}
-        if self.name == "char":
-            state["alphabet"] = b"".join(self.tokens).decode()
-        elif self.name == "bpe":
-            state["ranks"] = [base64.b64encode(t).decode() for t in self.tokens[:-1]]
-        return json.dumps(state, ensure_ascii=False) + "\n"
+        return json.dumps(self._described(), ensure_ascii=False) + "\n"
+
+    def _described(self) -> dict[str, Any]:
+        if self.whole is not None:
+            return {**self.whole._described(), "size": self.vocab_size}
+        match self.name:
+            case "char":
+                return {"name": "char", "alphabet": b"".join(self.tokens).decode()}
+            case "bpe":
+                ranks = [base64.b64encode(t).decode() for t in self.tokens[:-1]]
+                return {"name": "bpe", "ranks": ranks}
+            case "hf":
+                return {"name": "hf", "tokenizer": self.state}
+        return {"name": self.name}
+
+
+def first(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """The tokenizer of a model that knows only the first size ids. It refuses a text that takes
+    any other, rather than to encode it in another way."""
+    if size >= tokenizer.vocab_size:
+        return tokenizer
+    whole = tokenizer.whole or tokenizer
+
+    def to_ids(text: str) -> np.ndarray:
+        ids = whole.to_ids(text)
+        if ids.size and ids.max() >= size:
+            beyond = int(ids[ids >= size][0])
+            raise InputError(
+                f"text must be made of the model's {size} ids, got id {beyond}, "
+                f"{whole.decode([beyond])!r}"
+            )
+        return ids
+
+    eot = whole.eot if whole.eot is not None and whole.eot < size else None
+    return Tokenizer(whole.name, whole.tokens[:size], to_ids, eot, whole=whole)
 
 
 def char(alphabet: Iterable[str]) -> Tokenizer:
     """One id for each character of alphabet, in the order of their code points."""
-    alphabet = sorted(set(alphabet))
+    return characters(sorted(set(alphabet)))
+
+
+def characters(alphabet: Sequence[str]) -> Tokenizer:
+    """One id for each character of alphabet, in this order."""
     if not alphabet:
         raise InputError("alphabet must hold at least one character, got none")
+    if len(set(alphabet)) < len(alphabet):
+        raise InputError("alphabet must hold no character twice")
     codes = np.array([ord(c) for c in alphabet])
     used = np.unique(codes >> 8)  # pages of 256 code points: one table of all would be megabytes
     page = np.zeros(0x1100, dtype=np.int64)
@@ -156,7 +195,7 @@ def gpt2(folder: str | Path | None = None) -> Tokenizer:
     downloads them once. Raises InputError where they can neither be found nor downloaded.
     """
     if folder is not None:
-        return bpe(_published_ranks(Path(folder)), "gpt2")
+        return bpe(bytelevel.published_ranks(Path(folder)), "gpt2")
     import tiktoken
 
     try:
@@ -167,7 +206,7 @@ def gpt2(folder: str | Path | None = None) -> Tokenizer:
             f"({type(e).__name__}); put vocab.bpe and encoder.json into a folder and pass "
             "--tokenizer-dir FOLDER, or point TIKTOKEN_CACHE_DIR to tiktoken's cache"
         ) from e
-    return bpe([encoding.decode_single_token_bytes(i) for i in range(50256)], "gpt2")
+    return bpe([encoding.decode_single_token_bytes(i) for i in range(GPT2_SIZE - 1)], "gpt2")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -186,12 +225,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
-        initial_alphabet=sorted(_BYTE_OF_CHAR),
+        initial_alphabet=sorted(bytelevel.BYTE_OF_CHAR),
         show_progress=False,
     )
     trainee.train_from_iterator(cut(texts), trainer)
     vocab = trainee.get_vocab()
-    return bpe([_printed_bytes(token) for token in sorted(vocab, key=vocab.get)])
+    return bpe([bytelevel.to_bytes(token) for token in sorted(vocab, key=vocab.get)])
 
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
@@ -210,61 +249,51 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 def from_json(text: str, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer that to_json described. Raises InputError for anything else."""
     try:
-        state = files.parse_json(text)
-        match state["name"]:
-            case "char":
-                return char(state["alphabet"])
-            case "byte":
-                return byte()
-            case "gpt2":
-                return gpt2(folder)
-            case "bpe":
-                return bpe([base64.b64decode(t, validate=True) for t in state["ranks"]])
+        return _from_state(files.parse_json(text), folder)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as e:
-        if isinstance(e, InputError):
-            raise
-        raise InputError(f"not a tokenizer's JSON ({type(e).__name__}: {brief(e)})") from e
+        raise InputError(f"a tokenizer is expected, got {brief(e) or type(e).__name__}") from e
+
+
+def _from_state(state: Any, folder: str | Path | None) -> Tokenizer:
+    if "size" in state:
+        size = state["size"]
+        whole = _from_state({key: state[key] for key in state if key != "size"}, folder)
+        if type(size) is not int or not 1 <= size <= whole.vocab_size:
+            raise InputError(f"size must be 1 to {whole.vocab_size}, got {brief(repr(size))}")
+        return first(whole, size)
+    match state["name"]:
+        case "char":
+            if not isinstance(state["alphabet"], str):
+                raise InputError(f"alphabet must be a text, got {brief(repr(state['alphabet']))}")
+            return characters(state["alphabet"])
+        case "byte":
+            return byte()
+        case "gpt2":
+            return gpt2(folder)
+        case "bpe":
+            return bpe([base64.b64decode(t, validate=True) for t in state["ranks"]])
+        case "hf":
+            from . import hf_tokenizer  # not above: it builds on this module
+
+            return hf_tokenizer.from_state(state["tokenizer"])
     name = brief(repr(state["name"]))
-    raise InputError(f"tokenizer name must be char, byte, gpt2 or bpe, got {name}")
+    raise InputError(f"name must be char, byte, gpt2, bpe or hf, got {name}")
 
 
-def describe(path: str | Path) -> tuple[str, int]:
-    """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        is_gpt2 = files.parse_json(text) == {"name": "gpt2"}
-        return text, 50257 if is_gpt2 else from_json(text).vocab_size
-    except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
+def save(tokenizer: Tokenizer, path: str | Path) -> None:
+    """Writes a BPE whole: as JSON where the name ends in .json, else in tiktoken's text format."""
+    from . import tiktoken_file  # not above: it builds on this module
 
-
-def to_tiktoken(tokenizer: Tokenizer) -> str:
-    """A BPE in tiktoken's own text format: base64 of a token and its rank, a token a line."""
-    lines = [f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokenizer.tokens[:-1])]
-    return "".join(lines)
-
-
-def from_tiktoken(text: str) -> Tokenizer:
-    """Reads to_tiktoken's format. (tiktoken's reader would cache the file by its name for good.)"""
-    ranks = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks.append(base64.b64decode(token, validate=True))
-            if int(rank) != len(ranks) - 1:
-                raise ValueError
-        except ValueError:
-            raise InputError(
-                f"line {number} must be a token in base64 and its rank {number - 1}, "
-                f"got {line[:40]!r}"
-            ) from None
-    return bpe(ranks)
+    as_json = Path(path).suffix == ".json"
+    text = tokenizer.to_json() if as_json else tiktoken_file.to_text(tokenizer)
+    files.write_atomic(path, text)
 
 
 def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
-    """The tokenizer called byte or gpt2 (whose files may be in folder), or kept in the file spec.
+    """The tokenizer called byte or gpt2 (whose files may be in folder), or kept in the file or
+    folder spec.
 
     Raises InputError for any other name. (`char` needs a text: see sources.tokenizer_for.)
     """
@@ -272,59 +301,44 @@ def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
         return byte()
     if spec == "gpt2":
         return gpt2(folder)
-    if spec != "char" and Path(spec).is_file():
+    if spec != "char" and Path(spec).exists():
         return load(spec, folder)
     raise InputError(f"tokenizer must be byte, gpt2, a file, or (for text) char, got {spec!r}")
 
 
 def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
-    """A tokenizer from a file: the JSON of a run folder, or tiktoken's ranks.
+    """A tokenizer from a file: the JSON of a run folder, tiktoken's ranks, nanoGPT's meta.pkl, or
+    Hugging Face's tokenizer.json or vocab.json; or from a folder that holds one of Hugging Face's.
 
     Raises InputError, naming the file, where it cannot be read.
     """
+    from . import hf_tokenizer, nanogpt_meta, tiktoken_file
+
+    path = Path(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return from_json(text, folder) if text.startswith("{") else from_tiktoken(text)
+        if path.is_dir():
+            return _of_folder(path, folder)
+        if nanogpt_meta.is_one(path):
+            return nanogpt_meta.load(path)
+        text = path.read_text(encoding="utf-8")
+        if not text.startswith("{"):
+            return tiktoken_file.from_text(text)
+        if hf_tokenizer.is_one(path, files.parse_json(text)):
+            return hf_tokenizer.load(path)
+        return from_json(text, folder)
     except OSError as e:
         raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
     except ValueError as e:  # InputError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"tokenizer {str(path)!r}: {e}") from e
+        message = str(e)
+        prefix = "" if message.startswith("tokenizer ") else f"tokenizer {str(path)!r}: "
+        raise InputError(prefix + message) from e
 
 
-def _printable() -> dict[str, int]:
-    """The character by which OpenAI's files (and Hugging Face's) write each byte.
+def _of_folder(path: Path, folder: str | Path | None) -> Tokenizer:
+    from . import hf_tokenizer, nanogpt_meta
 
-    A printable byte of Latin-1 stands for itself; the others are numbered from U+0100 on.
-    """
-    shown = [b for b in range(256) if chr(b).isprintable() and b != ord(" ")]
-    hidden = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-
-_BYTE_OF_CHAR = _printable()
-
-
-def _printed_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[c] for c in token)
-
-
-def _published_ranks(folder: Path) -> list[bytes]:
-    """GPT-2's 50,256 tokens in the order of their ids, checked against its list of merges."""
-    try:
-        ids = files.parse_json((folder / "encoder.json").read_text(encoding="utf-8"))
-        merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        ids.pop(EOT)
-        ranks = [_printed_bytes(token) for token in sorted(ids, key=ids.get)]
-        consistent = ranks == [bytes([b]) for b in _BYTE_OF_CHAR.values()] + [
-            _printed_bytes(merge.replace(" ", "")) for merge in merges
-        ]
-    except OSError as e:
-        raise InputError(f"tokenizer-dir {str(folder)!r}: {e.filename}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"tokenizer-dir {str(folder)!r}: broken encoder.json or vocab.bpe") from e
-    if not consistent or len(ranks) != 50256:
-        raise InputError(
-            f"tokenizer-dir {str(folder)!r}: encoder.json and vocab.bpe must be GPT-2's, "
-            f"50,257 ids in the order of the merges, got {len(ids) + 1} ids"
-        )
-    return ranks
+    names = (FILE, hf_tokenizer.VOCAB, nanogpt_meta.FILE)
+    found = [name for name in names if (path / name).is_file()]
+    if not found:
+        raise InputError(f"a folder must hold {', '.join(names[:-1])} or {names[-1]}, got none")
+    return load(path / found[0], folder)

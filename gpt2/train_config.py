@@ -43,7 +43,7 @@ class TrainConfig:
     tokenizer: str | None = _data(
         None,
         "char, byte, gpt2, or a file that `gpt2 tokenizer` wrote "
-        "[default: char for text; for shards their tokenizer.json, or gpt2]",
+        "[default: char for text; for shards their tokenizer.json or meta.pkl, or gpt2]",
     )
     tokenizer_dir: str | None = _data(
         None, "folder with GPT-2's vocab.bpe and encoder.json", metavar="PATH"

@@ -66,6 +66,7 @@ class Trainer:
             tokenizer=tokenizer or o.tokenizer,
             tokenizer_dir=o.tokenizer_dir,
             val_fraction=o.val_fraction,
+            named=o.tokenizer is not None,
         )
         config = config_for(self.corpus.tokenizer.vocab_size)
         torch.manual_seed(o.seed)

@@ -7,6 +7,7 @@ goes from one format into another is not rounded on the way.
 A file is judged by what it says of its tensors, before memory is taken for any of them.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -27,7 +28,15 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }  # by safetensors' names
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module)\."
+)  # torch.compile's and DDP's, at any depth
 TENSORS_PER_LAYER, TENSORS_OUTSIDE = 12, 4
+
+
+def plain(name: str) -> str:
+    """The name of a weight without what torch.compile and DDP put before it."""
+    return _WRAPPERS.sub("", name)
 
 
 def shapes(config: Config) -> Shapes:

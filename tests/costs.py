@@ -35,6 +35,8 @@ def run_every_kernel(kernels) -> None:
     backward(kernels.causal_attention_qkv(randn(1, 256, 3 * 128), 2))
     backward(kernels.layer_norm(randn(64, 768), row, row))
     backward(kernels.add_layer_norm(randn(64, 768), randn(64, 768), row, row)[0])
+    stream = randn(64, 768).float().requires_grad_()  # as autocast has it
+    backward(kernels.add_layer_norm(randn(64, 768), stream, row, row)[0])
     backward(kernels.gelu(randn(16, 3072)))
     backward(kernels.bias_gelu(randn(16, 3072), randn(3072)))
     targets = torch.arange(4)

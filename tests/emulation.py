@@ -107,7 +107,9 @@ def readable(name: str) -> str:
     found = re.search(r"\d([a-z_]+_kernel)(?:I(\w+?)EEv)?", name)
     if found is None or not name.startswith("_ZN"):
         return name
-    arguments = re.findall(r"L[ilb](\d+)E?|\d+(__\w+?)(?=L|$)|(^f)", found[2] or "")
+    # Integers; 16-bit types, the same again left out; float first, or after one of 16 bits
+    pattern = r"L[ilb](\d+)E?|\d+(__nv_bfloat16|__half)(?:S\d*_)?|((?:(?<=16)|(?<=half)|^)f)"
+    arguments = re.findall(pattern, found[2] or "")
     return f"{found[1]}<{', '.join(filter(None, (a for group in arguments for a in group)))}>"
 
 

@@ -212,7 +212,7 @@ def test_no_network_is_one_line(made, monkeypatch, capsys):
 
 
 def test_a_bug_keeps_its_traceback(made, monkeypatch):
-    monkeypatch.setattr("gpt2.sampling.load", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("gpt2.loading.load", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["sample", str(made / "run")])
 

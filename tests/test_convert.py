@@ -3,8 +3,11 @@
 import itertools
 import pickle
 import struct
+import sys
+import types
+import warnings
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from util import bits_equal
 
-from gpt2 import Config, Model, checkpoint, llmc, nanogpt, sampling, weights
+from gpt2 import Config, Model, checkpoint, llmc, loading, nanogpt, weights
 from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
-from gpt2.convert import FORMATS, convert, read
+from gpt2.convert import FORMATS, convert, described, read
 from gpt2.errors import InputError
 
 CONFIG = Config(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=8, dropout=0.25)
@@ -121,7 +124,7 @@ def test_every_format_computes_the_same(tmp_path):
 
 def test_a_converted_run_is_sampled_from_and_is_no_run_to_resume(tmp_path, capsys):
     run = write(CONFIG, random_state(), tmp_path, "run")
-    model, tokenizer = sampling.load(run)
+    model, tokenizer = loading.load(run)
     assert tokenizer.name == "byte" and model.config == CONFIG
     assert main(["sample", str(run), "--prompt", "a", "--max-new-tokens", "3"]) == 0
     assert main(["train", "--resume", str(run)]) == 2
@@ -142,7 +145,7 @@ def test_a_padded_vocabulary_stays_unless_it_is_cropped(tmp_path, capsys):
     assert main(["convert", ckpt, str(tmp_path / "run"), *flags]) == 0
     run = read(tmp_path / "run")
     assert bits_equal(run.state()[weights.WTE], state[weights.WTE][:50257])
-    text, size = tokenizers.describe(tmp_path / "run" / tokenizers.FILE)
+    text, size = described(tmp_path / "run" / tokenizers.FILE)
     assert (text, size) == ('{"name": "gpt2"}\n', 50257)
 
 
@@ -151,7 +154,7 @@ def test_a_run_keeps_its_tokenizer_through_a_copy(tmp_path):
     checkpoint.write(tmp_path / checkpoint.FILE, config, random_state(config), step=7)
     (tmp_path / tokenizers.FILE).write_text(tokenizers.char("abc").to_json())
     convert(tmp_path, tmp_path / "copy", "run")
-    assert sampling.load(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
+    assert loading.load(tmp_path / "copy")[1].decode([0, 1, 2]) == "abc"
     with pytest.raises(InputError, match="must fit the model's vocab_size 2, got 3 ids; --tok"):
         convert(tmp_path, tmp_path / "cropped", "run", vocab_size=2)
 
@@ -243,9 +246,15 @@ def test_nanogpts_head_is_tied(ckpt):
 
 LN = "transformer.ln_f.weight"
 CKPTS = {
-    "list": (lambda h: [1], "must hold model and model_args, got list"),
-    "no-model": (lambda h: h.pop("model") and None, "must hold model and model_args, got"),
-    "args-list": (lambda h: h.update(model_args=[1]), "must hold model and model_args, got"),
+    "list": (lambda h: [1], "must hold model, and model_args or config, got list"),
+    "no-model": (
+        lambda h: h.pop("model") and None,
+        "must hold model, and model_args or config, got",
+    ),
+    "args-list": (
+        lambda h: h.update(model_args=[1]),
+        "must hold model, and model_args or config, got",
+    ),
     "size-gone": (lambda h: h["model_args"].pop("n_head") and None, "must have n_head among"),
     "size": (lambda h: h["model_args"].update(n_embd=2**40), r"shape \(256, 1099511627776\)"),
     "layers": (lambda h: h["model_args"].update(n_layer=10**9), "weights of 1000000000 layers"),
@@ -308,6 +317,102 @@ def test_a_bare_pickle_is_no_model(tmp_path):
     path = tmp_path / "ckpt.pt"
     path.write_bytes(pickle.dumps({"model": {}}))
     with pytest.raises(InputError, match=r"nanoGPT's ckpt.pt or llm.c's model.bin, got"):
+        read(path)
+
+
+# ---- build-nanogpt
+
+
+def build_nanogpt(path, state, monkeypatch, module="__main__", prefix="", **more):
+    """A checkpoint as build-nanogpt's train_gpt2.py writes it: config is an object."""
+
+    @dataclass
+    class GPTConfig:
+        block_size: int = 16
+        vocab_size: int = 256
+        n_layer: int = 2
+        n_head: int = 2
+        n_embd: int = 8
+
+    GPTConfig.__module__, GPTConfig.__qualname__ = module, "GPTConfig"
+    holder = sys.modules.get(module) or types.ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, holder)
+    monkeypatch.setattr(holder, "GPTConfig", GPTConfig, raising=False)
+    model = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+    model[f"{prefix}{weights.HEAD}"] = model[f"{prefix}{weights.WTE}"]
+    for i in (0, 1):
+        model[f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16)
+    config = GPTConfig()
+    for name, value in more.items():
+        setattr(config, name, value)
+    torch.save({"model": model, "config": config, "step": 100, "val_loss": 3.2}, path)
+    monkeypatch.delattr(holder, "GPTConfig")
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("module", ["__main__", "train_gpt2"])
+def test_build_nanogpt_s_checkpoints(module, prefix, tmp_path, monkeypatch):
+    """They were refused: the class of config was not looked at, and is not looked up now either."""
+    state = random_state()
+    path = build_nanogpt(tmp_path / "model_00100.pt", state, monkeypatch, module, prefix)
+    model = read(path)
+    assert (model.format, model.gelu) == ("nanogpt", "tanh")
+    assert model.config == replace(CONFIG, dropout=0.0)
+    assert same(model.state(), state)
+    with warnings.catch_warnings(action="error"):
+        loading.load(path, tokenizer="byte")
+
+
+def test_nanogpt_s_own_config_object_means_erf(tmp_path, monkeypatch):
+    path = build_nanogpt(tmp_path / "x.pt", random_state(), monkeypatch, bias=True, dropout=0.1)
+    model = read(path)
+    assert model.gelu == "erf" and model.config.dropout == 0.1
+
+
+def test_a_config_object_that_is_no_configuration_is_refused(tmp_path, monkeypatch):
+    def saved(**more):
+        return build_nanogpt(tmp_path / "x.pt", random_state(), monkeypatch, **more)
+
+    for more, message in (
+        ({"n_layer": "2"}, "n_layer must be an int, got '2'"),
+        ({"n_embd": 2**40}, r"shape \(256, 1099511627776\)"),
+        ({"use_rope": True}, r"model_args of a fork, got \['use_rope'\]"),
+        ({"x": [1]}, "of a fork"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(saved(**more))
+
+
+class GPTConfig:
+    """One whose pickle would run a function."""
+
+    def __reduce__(self):
+        return print, ("pwned",)
+
+
+def test_a_config_object_with_a_function_is_not_run(ckpt, capsys):
+    path, _ = ckpt
+    rewrite(path, lambda held: None)
+    good = zipfile.ZipFile(path)
+    entries = {info.filename: good.read(info) for info in good.infolist()}
+    calls = {
+        "asks for": pickle.dumps({"model": {}, "config": GPTConfig()}, 2),
+        "cannot be read": b"\x80\x02c__main__\nGPTConfig\nK\x05\x85R.",
+    }
+    for message, evil in calls.items():
+        with zipfile.ZipFile(path, "w") as bad:
+            for name, data in entries.items():
+                bad.writestr(name, evil if name.endswith("data.pkl") else data)
+        with pytest.raises(InputError, match=message):
+            read(path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_weight_with_and_without_prefix_is_refused(ckpt):
+    path, _ = ckpt
+    rewrite(path, lambda held: held["model"].update({f"module.{LN}": held["model"][LN]}))
+    with pytest.raises(InputError, match=f"must hold {LN} once"):
         read(path)
 
 
@@ -388,7 +493,8 @@ def test_a_truncated_llmc_file_is_refused(size, tmp_path):
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"vocab_size": 257}, "vocab_size must be 1 to 256, the model's own, got 257"),
         ({"vocab_size": 0}, "vocab_size must be 1 to 256, .* got 0"),
-        ({"tokenizer": "byte"}, "tokenizer must be absent: format hf has none, got 'byte'"),
+        ({"to": "llmc", "tokenizer": "byte"}, "must be absent: format llmc has none, got 'byte'"),
+        ({"tokenizer": "alphabet"}, "at most the model's 256 ids, got 300; --tokenizer names"),
         ({"to": "run"}, "tokenizer must fit the model's vocab_size 256, got 50257 ids; --tok"),
         ({"to": "run", "tokenizer": "char"}, "tokenizer must be byte, gpt2, a file"),
         ({"to": "llmc", "max_shard_size": "1GB"}, "max_shard_size must be absent for format llmc"),
@@ -404,6 +510,8 @@ def test_what_is_wrong_is_said_and_nothing_is_written(changes, message, ckpt, mo
     monkeypatch.chdir(path.parent)
     (path.parent / "full").mkdir()
     (path.parent / "full" / "mine").touch()
+    alphabet = tokenizers.char(map(chr, range(1000, 1300)))
+    (path.parent / "alphabet").write_text(alphabet.to_json())
     before = sorted(path.parent.rglob("*"))
     with pytest.raises(InputError, match=message):
         convert(**{"source": path, "dest": "new", "to": "hf", **changes})

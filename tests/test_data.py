@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import resource
 import sys
 import types
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2 import data, files, shards, sources
+from gpt2 import data, files, reference_text, shards, sources
 from gpt2 import tokenizer as tk
 from gpt2.data import Split
 from gpt2.errors import InputError
@@ -169,13 +170,60 @@ def test_text_file_is_cut_into_train_and_validation(tmp_path):
     assert corpus.train.parts[0].dtype == np.uint16
 
 
-def test_default_text_is_pythons_own_reference():
-    from pydoc_data.topics import topics
-
+def default_text():
     corpus = data.load(None, block_size=64)
-    parts = [*corpus.train.parts, *corpus.val.parts]
-    text = "".join(map(corpus.tokenizer.decode, parts))
-    assert text == "\n".join(topics[k] for k in sorted(topics))
+    return "".join(map(corpus.tokenizer.decode, [*corpus.train.parts, *corpus.val.parts]))
+
+
+def test_default_text_reads_as_sentences():
+    """Half of it was rules, tables, grammar and code, and so was the sample."""
+    text = default_text()
+    assert 100_000 < len(text) < 500_000 and text.isascii()
+    for paragraph in filter(None, text.split("\n")):
+        assert paragraph[0].isupper() or paragraph[0] in "\"'(", paragraph
+        assert paragraph.rstrip("\"')")[-1] in ".!?", paragraph
+        assert not re.search(r"::=|>>>|---|===|\*\*\*|\+-|[|<>=\\]|  ", paragraph), paragraph
+    words = text.split()
+    plain = [word for word in words if re.fullmatch(r"[A-Za-z][a-z'-]*[,.;:]?", word)]
+    assert len(plain) > 0.85 * len(words)
+    assert "the" in words and "Assert statements are a convenient way" not in text  # before code
+
+
+TOPIC = """
+The "assert" statement
+**********************
+
+Assert statements are a convenient way to insert
+assertions into a *program*. [1]  They are **not** code.
+
+   assert_stmt ::= "assert" expression ["," expression]
+
+is equivalent to
+
+   if __debug__:
+       if not expression: raise AssertionError
+
++------------+-----------------------------------------------------+
+| Operation  | The sum of the two numbers that are given to it.    |
++------------+-----------------------------------------------------+
+
+* The value of the variable is determined when “it” starts.
+
+[1] This note is long enough to be a sentence of English.
+
+>>> Print the sum of all the numbers that are here.
+"""
+
+
+def test_what_is_kept_of_a_topic():
+    kept = [
+        "Assert statements are a convenient way to insert assertions into a program. "
+        "They are not code.",
+        'The value of the variable is determined when "it" starts.',
+        "This note is long enough to be a sentence of English.",
+    ]
+    assert reference_text.prose(TOPIC).split("\n\n") == kept
+    assert reference_text.prose("") == reference_text.prose("if x:\n    Y.") == ""
 
 
 def test_folder_joins_its_documents_in_order(tmp_path):

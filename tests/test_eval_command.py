@@ -17,7 +17,7 @@ from test_evaluate import BYTES_AND_EOT, SMALL, L, constant_model
 from test_model import model_in
 from util import why_no_vocabulary
 
-from gpt2 import Config, checkpoint, choices, data, evaluate, sampling, shards, weights
+from gpt2 import Config, checkpoint, choices, data, evaluate, loading, shards, weights
 from gpt2.cli import main
 from gpt2.evaluate import perplexity
 from gpt2.quantize import quantize_int8
@@ -70,7 +70,7 @@ def of_json(capsys, *arguments):
 
 def run_of(made, name="run"):
     """The model that the command loads, to compute the same without it."""
-    model, tokenizer = sampling.load(made / name)
+    model, tokenizer = loading.load(made / name)
     model.fast = True
     return model, tokenizer
 

@@ -1,6 +1,7 @@
 """Training from weights: they are the ones it begins with, and the run does not need them again."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from test_train import TEXT, TINY, interrupted_after
 from util import bits_equal
 
-from gpt2 import Config, Model, checkpoint, finetune, interop, sampling, shards, weights
+from gpt2 import Config, Model, checkpoint, finetune, interop, loading, shards, weights
 from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
 from gpt2.errors import InputError
@@ -68,7 +69,7 @@ def test_a_run_goes_on_without_the_model_it_began_with(stop, place, monkeypatch)
     whole, cut = (load_file(place / run / checkpoint.FILE) for run in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert sampling.load("cut")[1].name == "byte"
+    assert loading.load("cut")[1].name == "byte"
     with pytest.raises(InputError, match="init cannot change where a run goes on, got 'whole'"):
         resume("cut", init="whole")
 
@@ -83,22 +84,39 @@ def test_a_run_of_ours_brings_its_tokenizer(place, capsys):
     assert (place / "tuned" / tokenizers.FILE).read_text() == text
     spec = {"init": "run", "tokenizer": "run/tokenizer.json"}  # its own, by name
     assert started(**spec).corpus.tokenizer.name == "char"
-    before, after = (sampling.load(run)[0] for run in ("run", "tuned"))
+    before, after = (loading.load(run)[0] for run in ("run", "tuned"))
     assert before.config == after.config
     change = (before.transformer.wte.weight - after.transformer.wte.weight).abs().max()
     assert 0 < change < 1e-4  # two steps of 3e-5, not of the 4e-3 that random weights get
 
 
-def test_gpt2s_tokenizer_by_default_and_one_that_does_not_fit_is_refused(place, monkeypatch):
-    with pytest.raises(InputError, match="'hf' with vocab_size 256, got 3 ids"):
-        (place / "abc").write_text(tokenizers.char("abc").to_json())
-        started(init="hf", tokenizer="abc")
+def test_gpt2s_tokenizer_by_default_where_it_fits(place, monkeypatch):
     with pytest.raises(InputError, match="tokenizer must be that of init 'hf', got 'char'"):
         started(init="hf", tokenizer="char")
+    three = tokenizers.char("abc")
+    monkeypatch.setattr(tokenizers, "gpt2", lambda f: three)
+    with pytest.raises(InputError, match="'hf': the tokenizer must fit its vocab_size 256, got 3"):
+        started(init="hf")
     asked = []
     monkeypatch.setattr(tokenizers, "gpt2", lambda f: asked.append(f) or tokenizers.byte())
     assert started(init="hf").model.config.vocab_size == 256
     assert asked == [None]
+
+
+@pytest.mark.parametrize("rows", [200, 256, 257, 304])
+def test_a_run_has_the_ids_of_its_tokenizer(rows, place):
+    """The embedding of a model that is padded, or smaller than the tokenizer: the rows that both
+    know, which sample and --resume find again."""
+    Model(replace(CONFIG, vocab_size=rows)).save_pretrained("other")
+    options = {"init": "other", "tokenizer": "byte", "data": "text.txt", "block_size": 16}
+    assert train(finetune.options(**{**CHOSEN, **options, "out": "run"})) == 0
+    model, tokenizer = loading.load("run")
+    assert model.config.vocab_size == tokenizer.vocab_size == min(rows, 256)
+    assert resume("run", steps=CHOSEN["steps"] + 1) == 0
+    if rows < 256:
+        (place / "text.txt").write_text("😀" * 1000)
+        with pytest.raises(InputError, match=r"text.txt': text must be made of the model's 200 id"):
+            started(**options)
 
 
 def test_shards_of_another_tokenizer_are_refused(place):

@@ -39,9 +39,9 @@ def weights(tmp_path_factory):
 
 
 def to_tiktoken(tokenizer):
-    from gpt2 import tokenizer as tokenizers
+    from gpt2 import tiktoken_file
 
-    return tokenizers.to_tiktoken(tokenizer)
+    return tiktoken_file.to_text(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,19 @@ import mutations
 import pytest
 import torch
 
-from gpt2 import Config, Model, checkpoint, convert, interop, llmc, nanogpt, optim, train, weights
+from gpt2 import (
+    Config,
+    Model,
+    checkpoint,
+    convert,
+    interop,
+    llmc,
+    nanogpt,
+    optim,
+    tiktoken_file,
+    train,
+    weights,
+)
 from gpt2 import tokenizer as tokenizers
 from gpt2.errors import InputError
 from gpt2.train_config import TrainConfig
@@ -103,7 +115,7 @@ def good(tmp_path_factory):
     (folder / "char.json").write_text(tokenizers.char("abcé\n").to_json())
     bpe = tokenizers.bpe([*(bytes([b]) for b in range(256)), b"ab", b"abc"])
     (folder / "bpe.json").write_text(bpe.to_json())
-    (folder / "ranks").write_text(tokenizers.to_tiktoken(bpe))
+    (folder / "ranks").write_text(tiktoken_file.to_text(bpe))
     letters = [*map(chr, range(33, 90))]
     vocabulary = {token: i for i, token in enumerate([*letters, "AB", "<|endoftext|>"])}
     (folder / "encoder.json").write_text(json.dumps(vocabulary))

@@ -366,3 +366,38 @@ def test_named_configurations():
     assert Config.named("gpt2-xl", dropout=0.1).dropout == 0.1
     with pytest.raises(ValueError, match=r"name must be one of gpt2, .*got 'gpt3'"):
         Config.named("gpt3")
+
+
+@pytest.mark.filterwarnings("ignore:.*falls back to plain PyTorch")
+@pytest.mark.parametrize("shape", [(1, 8), (0, 8), (2, 0)], ids=["ignored", "B0", "T0"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("return_logits", [None, True])
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_batch_without_targets_changes_nothing(fast, return_logits, autocast, shape):
+    """Its loss is the mean of nothing, NaN, and its gradients are 0: added to those of another
+    batch they leave them as they are. With fast=True they were NaN."""
+    model = Model(Config(8, 20, 1, 1, 16), fast=fast).to(DEVICE)
+    x = torch.randint(0, 20, (2, 8), device=DEVICE)
+    model(x, x)[1].backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    x = torch.randint(0, 20, shape, device=DEVICE)
+    for ignored in (-1, -100):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            _, loss = model(x, torch.full_like(x, ignored), return_logits)
+        assert loss.isnan() and loss.shape == ()
+        loss.backward()
+    for p, grad in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_minus_100_is_ignored_beside_minus_1(fast):
+    model = Model(Config(8, 20, 1, 1, 16), fast=fast).to(DEVICE)
+    x = torch.randint(0, 20, (2, 8), device=DEVICE)
+    ones, hundreds = x.clone(), x.clone()
+    ones[:, ::3], hundreds[:, ::3] = -1, -100
+    hundreds[0, 0] = -1
+    assert torch.equal(model(x, ones)[1], model(x, hundreds)[1])
+    assert not torch.equal(model(x, ones)[1], model(x, x)[1])
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 20\), got -2"):
+        model(x, torch.full_like(x, -2))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_checkpoint import rewritten
 from test_train import TEXT, TINY, Trainer, options, rows
 
-from gpt2 import best, checkpoint, convert, machine, sampling
+from gpt2 import best, checkpoint, convert, loading, machine
 from gpt2.cli import main
 from gpt2.errors import InputError, NonFiniteError
 from gpt2.train import resume, train
@@ -145,7 +145,7 @@ def test_the_best_weights_are_kept(text, tmp_path, monkeypatch, capsys):
     assert "lowest validation loss over eval_batches 1.0000, after step 6: run/best" in (
         capsys.readouterr().err
     )
-    model, tokenizer = sampling.load("run/best")
+    model, tokenizer = loading.load("run/best")
     assert all(map(torch.equal, model.parameters(), weights[6]))
     assert tokenizer.name == "char"
     names = {path.name for path in (tmp_path / "run" / "best").iterdir()}

@@ -10,9 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import model_in
 from test_tokenizer import SETTINGS
-from util import bits_equal
 
-from gpt2 import Config, Model, convert, generation, nanogpt, quantize, sampling, sources, weights
+from gpt2 import (
+    Config,
+    Model,
+    convert,
+    generation,
+    quantize,
+    sampling,
+    sources,
+)
 from gpt2.cli import main
 from gpt2.errors import InputError
 from gpt2.sampling import Completion, Sampling, complete
@@ -246,40 +253,10 @@ def test_prompts_that_cannot_be_read_are_named(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    """The same model in every format."""
-    model = Model(BYTES)
-    model.save_pretrained(tmp_path / "hf")
-    for form, name in (("run", "run"), ("llmc", "model.bin"), ("nanogpt", "ckpt.pt")):
-        convert.convert(tmp_path / "hf", tmp_path / name, form, tokenizer={"run": "byte"}.get(form))
-    return model, tmp_path
-
-
-@pytest.mark.parametrize("name", ["hf", "run", "model.bin", "ckpt.pt"])
-def test_loads_every_format(name, saved):
-    model, folder = saved
-    loaded, tokenizer = sampling.load(folder / name, tokenizer=None if name == "run" else "byte")
-    assert tokenizer.name == "byte" and not loaded.training
-    for p, q in zip(loaded.parameters(), model.parameters(), strict=True):
-        assert bits_equal(p, q)
-    loaded, _ = sampling.load(folder / name, tokenizer="byte", dtype=torch.bfloat16)
-    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-
-
-def test_nanogpt_s_padding_has_no_text_and_is_left_off(tmp_path):
-    padded = Model(Config(8, 320, 1, 2, 8))
-    nanogpt.write(padded.config, weights.of_model(padded), tmp_path / "ckpt.pt")
-    model, _ = sampling.load(tmp_path / "ckpt.pt", tokenizer="byte")
-    assert model.config.vocab_size == 256
-    padded.save_pretrained(tmp_path / "hf")
-    with pytest.raises(InputError, match="hf': the tokenizer must fit its vocab_size 320, got 256"):
-        sampling.load(tmp_path / "hf", tokenizer="byte")
-
-
-def test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused(tmp_path):
-    small = Model(Config(8, 100, 1, 2, 8))
-    nanogpt.write(small.config, weights.of_model(small), tmp_path / "ckpt.pt")
-    with pytest.raises(InputError, match="must fit its vocab_size 100, got 256 ids"):
-        sampling.load(tmp_path / "ckpt.pt", tokenizer="byte")
+    """The folder of a run, of bytes."""
+    Model(BYTES).save_pretrained(tmp_path / "hf")
+    convert.convert(tmp_path / "hf", tmp_path / "run", "run", tokenizer="byte")
+    return tmp_path
 
 
 def test_a_quantised_model_is_not_saved(tmp_path):
@@ -319,7 +296,7 @@ def run(capsys, *arguments):
 
 
 def test_json_lines_of_a_file_of_prompts(saved, capsys):
-    _, folder = saved
+    folder = saved
     (folder / "p.jsonl").write_text('{"prompt": "a\\n"}\n{"prompt": "é"}\n')
     flags = ("--prompts", folder / "p.jsonl", "--max-new-tokens", 5, "--seed", 1, "--jsonl")
     printed = run(capsys, folder / "run", *flags, "--num-samples", 2)
@@ -334,7 +311,7 @@ def test_json_lines_of_a_file_of_prompts(saved, capsys):
 
 
 def test_text_of_standard_input_and_speed_on_stderr(saved, capsys, monkeypatch):
-    _, folder = saved
+    folder = saved
     stdin = types.SimpleNamespace(buffer=io.BytesIO(b"ab\ncd\n"))
     monkeypatch.setattr("sys.stdin", stdin)
     flags = ("--tokenizer", "byte", "--max-new-tokens", 3, "--temperature", 0)
@@ -349,7 +326,7 @@ def test_text_of_standard_input_and_speed_on_stderr(saved, capsys, monkeypatch):
 
 
 def test_quantize_says_what_it_costs(saved, capsys):
-    _, folder = saved
+    folder = saved
     (folder / "t").write_text("some text to measure it on")
     flags = (folder / "run", "--quantize", "int8", "--max-new-tokens", 1)
     printed = run(capsys, *flags, "--quantize-data", folder / "t")
@@ -372,7 +349,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("flags", "message"), WRONG.items(), ids=WRONG)
 def test_wrong_flags_are_one_line(flags, message, saved, capsys, monkeypatch):
-    _, folder = saved
+    folder = saved
     monkeypatch.chdir(folder)
     assert main(["sample", "run", *flags.split()]) == 2
     printed = capsys.readouterr()

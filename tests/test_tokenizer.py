@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from util import why_no_vocabulary
 
+from gpt2 import tiktoken_file
 from gpt2 import tokenizer as tk
 from gpt2.errors import InputError
 
@@ -194,9 +195,54 @@ def test_json_round_trip(name, trained, request):
     assert after.encode("né\n日").tolist() == before.encode("né\n日").tolist()
 
 
+def test_an_alphabet_keeps_its_order_and_holds_nothing_twice():
+    """It was sorted, so that the ids of nanoGPT's files could have become others."""
+    made = tk.characters("zyx\na")
+    assert made.encode("xyz").tolist() == [2, 1, 0]
+    again = tk.from_json(made.to_json())
+    assert again.tokens == made.tokens and again.encode("a\nz").tolist() == [4, 3, 0]
+    with pytest.raises(InputError, match="no character twice"):
+        tk.from_json('{"name": "char", "alphabet": "aba"}')
+
+
+@pytest.mark.parametrize("name", ["bpe.json", "bpe.tiktoken", "bpe"])
+def test_a_file_called_json_is_json(name, tmp_path, monkeypatch):
+    """`gpt2 tokenizer --out bpe.json` wrote lines of base64."""
+    import json
+
+    from gpt2.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(LINES)
+    assert main(["tokenizer", "text.txt", "--vocab-size", "300", "--out", name]) == 0
+    text = (tmp_path / name).read_text()
+    assert text.startswith("{") == name.endswith(".json")
+    if name.endswith(".json"):
+        assert json.loads(text)["name"] == "bpe"
+    expected = tk.train_bpe([LINES], 300)
+    assert tk.load(name).tokens == tk.named(name).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "bpe", "gpt2"])
+def test_the_first_ids_of_a_tokenizer(name, trained, request):
+    made = {"char": lambda: tk.char("né\n日😀"), "byte": tk.byte, "bpe": lambda: trained}
+    whole = made[name]() if name in made else request.getfixturevalue("published")
+    size = whole.vocab_size - 1
+    part = tk.first(whole, size)
+    assert part.vocab_size == size and tk.first(whole, size + 1) is whole
+    for kept in (part, tk.from_json(part.to_json())):
+        assert kept.tokens == whole.tokens[:-1]
+        assert kept.eot is None
+        assert kept.encode("n").tolist() == whole.encode("n").tolist()
+    if name == "char":
+        with pytest.raises(InputError, match="text must be made of the model's 4 ids, got id 4"):
+            part.encode("😀")
+    assert tk.first(part, 3).whole is whole
+
+
 def test_tiktoken_format_round_trip(trained, tmp_path):
     path = tmp_path / "ranks.tiktoken"
-    path.write_text(tk.to_tiktoken(trained))
+    path.write_text(tiktoken_file.to_text(trained))
     after = tk.load(path)
     assert after.tokens == trained.tokens
     assert after.encode(LINES).tolist() == trained.encode(LINES).tolist()
@@ -205,9 +251,9 @@ def test_tiktoken_format_round_trip(trained, tmp_path):
 def test_a_changed_file_is_read_anew(trained, tmp_path):
     """tiktoken's own reader caches a file under its name, and would go on giving the old ranks."""
     path = tmp_path / "ranks.tiktoken"
-    path.write_text(tk.to_tiktoken(trained))
+    path.write_text(tiktoken_file.to_text(trained))
     assert tk.load(path).vocab_size == 400
-    path.write_text(tk.to_tiktoken(tk.train_bpe([LINES], 260)))
+    path.write_text(tiktoken_file.to_text(tk.train_bpe([LINES], 260)))
     assert tk.load(path).vocab_size == 260
 
 

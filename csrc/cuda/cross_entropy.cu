@@ -58,11 +58,11 @@ __device__ Softmax softmax_of(const T* row, int64_t V) {
   return block_sum(sum);
 }
 
-// The loss of a row, for all of its block; x_target was read before the row may change.
+// The mean of a row, for all of its block, which call it together; 0 where nothing is smoothed: of
+// logits of -inf, 0 times their mean would be NaN.
 template <class T>
-__device__ float loss_of(const LogitsRows& rows, const T* row, float x_target, Softmax softmax) {
-  const float own = logf(softmax.l) + (softmax.m - x_target);
-  if (rows.smoothing == 0) return own;  // of logits of -inf, 0 times the rest would be NaN
+__device__ float mean_to_smooth(const LogitsRows& rows, const T* row) {
+  if (rows.smoothing == 0) return 0;
   float sum = 0;
   for_logits<kLanes<T>>(row, rows.V, [&](int64_t v, auto lanes) {
     float x[lanes];
@@ -70,9 +70,15 @@ __device__ float loss_of(const LogitsRows& rows, const T* row, float x_target, S
 #pragma unroll
     for (float each : x) sum += each;
   });
-  const float all = logf(softmax.l) + (softmax.m - block_sum(sum) / rows.V);
+  return block_sum(sum) / rows.V;
+}
+
+__device__ inline float loss_of(const LogitsRows& rows, float x_target, float mean,
+                                Softmax softmax) {
+  const float log_l = logf(softmax.l), own = log_l + (softmax.m - x_target);
+  if (rows.smoothing == 0) return own;
   const float e = rows.smoothing;
-  return (1 - e) * own + e * all;
+  return (1 - e) * own + e * (log_l + (softmax.m - mean));
 }
 
 // dx may take the place of x: a thread reads what it overwrites, and nothing else.
@@ -119,10 +125,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t n = blockIdx.x, target = rows.targets[n];
   const T* row = logits + n * rows.stride;
   const Softmax softmax = softmax_of(row, rows.V);
-  float loss = 0;
-  if (target != rows.ignore_index) loss = loss_of(rows, row, widen(row[target]), softmax);
+  const float mean = mean_to_smooth(rows, row);
   if (threadIdx.x > 0) return;
-  losses[n] = loss;
+  const bool counts = target != rows.ignore_index;
+  losses[n] = counts ? loss_of(rows, widen(row[target]), mean, softmax) : 0;
   stats[n] = softmax.m;
   stats[rows.N + n] = softmax.l;
 }
@@ -158,8 +164,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   const float x_target = widen(row[target]);
   const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
-  const float loss = loss_of(rows, row, x_target, softmax);
-  if (threadIdx.x == 0) losses[n] = loss;
+  const float mean = mean_to_smooth(rows, row);
+  if (threadIdx.x == 0) losses[n] = loss_of(rows, x_target, mean, softmax);
   store_gradient(rows, row, target, softmax, 1, row);
   store_zeros(row + rows.V, V_padded - rows.V);
 }

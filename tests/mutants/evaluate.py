@@ -215,7 +215,7 @@ EVALUATE_MUTANTS = [
     ),
     Mutant(
         "one shard of several", DATA,
-        "for path in paths])\n    return", "for path in paths[:1]])\n    return",
+        "for path in paths]\n        if not sure", "for path in paths[:1]]\n        if not sure",
         "test_eval_command.py::test_shards_are_evaluated_each_by_itself",
     ),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from . import Mutant
 
 SAMPLING = "gpt2/sampling.py"
+LOADING = "gpt2/loading.py"
 
 STOPS = "test_sampling.py::test_a_text_ends_before_a_stop_string[{}]"
 SPEED = "test_sampling.py::test_speed_counts_steps_between_the_first_and_the_last"
@@ -109,29 +110,44 @@ SAMPLING_MUTANTS = [
         "test_sampling.py::test_a_broken_line_is_named[x]",
     ),
     Mutant(
-        "ids of padding", SAMPLING,
-        "weights.crop(config, found.state(), vocab_size=size)", "(config, found.state())",
-        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
+        "ids of padding", LOADING,
+        "weights.crop(found.config, found.state(), vocab_size=reads.vocab_size)",
+        "(found.config, found.state())",
+        "test_loading.py::test_ids_beyond_the_tokenizer_are_never_sampled",
     ),
     Mutant(
-        "everyone's padding", SAMPLING,
-        '(found.format != "nanogpt" or size > config.vocab_size)', "size > config.vocab_size",
-        "test_sampling.py::test_nanogpt_s_padding_has_no_text_and_is_left_off",
+        "ids that the model does not have", LOADING,
+        "return tokenizers.first(reads, size)", "return reads",
+        "test_loading.py::test_a_smaller_vocabulary_refuses_text_that_it_lacks",
     ),
     Mutant(
-        "ids that the model does not have", SAMPLING,
-        '(found.format != "nanogpt" or size > config.vocab_size)', 'found.format != "nanogpt"',
-        "test_sampling.py::test_a_vocabulary_smaller_than_the_tokenizer_s_is_refused",
+        "GPT-2's tokenizer for any size", LOADING,
+        "_NEAR = 0.75", "_NEAR = 0.0",
+        "test_loading.py::test_gpt2_s_tokenizer_is_not_assumed_for_another_size",
     ),
     Mutant(
-        "a dtype that is not heard", SAMPLING,
-        "weights.to_model(config, state, dtype=dtype)",
-        "weights.to_model(config, state, dtype=torch.float32)",
-        "test_sampling.py::test_loads_every_format[model.bin]",
+        "a dtype that is not heard", LOADING,
+        "fast=fast, dtype=dtype)", "fast=fast, dtype=torch.float32)",
+        "test_loading.py::test_every_format_gives_a_model_and_its_tokenizer",
     ),
     Mutant(
-        "GPT-2's tokenizer for a run", SAMPLING,
-        'if tokenizer is None and found.format == "run":', "if False:",
-        "test_sampling.py::test_loads_every_format[run]",
+        "GPT-2's tokenizer for a run", "gpt2/convert.py",
+        'if model.format == "run":\n        return', 'if False:\n        return',
+        "test_loading.py::test_every_format_gives_a_model_and_its_tokenizer",
+    ),
+    Mutant(
+        "shards of any tokenizer", "gpt2/data.py",
+        "_LEAST_BPE = 1024", "_LEAST_BPE = 65536",
+        "test_nanogpt_data.py::test_ids_far_below_a_vocabulary_that_nobody_named",
+    ),
+    Mutant(
+        "an alphabet in another order", "gpt2/nanogpt_meta.py",
+        "    return alphabet\n", "    return sorted(alphabet)\n",
+        "test_nanogpt_data.py::test_the_alphabet_of_meta_pkl_reads_the_shards",
+    ),
+    Mutant(
+        "an end of text that is no id", "gpt2/sources.py",
+        "if eot is None else", "if not eot else",
+        "test_hf_tokenizer.py::test_blocks_and_documents_of_theirs",
     ),
 ]  # fmt: skip

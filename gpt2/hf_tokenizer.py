@@ -1,0 +1,316 @@
+"""Hugging Face's tokenizer of a GPT-2: tokenizer.json, or vocab.json with merges.txt; in and out.
+
+A byte-level BPE is read, with GPT-2's pattern and any ids, and encodes through Hugging Face's own
+library. What would make other ids of a text is refused by name: a normalizer, a space before the
+first word, another pattern, words of its own. Special tokens have ids, but no text becomes one.
+What is written, AutoTokenizer loads to the same ids.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import bytelevel, files
+from .bytelevel import EOT
+from .errors import InputError, brief
+from .tokenizer import FILE, Tokenizer, characters
+
+VOCAB, MERGES, ADDED, CONFIG = (
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+)
+FILES = (FILE, CONFIG, VOCAB, MERGES, ADDED, "special_tokens_map.json")
+_MAX_BYTES = 2**26  # GPT-2's has 3.6 MB
+_BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+_FIXED = {  # keys of the BPE -> what leaves the ids as they are
+    "type": ("BPE",),
+    "dropout": (None, 0, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+}
+_SETTINGS = ("add_prefix_space", "add_bos_token", "add_eos_token")  # of tokenizer_config.json
+
+
+def is_one(path: Path, found: Any) -> bool:
+    """Whether what is in a file of JSON is Hugging Face's."""
+    if not isinstance(found, dict) or isinstance(found.get("name"), str):  # ours has a name
+        return False
+    return isinstance(found.get("model"), dict) or path.name == VOCAB
+
+
+def is_in(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer."""
+    return any((folder / name).is_file() for name in (FILE, VOCAB))
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer in tokenizer.json or vocab.json, with what its folder says of it.
+
+    Raises InputError, naming file and key, for what would encode a text differently here.
+    """
+    config = _read(path.with_name(CONFIG)) if path.with_name(CONFIG).is_file() else {}
+    for key in _SETTINGS:
+        if config.get(key) not in (None, False):
+            raise InputError(
+                f"tokenizer {str(path.with_name(CONFIG))!r}: {key} must be false, "
+                f"got {brief(repr(config[key]))}"
+            )
+    try:
+        return _make(_read(path) if path.name != VOCAB else _of_vocab(path), config)
+    except InputError as e:
+        raise InputError(f"tokenizer {str(path)!r}: {e}") from e
+
+
+def from_state(state: Any) -> Tokenizer:
+    """The tokenizer that the content of a tokenizer.json describes."""
+    return _make(state, {})
+
+
+def _make(state: Any, config: dict[str, Any]) -> Tokenizer:
+    if alphabet := _characters_of(state):
+        return characters(alphabet)
+    model, added = _checked(state)
+    vocab = model["vocab"]
+    for token in _listed(config):
+        if added.setdefault(token["content"], token)["id"] != token["id"]:
+            raise InputError(f"added_tokens_decoder: {brief(token)} has another id in {FILE}")
+    ids = dict(vocab)
+    for content, token in added.items():
+        if not token.get("special", False) and content != EOT:
+            raise InputError(
+                f"added_tokens must be special, others are words that a text may hold, "
+                f"got {brief(repr(content))}"
+            )
+        if ids.setdefault(content, token["id"]) != token["id"]:
+            raise InputError(f"added_tokens: {brief(repr(content))} has two ids")
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise InputError(f"vocab must have the ids 0 to {len(ids) - 1}, each once, got others")
+    tokens = [b""] * len(ids)
+    for token, i in ids.items():
+        try:
+            tokens[i] = token.encode() if token in added else bytelevel.to_bytes(token)
+        except (KeyError, UnicodeEncodeError):
+            raise InputError(
+                f"vocab must hold bytes as characters, got {brief(repr(token))}"
+            ) from None
+    if missing := [c for c in bytelevel.BYTE_OF_CHAR if c not in vocab]:
+        raise InputError(f"vocab must hold every single byte, got none for {missing[0]!r}")
+    ends = config.get("eos_token")
+    ends = ends.get("content") if isinstance(ends, dict) else ends
+    eot = ids.get(EOT, ids[ends] if isinstance(ends, str) and ends in added else None)
+    return Tokenizer("hf", tokens, _encoder(model), eot, state=_state(model, added))
+
+
+def _characters_of(state: Any) -> list[str] | None:
+    """The alphabet of a tokenizer.json that _of_characters made."""
+    model = state.get("model") if isinstance(state, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or list(vocab.values()) != list(range(len(vocab))):
+        return None
+    alphabet = list(vocab)
+    return alphabet if state == _of_characters(alphabet) else None
+
+
+def _checked(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The BPE, and the added tokens by their content."""
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise InputError("model must be a BPE with vocab and merges, got none")
+    if state.get("normalizer") is not None:
+        raise InputError(f"normalizer must be null, got {brief(state['normalizer'])}")
+    before, after = state.get("pre_tokenizer"), state.get("post_processor")
+    if not isinstance(before, dict) or before.get("type") != "ByteLevel":
+        raise InputError(f"pre_tokenizer must be ByteLevel, got {brief(before)}")
+    for key, expected in (("add_prefix_space", False), ("use_regex", True)):
+        if before.get(key, True) is not expected:
+            raise InputError(
+                f"pre_tokenizer: {key} must be {str(expected).lower()}, "
+                f"got {brief(before.get(key, True))}"
+            )
+    for key, found in (("post_processor", after), ("decoder", state.get("decoder"))):
+        if found is not None and (not isinstance(found, dict) or found.get("type") != "ByteLevel"):
+            raise InputError(f"{key} must be null or ByteLevel, got {brief(found)}")
+    model = state["model"]
+    for key, allowed in _FIXED.items():
+        if model.get(key, allowed[0]) not in allowed:
+            raise InputError(f"model: {key} must be {allowed[0]!r}, got {brief(repr(model[key]))}")
+    vocab, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocab, dict) or any(type(i) is not int for i in vocab.values()):
+        raise InputError("model: vocab must be an object from tokens to ids")
+    if not isinstance(merges, list):
+        raise InputError("model: merges must be a list")
+    added = state.get("added_tokens") or []
+    return model, {token["content"]: token for token in map(_token, added)}
+
+
+def _token(found: Any) -> dict[str, Any]:
+    known = isinstance(found, dict) and type(found.get("id")) is int
+    if not known or not isinstance(found.get("content"), str):
+        raise InputError(f"added_tokens must have id and content, got {brief(found)}")
+    return found
+
+
+def _listed(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer_config.json."""
+    listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict) or not all(i.isdecimal() for i in listed):
+        raise InputError(f"added_tokens_decoder must be an object by ids, got {brief(listed)}")
+    return [_token({**_object(token), "id": int(i)}) for i, token in listed.items()]
+
+
+def _object(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
+
+
+def _of_vocab(path: Path) -> dict[str, Any]:
+    """vocab.json, merges.txt and added_tokens.json as one tokenizer.json."""
+    merges = path.with_name(MERGES)
+    try:
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except OSError as e:
+        raise InputError(f"{MERGES} must be beside it: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{MERGES} must be UTF-8: {brief(e)}") from e
+    vocab, added = _read(path), path.with_name(ADDED)
+    extra = _read(added) if added.is_file() else {}
+    if EOT in vocab:
+        extra = {EOT: vocab[EOT], **extra}
+    return {
+        "pre_tokenizer": _BYTE_LEVEL,
+        "model": {
+            "vocab": vocab,
+            "merges": [m for m in lines if m.strip() and not m.startswith("#version")],
+        },
+        "added_tokens": [
+            {"content": token, "id": i, "special": True} for token, i in extra.items()
+        ],
+    }
+
+
+def _encoder(model: dict[str, Any]):
+    """The ids of a text by Hugging Face's library, without its added tokens."""
+    import tokenizers
+
+    try:
+        encoder = tokenizers.Tokenizer.from_str(json.dumps(_state(model, {})))
+    except Exception as e:  # the library raises nothing more exact
+        raise InputError(f"model cannot be read: {brief(e)}") from e
+    return lambda text: np.array(
+        encoder.encode(text, add_special_tokens=False).ids, dtype=np.uint32
+    )
+
+
+def _state(model: dict[str, Any], added: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE."""
+    kept = {key: model[key] for key in ("vocab", "merges")}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_special(t["content"], t["id"]) for t in added.values()],
+        "normalizer": None,
+        "pre_tokenizer": _BYTE_LEVEL,
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": model.get("ignore_merges") is True,
+            **kept,
+        },
+    }
+
+
+def _special(content: str, i: int) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **flags, "special": True}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ValueError(f"at most {_MAX_BYTES} bytes are read, got {size}")
+        found = files.parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is expected, got {type(found).__name__}")
+        return found
+    except OSError as e:
+        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"tokenizer {str(path)!r} must be JSON: {brief(e)}") from e
+
+
+# ---- writing
+
+
+def to_state(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives the same ids.
+
+    A tokenizer with the first ids of another is written whole: what it refuses, AutoTokenizer
+    encodes with the ids that the model lacks.
+    """
+    tokenizer = tokenizer.whole or tokenizer
+    if tokenizer.name == "hf":
+        return tokenizer.state
+    if tokenizer.name == "char":
+        return _of_characters([token.decode() for token in tokenizer.tokens])
+    ranks = tokenizer.tokens if tokenizer.eot is None else tokenizer.tokens[: tokenizer.eot]
+    merges, whole = bytelevel.merges_of(ranks)
+    vocab = {bytelevel.to_chars(token): i for i, token in enumerate(ranks)}
+    written = [[bytelevel.to_chars(a), bytelevel.to_chars(b)] for a, b in merges]
+    model = {"vocab": vocab, "merges": written, "ignore_merges": not whole}
+    if tokenizer.eot is None:
+        return _state(model, {})
+    vocab[EOT] = tokenizer.eot
+    return _state(model, {EOT: {"content": EOT, "id": tokenizer.eot}})
+
+
+def _of_characters(alphabet: Sequence[str]) -> dict[str, Any]:
+    """Each character is a word; one without an id is an error there, too."""
+    state = _state({"vocab": {}, "merges": []}, {})
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    return {
+        **state,
+        "pre_tokenizer": {**split, "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<|unknown|>"},
+    }
+
+
+def write(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
+    """Writes what AutoTokenizer loads, in place of a tokenizer that folder held."""
+    state = to_state(tokenizer)
+    whole = tokenizer.whole or tokenizer
+    end = None if whole.eot is None else whole.tokens[whole.eot].decode()
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **({} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)),
+    }
+    for name in FILES:
+        if name not in (FILE, CONFIG):
+            (folder / name).unlink(missing_ok=True)
+    files.write_atomic(folder / FILE, json.dumps(state, ensure_ascii=False) + "\n")
+    files.write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    model = state["model"]
+    if model["type"] == "BPE" and not model["ignore_merges"]:
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        files.write_atomic(folder / VOCAB, json.dumps(model["vocab"], ensure_ascii=False) + "\n")
+        files.write_atomic(folder / MERGES, "\n".join(["#version: 0.2", *merges]) + "\n")

@@ -1,0 +1,99 @@
+"""nanoGPT's meta.pkl: the alphabet of a folder of character shards.
+
+    {"vocab_size": 65, "itos": {0: "\\n", 1: " ", …}, "stoi": {"\\n": 0, " ": 1, …}}
+
+It is a pickle. Only the opcodes that build plain containers, texts and numbers are accepted, and no
+class or function is ever looked up.
+"""
+
+import io
+import pickle
+from pathlib import Path
+from pickletools import genops
+from typing import Any
+
+from .errors import InputError, brief
+from .tokenizer import Tokenizer, characters
+
+FILE = "meta.pkl"
+_MAX_BYTES = 2**22  # 100,000 characters take less
+_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1"),
+    *("FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
+    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    *("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
+}
+
+
+def is_one(path: Path) -> bool:
+    """Whether a file is called so, or begins as a pickle does."""
+    if path.suffix == ".pkl":
+        return True
+    with path.open("rb") as file:
+        return file.read(1) == b"\x80"
+
+
+def load(path: Path) -> Tokenizer:
+    """The characters of meta.pkl, with its ids.
+
+    Raises InputError, naming the file, where it is no such pickle, where its tables disagree, and
+    where a token is not a single character.
+    """
+    what = f"tokenizer {str(path)!r}"
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        _check(data)
+        return characters(_alphabet(_Plain(io.BytesIO(data)).load()))
+    except OSError as e:
+        raise InputError(f"{what} cannot be read: {e.strerror}") from e
+    except Exception as e:  # broken pickles raise errors of every kind
+        raise InputError(
+            f"{what} must hold an alphabet as nanoGPT's meta.pkl does: "
+            f"{brief(e) or type(e).__name__}"
+        ) from e
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it asks for {module}.{name}")
+
+    def persistent_load(self, key: Any) -> Any:
+        raise ValueError("it asks for another object")
+
+
+def _check(data: bytes) -> None:
+    """Raises ValueError for an opcode that does more than build plain things, and for a place in
+    the memo that the file is too small to have filled."""
+    for opcode, argument, _ in genops(data):
+        if opcode.name in ("GLOBAL", "INST"):
+            raise ValueError(f"it asks for {brief(argument)}")
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle has {opcode.name}")
+        if "PUT" in opcode.name and argument > len(data):
+            raise ValueError(f"its pickle has place {argument} of the memo")
+
+
+def _alphabet(found: Any) -> list[str]:
+    """The characters in the order of their ids."""
+    if type(found) is not dict or type(found.get("itos")) is not dict:
+        got = brief(list(found)) if type(found) is dict else type(found).__name__
+        raise ValueError(f"itos, a dictionary of characters, is expected, got {got}")
+    itos, size = found["itos"], len(found["itos"])
+    if any(type(i) is not int for i in itos) or sorted(itos) != list(range(size)):
+        raise ValueError(f"itos must have the ids 0 to {size - 1}, got others")
+    alphabet = [itos[i] for i in range(size)]
+    if odd := [c for c in alphabet if type(c) is not str or len(c) != 1]:
+        raise ValueError(f"itos must hold single characters, got {brief(repr(odd[0]))}")
+    if found.get("vocab_size", size) != size:
+        raise ValueError(f"vocab_size is {brief(found['vocab_size'])}, itos has {size} characters")
+    inverse = {c: i for i, c in enumerate(alphabet)}
+    stoi = found.get("stoi", inverse)
+    if type(stoi) is not dict or stoi != inverse:
+        raise ValueError("stoi must be the inverse of itos")
+    return alphabet
