@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import lock
-from .errors import InputError
+from .errors import InputError, brief
 
 _MARK = ".tmp-"
 
@@ -129,6 +129,23 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_object(what: str, path: Path, most: int) -> dict[str, Any]:
+    """The object in JSON that a file of at most `most` bytes holds. Raises InputError, beginning
+    with what, for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise ValueError(f"at most {most} bytes are read, got {size}")
+        found = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"an object is expected, got {type(found).__name__}")
+        return found
+    except OSError as e:
+        raise InputError(f"{what} cannot be read: {e.strerror}") from e
+    except ValueError as e:
+        raise InputError(f"{what} must be JSON: {brief(e)}") from e
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

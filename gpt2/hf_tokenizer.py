@@ -241,18 +241,7 @@ def _special(content: str, i: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"at most {_MAX_BYTES} bytes are read, got {size}")
-        found = files.parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"an object is expected, got {type(found).__name__}")
-        return found
-    except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise InputError(f"tokenizer {str(path)!r} must be JSON: {brief(e)}") from e
+    return files.read_object(f"tokenizer {str(path)!r}", path, _MAX_BYTES)
 
 
 # ---- writing

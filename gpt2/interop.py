@@ -366,18 +366,7 @@ def _size(folder: Path, found: dict[str, Any], key: str) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise ValueError(f"at most {_MAX_JSON_BYTES} bytes are read, got {size}")
-        found = files.parse_json(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"an object is expected, got {type(found).__name__}")
-    except OSError as e:
-        raise InputError(f"{str(path)!r} cannot be read: {e.strerror}") from e
-    except ValueError as e:
-        raise InputError(f"{str(path)!r} must be JSON: {brief(e)}") from e
-    return found
+    return files.read_object(repr(str(path)), path, _MAX_JSON_BYTES)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ def load(
     default unless given. Raises InputError, naming the file, where one is missing, broken, or does
     not fit the other.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     found = convert.read(source, dropout=0.0)
     reads = tokenizer_of(found, None if tokenizer is None else str(tokenizer), tokenizer_dir)
     nanogpt.say(found)

@@ -98,6 +98,17 @@ class Stream:
     def wait_stream(self, other): ...
 
 
+class Event:
+    """What was recorded is done at once."""
+
+    def record(self, stream=None): ...
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+
 @contextlib.contextmanager
 def autocast(device_type, *args, **kwargs):
     """torch.autocast for both devices: PyTorch's own operators see where a tensor really lies."""
@@ -123,6 +134,7 @@ CUDA = {
     "synchronize": lambda device=None: None,
     "device": lambda device: contextlib.nullcontext(),
     "Stream": Stream,
+    "Event": Event,
     "stream": lambda stream: contextlib.nullcontext(),
     "current_stream": lambda device=None: Stream(),
     "CUDAGraph": Graph,

@@ -59,9 +59,9 @@ def theirs(weights):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from gpt2.tokenizer import _BYTE_OF_CHAR
+    from gpt2.bytelevel import BYTE_OF_CHAR
 
-    printed = {b: c for c, b in _BYTE_OF_CHAR.items()}
+    printed = {b: c for c, b in BYTE_OF_CHAR.items()}
     vocab = {"".join(printed[b] for b in t): i for i, t in enumerate(MERGED.tokens[:-1])}
     merges = [(printed[ord(" ")], "a")]
     inner = Tokenizer(models.BPE({**vocab, EOT: 257}, merges))

@@ -58,6 +58,12 @@ def test_every_format_gives_a_model_and_its_tokenizer(format, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and not loaded.fast
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, 32])
+def test_a_dtype_that_is_none_is_named(dtype):
+    with pytest.raises(InputError, match=r"dtype must be a floating torch.dtype or None, got"):
+        gpt2.load("gpt2", dtype=dtype)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.filterwarnings("ignore:.*GELU")
 def test_from_pretrained_reads_every_format(format, tmp_path):
