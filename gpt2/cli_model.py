@@ -10,7 +10,7 @@ import os
 import re
 import sys
 
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 
 
 def sample(flags: argparse.Namespace) -> None:
@@ -59,8 +59,13 @@ def sample(flags: argparse.Namespace) -> None:
         speed=speed,
     )
     written = sampling.as_json(found, parts) if flags.jsonl else sampling.as_text(prompts, parts)
-    for piece in written:
-        print(piece, end="", flush=True)
+    try:
+        for piece in written:
+            print(piece, end="", flush=True)
+    except NonFiniteError:
+        if not flags.jsonl:
+            print(flush=True)  # ends the line of the text so far
+        raise
     if len(prompts) < len(found):
         refused = len(found) - len(prompts)
         print(f"gpt2: {refused:,} of {len(found):,} texts have an error", file=sys.stderr)

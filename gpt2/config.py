@@ -1,6 +1,7 @@
 """What defines a GPT-2: six numbers, and the four published sizes."""
 
 from dataclasses import dataclass, fields
+from numbers import Integral
 
 _NAMED = {  # name: (n_layer, n_head, n_embd), as published
     "gpt2": (12, 12, 768),
@@ -32,10 +33,12 @@ class Config:
                     raise TypeError(f"dropout must be a number, got {value!r}")
                 if not 0.0 <= value < 1.0:
                     raise ValueError(f"dropout must be at least 0 and below 1, got {value}")
-            elif isinstance(value, bool) or not isinstance(value, int):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{field.name} must be an int, got {value!r}")
-            elif value < 1:
+            if value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
+            object.__setattr__(self, field.name, int(value))  # NumPy's integers too
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd must be divisible by n_head, "

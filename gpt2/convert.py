@@ -62,6 +62,8 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
     A folder of Hugging Face's has three rates of dropout; None wants them to be one.
     Raises InputError, naming the file, where it is in none, broken, or no model of ours.
     """
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"model must be a name or a path, got {brief(repr(source))}")
     name, path = str(source), Path(source)
     if hub.is_published(name):
         path = hub.download(name, interop.FILES)

@@ -24,7 +24,9 @@ _MARK = ".tmp-"
 
 @contextmanager
 def work_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside path, for what is to become path by a rename."""
+    """A temporary folder beside path, for what is to become path by a rename; path's folder is made
+    where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
     try:
         yield work
@@ -64,10 +66,11 @@ def check_new_folder(name: str, folder: str | Path) -> None:
 
 
 def check_new(name: str, path: str | Path) -> None:
-    """Raises InputError unless path is new, in a folder that is there and can be written."""
+    """Raises InputError unless path is new, and its folder can be written or made as far as one can
+    see."""
     path = Path(path).absolute()
-    if os.path.lexists(path) or not path.parent.is_dir():
-        raise InputError(f"{name} must be new, in an existing folder, got {str(path)!r}")
+    if os.path.lexists(path):
+        raise InputError(f"{name} must be new, got {str(path)!r}, which exists")
     _check_writable(name, path.parent)
 
 

@@ -136,6 +136,7 @@ def _checked(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
                 f"pre_tokenizer: {key} must be {str(expected).lower()}, "
                 f"got {brief(before.get(key, True))}"
             )
+    after = None if _adds_nothing(after) else after
     for key, found in (("post_processor", after), ("decoder", state.get("decoder"))):
         if found is not None and (not isinstance(found, dict) or found.get("type") != "ByteLevel"):
             raise InputError(f"{key} must be null or ByteLevel, got {brief(found)}")
@@ -150,6 +151,15 @@ def _checked(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise InputError("model: merges must be a list")
     added = state.get("added_tokens") or []
     return model, {token["content"]: token for token in map(_token, added)}
+
+
+def _adds_nothing(after: Any) -> bool:
+    """Whether a post_processor is a template of the text alone, as transformers write it."""
+    if not isinstance(after, dict) or after.get("type") != "TemplateProcessing":
+        return False
+    single = after.get("single")
+    texts = isinstance(single, list) and [list(_object(part)) for part in single] == [["Sequence"]]
+    return texts and not after.get("special_tokens")
 
 
 def _token(found: Any) -> dict[str, Any]:

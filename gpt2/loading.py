@@ -16,6 +16,7 @@ from . import convert, nanogpt, weights
 from . import tokenizer as tokenizers
 from .convert import Source
 from .errors import InputError
+from .machine import pick_device
 from .model import Model
 from .tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
     found = convert.read(source, dropout=0.0)
+    device = pick_device(device) if isinstance(device, str) else device
     reads = tokenizer_of(found, None if tokenizer is None else str(tokenizer), tokenizer_dir)
     nanogpt.say(found)
     config, state = weights.crop(found.config, found.state(), vocab_size=reads.vocab_size)

@@ -148,8 +148,10 @@ class Uniform:
 
 
 def as_int(name: str, value: object) -> int:
-    """An integer of whichever type: numpy's, and tensors of one, too. Raises TypeError."""
+    """An integer of whichever type but bool: numpy's, and tensors of one, too. Raises TypeError."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         got = brief(repr(value))

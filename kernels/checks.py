@@ -6,6 +6,7 @@ argument, what was given and what was expected.
 
 import math
 import operator
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -105,6 +106,9 @@ def attention_scalars(x, D, softmax_scale, dropout_p, seed):
     """softmax_scale and seed as the kernels take them."""
     if D == 0:
         raise ValueError("the head size must be at least 1, got 0")
+    for name, value in (("dropout_p", dropout_p), ("softmax_scale", softmax_scale)):
+        if not isinstance(value, Real) and (name == "dropout_p" or value is not None):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     scale = 1.0 / math.sqrt(D) if softmax_scale is None else float(softmax_scale)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")

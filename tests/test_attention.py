@@ -278,6 +278,12 @@ def test_same_output_with_and_without_gradients(kernel_backend):
         (lambda a: a.update(q="q"), TypeError, "q must be a tensor, got str"),
         (lambda a: a.update(dropout_p=1.5), ValueError, r"dropout_p must lie in \[0, 1\], got 1.5"),
         (lambda a: a.update(softmax_scale=0.0), ValueError, "softmax_scale must be positive"),
+        (
+            lambda a: a.update(softmax_scale="1"),
+            TypeError,
+            "softmax_scale must be a number",
+        ),
+        (lambda a: a.update(dropout_p=None), TypeError, "dropout_p must be a number, got None"),
         (lambda a: a.update(dropout_p=0.1, seed=2**64), ValueError, "seed must fit"),
         (
             lambda a: a.update(dropout_p=0.1, seed=1.5),

@@ -502,8 +502,8 @@ def test_a_truncated_llmc_file_is_refused(size, tmp_path):
         ({"max_shard_size": "1TB"}, "max_shard_size must be a number of bytes"),
         ({"source": "none"}, "model must be gpt2, .* got 'none'"),
         ({"dest": "full"}, "dest must be a new or empty folder, got 'full'"),
-        ({"dest": "full", "to": "llmc"}, "dest must be new, in an existing folder, got"),
-        ({"dest": "no/bin", "to": "llmc"}, "dest must be new, in an existing folder, got"),
+        ({"dest": "full", "to": "llmc"}, "dest must be new, got .*full', which exists"),
+        ({"dest": "full/mine/bin", "to": "llmc"}, "dest must be a folder that can be written"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(changes, message, ckpt, monkeypatch):

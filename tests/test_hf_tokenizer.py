@@ -316,3 +316,16 @@ def test_a_tokenizer_written_over_another_is_the_one_that_loads(trained, theirs,
     shutil.copytree(tmp_path, tmp_path / "copy")
     (tmp_path / "copy" / "tokenizer.json").unlink()
     assert tk.load(tmp_path / "copy").tokens == trained.tokens
+
+
+def test_what_transformers_have_saved_again_is_read(trained, tmp_path):
+    """They write a template of the text alone, which adds nothing. It was refused."""
+    transformers = pytest.importorskip("transformers")
+    hf_tokenizer.write(trained, tmp_path, 64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    theirs.save_pretrained(tmp_path / "again")
+    found = hf_tokenizer.load(tmp_path / "again" / "tokenizer.json")
+    assert found.encode(LINES).tolist() == theirs.encode(LINES) == trained.encode(LINES).tolist()
+    assert found.vocab_size == trained.vocab_size + 1 and found.eot == trained.eot
+    assert found.tokens[theirs.pad_token_id] == b"<pad>"

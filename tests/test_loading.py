@@ -58,6 +58,19 @@ def test_every_format_gives_a_model_and_its_tokenizer(format, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and not loaded.fast
 
 
+@pytest.mark.parametrize("source", [3, None, b"gpt2"])
+def test_a_source_that_is_none_is_named(source):
+    for load in (gpt2.load, Model.from_pretrained):
+        with pytest.raises(InputError, match="model must be a name or a path, got"):
+            load(source)
+
+
+def test_a_device_that_is_none_is_named(tmp_path):
+    Model(Config(8, 256, 1, 1, 16)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="device must be auto or one that works here, got 'mars'"):
+        gpt2.load(tmp_path, device="mars", tokenizer="byte")
+
+
 @pytest.mark.parametrize("dtype", ["float32", torch.int64, 32])
 def test_a_dtype_that_is_none_is_named(dtype):
     with pytest.raises(InputError, match=r"dtype must be a floating torch.dtype or None, got"):

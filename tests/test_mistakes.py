@@ -84,11 +84,11 @@ COMMANDS = {
     "eval run": "data or choices must be given, got neither",
     "eval run --choices questions": "choices 'questions', line 1: endings must be at least 2",
     "eval run --data text.txt --stride 9": "stride must be 1 to context 8, got 9",
-    "convert run mine --to nanogpt": "dest must be new, in an existing folder, got '.*mine'",
+    "convert run mine --to nanogpt": "dest must be new, got '.*mine', which exists",
     "convert run new --to gguf": "to must be one of hf, run, nanogpt, llmc, got 'gguf'",
-    "prepare text.txt --out mine --tokenizer byte": "out must be new, .* got '.*mine'",
+    "prepare text.txt --out mine --tokenizer byte": "out must be new, got '.*mine', which exists",
     "prepare text.txt --out new --val-fraction 2 --tokenizer byte": "val_fraction must be above 0",
-    "tokenizer text.txt --vocab-size 300 --out mine": "out must be new, .* got '.*mine'",
+    "tokenizer text.txt --vocab-size 300 --out mine": "out must be new, got '.*mine', which exists",
 }
 
 

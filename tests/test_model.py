@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, launches
@@ -359,6 +360,11 @@ def test_targets_of_another_shape():
 def test_bad_configurations_are_named(change, error, message):
     with pytest.raises(error, match=message):
         Config(**{**vars(SMALL), **change})
+
+
+def test_sizes_may_be_numpy_s_integers():
+    config = Config(*np.array([8, 20, 1, 2, 16]))
+    assert config == Config(8, 20, 1, 2, 16) and type(config.n_layer) is int
 
 
 def test_named_configurations():

@@ -198,7 +198,7 @@ def test_a_broken_model_samples_nothing(flags, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text(byte().to_json())
     assert main(["sample", str(tmp_path), "--prompt", "a", *flags]) == 1
     printed = capsys.readouterr()
-    assert printed.out == "a"
+    assert printed.out == "a\n"
     assert printed.err.splitlines()[-1] == (
         "gpt2: error: step 1 of sampling can choose no token for sequence 0: "
         "its logits are not finite"
