@@ -168,7 +168,7 @@ WRONG = {
     "tokenizer text.txt --out new": "required: --vocab-size",
     "tokenizer text.txt --vocab-size 256 --out new": "vocab_size must be at least 257 .* got 256",
     "tokenizer text.txt --vocab-size 300 --out ids.bin": "out must be new, .*ids.bin'",
-    "tokenizer text.txt --vocab-size 300 --out text.txt/x": "out must be a folder that can be written",
+    "tokenizer text.txt --vocab-size 300 --out text.txt/x": "out must be a folder that can",
     "tokenizer none.txt --vocab-size 300 --out new": "data must be a file",
     "tokenizer latin1.txt --vocab-size 300 --out new": "must be UTF-8, got 0xe9",
 }
