@@ -9,6 +9,7 @@ and for linear_cross_entropy the operations of its matrix products, one forward 
 """
 
 import sys
+from functools import partial
 
 import harness
 import torch
@@ -69,7 +70,7 @@ OPS = [
         kernel="cross_entropy",
         inputs=lambda s, randn, randint: [randn(s.N, s.V), targets(s, randint)],
         call=lambda logits, targets: kernels.cross_entropy(logits, targets, -1),
-        truth=reference.cross_entropy,
+        truth=partial(reference.cross_entropy, ignore_index=-1),
         plain=cross_entropy,
         peers=peers,
         work=lambda s, step, size: Work((1 if step == FORWARD else 3) * s.N * s.V * size, BYTE),
@@ -82,7 +83,7 @@ OPS = [
             randn(s.N, s.C), s.C**-0.5 * randn(s.V, s.C), targets(s, randint),
         ],
         call=lambda x, weight, targets: kernels.linear_cross_entropy(x, weight, targets, -1),
-        truth=reference.linear_cross_entropy,
+        truth=partial(reference.linear_cross_entropy, ignore_index=-1),
         plain=linear_cross_entropy,
         peers=linear_peers,
         work=lambda s, step, _: Work((2 if step == FORWARD else 6) * s.N * s.C * s.V, FLOP),

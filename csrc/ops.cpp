@@ -140,8 +140,8 @@ std::tuple<Tensor, Tensor> layer_norm_bwd(Tensor dy, std::optional<Tensor> ds, T
   return norm_bwd(dy, ds, x, weight, stats, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor> mixed_layer_norm_bwd(Tensor dy, std::optional<Tensor> ds,
-                                                        Tensor s, Tensor weight, Tensor stats) {
+std::tuple<Tensor, Tensor, Tensor> mixed_layer_norm_bwd(Tensor dy, Tensor ds, Tensor s,
+                                                        Tensor weight, Tensor stats) {
   Tensor dresidual = contiguous_like(s);
   const auto [dx, dparams] = norm_bwd(dy, ds, s, weight, stats, &dresidual);
   return {dx, dresidual, dparams};
@@ -219,7 +219,7 @@ GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
       "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor stats)"
       " -> (Tensor dx, Tensor dparams)");
   m.def(
-      "mixed_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor stats)"
+      "mixed_layer_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor stats)"
       " -> (Tensor dx, Tensor dresidual, Tensor dparams)");
   m.def(
       "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float smoothing)"

@@ -96,7 +96,9 @@ def mask(
 def _check_model(config) -> None:
     """Raises InputError for a model of transformers with attention of its own, such as BLOOM: it
     would add this mask of bool to its scores as if it were one of floats."""
-    model = MODEL_MAPPING.get(type(config), None) if config is not None else None
+    if config is None or torch.compiler.is_compiling():  # whose tracer does not look models up
+        return
+    model = MODEL_MAPPING.get(type(config), None)
     for each in model if isinstance(model, tuple) else (model,):
         if each is not None and not each._supports_sdpa:
             raise InputError(

@@ -170,7 +170,7 @@ def _(dy, ds, x, weight, stats, backend):
 # x and residual have two dtypes, dy's and s's, and a gradient each.
 @_launcher(
     "layer_norm",
-    "mixed_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor stats, "
+    "mixed_layer_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor stats, "
     "str backend) -> (Tensor dx, Tensor dresidual, Tensor dparams)",
 )
 def _(dy, ds, s, weight, stats, backend):

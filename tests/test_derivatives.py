@@ -66,7 +66,9 @@ def derivatives(call, inputs, seed=0):
 
     leaves = [x.detach().requires_grad_() for x in inputs]
     # Inputs that depend on each other: each has a gradient of its own, whatever they come from.
-    mixed = [x + 0.1 * leaves[0].mean() for x in leaves]
+    mixed = [leaves[0] * 1]
+    for leaf in leaves[1:]:
+        mixed.append(leaf + 0.1 * mixed[-1].mean())
     first = torch.autograd.grad(
         weighted(as_tuple(call(*mixed))).square(), leaves, create_graph=True
     )
@@ -74,11 +76,11 @@ def derivatives(call, inputs, seed=0):
 
 
 @pytest.mark.parametrize("case", list(cases()))
-def test_second_derivatives(case, kernel_backend):
+def test_second_derivatives(case, accelerated):
     call, inputs = cases()[case]
-    with kernels.use(kernel_backend), launches() as launched:
+    with kernels.use(accelerated), launches() as launched:
         got = derivatives(lambda *x: call(kernels, *x), inputs)
-    assert kernel_backend in launched
+    assert accelerated in launched
     exact = derivatives(lambda *x: call(reference, *x), [x.double() for x in inputs])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         plain = derivatives(lambda *x: call(reference, *x), inputs)
@@ -89,10 +91,10 @@ def test_second_derivatives(case, kernel_backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_second_derivatives_of_a_stream_of_two_dtypes(dtype, kernel_backend):
+def test_second_derivatives_of_a_stream_of_two_dtypes(dtype, accelerated):
     """Gradients keep the dtypes of their inputs, with a graph too."""
     x, residual, row = tensor(3, 16, dtype=dtype), tensor(3, 16), tensor(16)
-    with kernels.use(kernel_backend):
+    with kernels.use(accelerated):
         first, second = derivatives(
             lambda *x: tuple(y.float() for y in kernels.add_layer_norm(*x)), [x, residual, row, row]
         )
@@ -104,10 +106,10 @@ def test_second_derivatives_of_a_stream_of_two_dtypes(dtype, kernel_backend):
 @pytest.mark.parametrize(
     "needed", [(True, False, False), (False, True, False), (False, False, True)]
 )
-def test_only_what_needs_a_gradient_has_one(needed, kernel_backend):
+def test_only_what_needs_a_gradient_has_one(needed, accelerated):
     tensors = every_op()["layer_norm"][1]
     inputs = [x.detach().requires_grad_(n) for x, n in zip(tensors, needed, strict=True)]
-    with kernels.use(kernel_backend):
+    with kernels.use(accelerated):
         y = kernels.layer_norm(*inputs).square().sum()
     wanted = [x for x in inputs if x.requires_grad]
     (got,) = torch.autograd.grad(y, wanted, create_graph=True)
@@ -127,10 +129,10 @@ def test_gradgradcheck(case):
         assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_third_derivative(kernel_backend):
+def test_third_derivative(accelerated):
     x = tensor(5).requires_grad_()
     want = x.detach().double().requires_grad_()
-    with kernels.use(kernel_backend):
+    with kernels.use(accelerated):
         y = kernels.gelu(x)
     z = reference.gelu(want)
     for _ in range(3):

@@ -277,7 +277,7 @@ def raw_calls():
         yield RAW.add_layer_norm_fwd, (x, r, w, w, 1e-5)
         for ds in (None, r):
             yield RAW.layer_norm_bwd, (dy, ds, x, w, norm_stats)
-            yield RAW.mixed_layer_norm_bwd, (dy.bfloat16(), ds, x, w, norm_stats)
+        yield RAW.mixed_layer_norm_bwd, (dy.bfloat16(), r, x, w, norm_stats)
         yield RAW.add_layer_norm_fwd, (x.bfloat16(), r, w, w, 1e-5)
         yield RAW.gelu_fwd, (x,)
         yield RAW.gelu_bwd, (dy, x)

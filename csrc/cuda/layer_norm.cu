@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, bwd_blocks<R>(Plan::HELD, L))
       x_row.get(i, c, v);
       dy_row.get(i, c, d);
       load(weight + c, w);
-      if (ds) load(ds + n * C + c, g);
+      if (!std::is_same_v<T, R> || ds) load(ds + n * C + c, g);  // the mixed form has one
       if constexpr (Plan::HELD == 0) {
         if (n > first) {
           load(partial + c, dw[0]);
