@@ -95,7 +95,7 @@ struct Ops {
                                const void* bias, double eps, void* y, void* s, void* stats,
                                int64_t N, int64_t C, const Executor&);
   // s is what the norm saw. ds may be null; dparams (2, C) S, partial (min(N, kMaxPartial), 2, C)
-  // S. dresidual is null, as dx is its gradient too; in the mixed form it is written, and it, ds
+  // S. dresidual is null, as dx is its gradient too. The mixed form has ds and dresidual, and they
   // and s are S.
   void (*layer_norm_bwd)(const void* dy, const void* ds, const void* s, const void* weight,
                          const void* stats, void* dx, void* dresidual, void* dparams, void* partial,
