@@ -120,27 +120,27 @@ INTEROP_MUTANTS = [
     Mutant(
         "pickles run as they are", NANOGPT,
         "                modules |= _check_pickle(archive.read(entry))\n", "                pass\n",
-        "test_convert.py::test_a_pickle_that_asks_for_more_than_tensors_is_not_run[call0-2]",
+        "test_nanogpt_file.py::test_a_pickle_that_asks_for_more_than_tensors_is_not_run[call0-2]",
     ),
     Mutant(
         "views taken for weights", NANOGPT,
         "or not all(t.is_contiguous() for t in found.values())", "",
-        "test_convert.py::test_a_ckpt_that_does_not_fit_is_refused_by_name[view]",
+        "test_nanogpt_file.py::test_a_ckpt_that_does_not_fit_is_refused_by_name[view]",
     ),
     Mutant(
         "the prefix of compiled models", NANOGPT,
         "weights.plain(key)", "key",
-        "test_convert.py::test_nanogpt_compiled_with_masks_an_optimizer_and_a_loss",
+        "test_nanogpt_file.py::test_nanogpt_compiled_with_masks_an_optimizer_and_a_loss",
     ),
     Mutant(
         "missing biases of one", NANOGPT,
         "torch.zeros(shape, dtype=dtype)", "torch.ones(shape, dtype=dtype)",
-        "test_convert.py::test_nanogpt_without_biases_has_biases_of_zero",
+        "test_nanogpt_file.py::test_nanogpt_without_biases_has_biases_of_zero",
     ),
     Mutant(
         "biases decayed", NANOGPT,
         "if t.dim() >= 2]", "if t.dim() >= 1]",
-        "test_convert.py::test_nanogpt_resumes_from_what_is_written",
+        "test_nanogpt_file.py::test_nanogpt_resumes_from_what_is_written",
     ),
     # llm.c
     Mutant(
