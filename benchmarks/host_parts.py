@@ -85,7 +85,7 @@ def launcher(raw: partial) -> Callable:
     name = raw.func.name().partition("::")[2].partition(".")[0]
     *args, backend = raw.args
     if name == "linear_cross_entropy_fwd":  # the products and a launcher, together
-        return partial(raw_ops.linear_fwd, *args, backend)
+        return partial(raw_ops.launch_linear_cross_entropy, *args, backend)
     modules = (dispatch.module(backend, op) for op in dispatch.OPS if has_module(backend, op))
     return partial(next(getattr(m, name) for m in modules if hasattr(m, name)), *args)
 

@@ -222,8 +222,9 @@ def tokens(
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
     V = model.config.vocab_size
     for prompt in prompts:
-        for token in set(map(type, prompt)) - {int} and prompt:
-            as_int("each token of prompts", token)
+        if set(map(type, prompt)) != {int}:
+            for token in prompt:
+                as_int("each token of prompts", token)
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < V:
                 raise ValueError(f"prompts must hold ids from 0 to {V - 1}, got {token}")

@@ -102,13 +102,18 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
     check_ids("targets", targets, V, ignore_index)
 
 
+def check_number(name: str, value) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def attention_scalars(x, D, softmax_scale, dropout_p, seed):
     """softmax_scale and seed as the kernels take them."""
     if D == 0:
         raise ValueError("the head size must be at least 1, got 0")
-    for name, value in (("dropout_p", dropout_p), ("softmax_scale", softmax_scale)):
-        if not isinstance(value, Real) and (name == "dropout_p" or value is not None):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+    check_number("dropout_p", dropout_p)
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
     scale = 1.0 / math.sqrt(D) if softmax_scale is None else float(softmax_scale)
     if not 0.0 < scale < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")

@@ -268,12 +268,12 @@ def _linear_bwd_fake(
     return _linear_gradients(x, weight, need_dx, need_dweight)
 
 
-linear_fwd = _by_chunks(linear_cross_entropy_fwd)
+launch_linear_cross_entropy = _by_chunks(linear_cross_entropy_fwd)
 _register(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor targets, int ignore_index, "
     "float smoothing, bool need_dx, bool need_dweight, str backend)"
     " -> (Tensor losses, Tensor dx, Tensor dweight)",
-    linear_fwd,
+    launch_linear_cross_entropy,
     _linear_fwd_fake,
 )
 _register(
