@@ -28,7 +28,7 @@ REGISTERS = {
     "decode_kernel": 80,
     "decode_sum_kernel": 32,
     "layer_norm_fwd_kernel": 104,
-    "layer_norm_bwd_kernel": 224,
+    "layer_norm_bwd_kernel": 232,  # a block of 256 threads is alone up to 255
     "gelu_fwd_kernel": 32,
     "gelu_bwd_kernel": 40,
     "bias_gelu_fwd_kernel": 40,
