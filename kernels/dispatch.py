@@ -11,6 +11,7 @@ rest. Both choices are made in the forward: its own backend, and the backward's.
 """
 
 import contextlib
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -72,9 +73,21 @@ FASTER = {
 
 _TRANSFORMED = "transforms of torch.func and forward-mode derivatives take plain PyTorch"
 _MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
-_forced: str | None = None  # process-wide, so that autograd's threads and torch.compile see it
 _said: set[tuple[str, str]] = set()
 _built: dict[str, bool] = {}
+
+
+class _Own(threading.local):
+    """The use() blocks that this thread is in, the newest last: each a list of one backend."""
+
+    def __init__(self):
+        self.entries: list[list[str]] = []
+
+
+_own = _Own()
+_all: list[list[str]] = []  # those of every thread
+_newest: str | None = None  # the backend of the newest of them
+_entering = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
@@ -85,33 +98,50 @@ class BackendUnavailable(RuntimeError):
 def use(backend: str):
     """Force `backend`, one of BACKENDS, for every op called inside the with block.
 
-    Process-wide, not per thread. Raises ValueError for an unknown name; an op that the backend
-    cannot serve raises BackendUnavailable with the reason instead of falling back.
+    It holds for the thread that enters the block, and for threads that are in no block of their
+    own, such as those in which autograd runs a backward; of several blocks the newest counts.
+    Raises ValueError for an unknown name; an op that the backend cannot serve raises
+    BackendUnavailable with the reason instead of falling back.
     """
-    global _forced
+    global _newest
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    previous, _forced = _forced, backend
+    stacks, entry = (_own.entries, _all), [backend]
+    with _entering:
+        for stack in stacks:
+            stack.append(entry)
+        _newest = backend
     try:
         yield
     finally:
-        _forced = previous
+        with _entering:
+            for stack in stacks:  # blocks may end in another order than they began
+                stack[:] = [other for other in stack if other is not entry]
+            _newest = _all[-1][0] if _all else None
+
+
+def forced() -> str | None:
+    """The backend that use() forces for this thread, or None. torch.compile traces this: a
+    compiled function is compiled anew where the answer changes."""
+    own = _own.entries
+    return own[-1][0] if own else _newest
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """The name of the backend that serves this call."""
-    if _forced == "reference":
+    chosen = forced()  # read once: another thread may leave its block meanwhile
+    if chosen == "reference":
         return "reference"
     if reference.is_transformed():
-        if _forced is not None:
-            raise BackendUnavailable(f"{_forced} cannot serve {op}: {_TRANSFORMED}")
+        if chosen is not None:
+            raise BackendUnavailable(f"{chosen} cannot serve {op}: {_TRANSFORMED}")
         _say_once(op, _TRANSFORMED)
         return "reference"
-    if _forced is not None:
-        reason = why_not(_forced, op, device, dtype, size)
+    if chosen is not None:
+        reason = why_not(chosen, op, device, dtype, size)
         if reason is not None:
-            raise BackendUnavailable(f"{_forced} cannot serve {op}: {reason}")
-        return _forced
+            raise BackendUnavailable(f"{chosen} cannot serve {op}: {reason}")
+        return chosen
     reasons = []
     for name in _candidates(op, device):
         reason = why_not(name, op, device, dtype, size)
@@ -131,7 +161,7 @@ def choose_backward(
     """The backend of the backward of a call that `forward` serves: the same, unless another is
     measured to be faster and its library is there."""
     faster = FASTER.get(f"{op}_bwd")
-    if _forced is None and faster is not None and forward == faster.than:
+    if faster is not None and forced() is None and forward == faster.than:
         name = faster.backend
         if _is_ready(name, device) and why_not(name, op, device, dtype, size) is None:
             return name
@@ -162,14 +192,10 @@ def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     that there is nothing to say, and nothing to raise where a backend without one is forced."""
     if reference.is_transformed():
         return None
-    names = PRIORITY[op] if _forced is None else (_forced,)
+    chosen = forced()
+    names = PRIORITY[op] if chosen is None else (chosen,)
     can_serve = (n for n in names if n != "reference" and why_not(n, op, device, dtype) is None)
     return next(can_serve, None)
-
-
-def is_forced() -> bool:
-    """Whether this happens inside a use() block."""
-    return _forced is not None
 
 
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0):

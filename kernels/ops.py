@@ -192,7 +192,7 @@ def gelu(x: Tensor) -> Tensor:
     Any shape. Hendrycks and Gimpel, 2016.
     """
     check_tensor("x", x, like=x)
-    if torch.compiler.is_compiling() and not dispatch.is_forced():
+    if torch.compiler.is_compiling() and dispatch.forced() is None:
         return reference.gelu(x)  # Inductor fuses it into its neighbours
     backend = dispatch.choose("gelu", x.device, x.dtype)
     return reference.gelu(x) if backend == "reference" else autograd.call(autograd.Gelu, x, backend)
@@ -202,7 +202,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias): x (..., C), bias (C,) of any floating dtype."""
     check_tensor("x", x, like=x)
     check_row("bias", bias, x)
-    if torch.compiler.is_compiling() and not dispatch.is_forced():
+    if torch.compiler.is_compiling() and dispatch.forced() is None:
         return reference.bias_gelu(x, bias)
     backend = dispatch.choose("gelu", x.device, x.dtype)
     if backend == "reference":

@@ -118,10 +118,10 @@ def test_fallback_says_so_once(monkeypatch):
 def test_use_nests_and_ends_with_its_block():
     with kernels.use("reference"):
         with pytest.raises(RuntimeError, match="inside"), kernels.use("triton"):
-            assert dispatch._forced == "triton"
+            assert dispatch.forced() == "triton"
             raise RuntimeError("inside")
-        assert dispatch._forced == "reference"
-    assert not dispatch.is_forced()
+        assert dispatch.forced() == "reference"
+    assert dispatch.forced() is None
 
 
 def test_unknown_backends_are_named():

@@ -240,7 +240,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "forced backend falls back", DISPATCH,
-        'raise BackendUnavailable(f"{_forced} cannot serve {op}: {reason}")', 'return "reference"',
+        'raise BackendUnavailable(f"{chosen} cannot serve {op}: {reason}")', 'return "reference"',
         "test_layer_norm.py::test_longer_rows_fall_back_with_a_reason",
     ),
     Mutant(

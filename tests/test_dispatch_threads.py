@@ -1,0 +1,124 @@
+"""use() in several threads: each has its own choice, and no block leaves another's behind."""
+
+import threading
+
+import pytest
+import torch
+
+from gpt2 import kernels
+from gpt2.kernels import dispatch
+
+ASKED = torch.device("cpu"), torch.float32, 64
+THREADS, ENTRIES = 32, 100
+
+
+def in_threads(function, count):
+    """function(i) in each of count threads; raises what the first of them raised."""
+    errors = []
+
+    def run(i):
+        try:
+            function(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture
+def every_backend_serves(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not", lambda *args: None)
+
+
+def test_each_thread_has_its_own_choice(every_backend_serves):
+    """The choice was process-wide: a thread saw another's, and one that left its block while others
+    were in theirs put back what it had found, so that a backend stayed forced for good."""
+    unforced = dispatch.choose("gelu", *ASKED)
+    all_are_inside = threading.Barrier(THREADS)
+
+    def enter_and_leave(i):
+        for entry in range(ENTRIES):
+            outer, inner = (kernels.BACKENDS[(i + entry + n) % 4] for n in range(2))
+            with kernels.use(outer):
+                all_are_inside.wait(timeout=10)
+                assert dispatch.choose("gelu", *ASKED) == outer
+                with kernels.use(inner):
+                    assert dispatch.choose("gelu", *ASKED) == inner
+                assert dispatch.choose_backward("layer_norm", outer, *ASKED) == outer
+
+    in_threads(enter_and_leave, THREADS)
+    assert dispatch.forced() is None and dispatch.choose("gelu", *ASKED) == unforced
+
+
+def test_blocks_may_end_in_any_order():
+    first, second = kernels.use("cpu"), kernels.use("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.forced() == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch.forced() is None
+
+
+def test_a_thread_without_a_block_follows_the_newest():
+    """So do the threads in which autograd runs a backward: a checkpoint computes its forward again
+    there."""
+    seen = []
+    with kernels.use("triton"), kernels.use("reference"):
+        in_threads(lambda i: seen.append(dispatch.forced()), 1)
+    in_threads(lambda i: seen.append(dispatch.forced()), 1)
+    assert seen == ["reference", None]
+
+
+def test_a_choice_is_read_once(monkeypatch):
+    """A first build takes a minute. A thread that left its block meanwhile made the choice of
+    another one None: "'NoneType' object has no attribute ...", out of an op."""
+    block = kernels.use("cpu")
+
+    def slow(*args):
+        block.__exit__(None, None, None)
+
+    monkeypatch.setattr(dispatch, "why_not", slow)
+    block.__enter__()
+    assert dispatch.choose("gelu", *ASKED) == "cpu"
+    assert dispatch.forced() is None
+
+
+def test_a_compiled_function_follows_its_thread(monkeypatch):
+    compiled = torch.compile(lambda x: kernels.layer_norm(x) * 1, backend="eager", fullgraph=True)
+    x, ran = torch.randn(2, 8), []
+    monkeypatch.setattr(dispatch, "_MODULES", {**dispatch._MODULES, "cpu": Spy(ran)})
+
+    def run(backend):
+        with kernels.use(backend):
+            compiled(x)
+
+    run("reference")
+    with kernels.use("reference"):
+        in_threads(lambda i: run("cpu"), 1)
+        assert ran == ["layer_norm_fwd"]
+        compiled(x)
+    assert ran == ["layer_norm_fwd"]
+
+
+class Spy:
+    """A backend that serves everything by the reference, and notes which launchers ran."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def why_not(self, *args):
+        return None
+
+    def module(self, op):
+        return self
+
+    def layer_norm_fwd(self, x, weight, bias, eps):
+        self.ran.append("layer_norm_fwd")
+        return kernels.reference.layer_norm(x, weight, bias, eps), x.new_zeros(2, len(x))
