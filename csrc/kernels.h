@@ -33,6 +33,15 @@ struct Attention {
   const int64_t* seed;  // where q is; null where dropout_p is 0
 };
 
+#ifdef __CUDACC__
+#define GPT2_HOST_DEVICE __host__ __device__
+#else
+#define GPT2_HOST_DEVICE
+#endif
+
+// Targets and lengths index memory, and their own memory is the caller's: it may change after they
+// were validated. No kernel forms an address of one that lies outside; the result is NaN there.
+
 // Logits (N, V) at data + n * stride + v, and a target for each row; rows whose target is
 // ignore_index have no loss. Label smoothing moves `smoothing` of the target's weight to all V
 // alike.
@@ -40,6 +49,8 @@ struct LogitsRows {
   int64_t N, V, stride, ignore_index;
   const int64_t* targets;
   double smoothing;
+
+  GPT2_HOST_DEVICE bool has(int64_t target) const { return target >= 0 && target < V; }
 };
 
 // One query per sequence: q has a single row of time, k and v have T, of which the first
@@ -49,6 +60,13 @@ struct Decode {
   View q, k, v;
   const int64_t* lengths;
   double softmax_scale;
+
+  GPT2_HOST_DEVICE bool has(int64_t length) const { return length >= 0 && length <= T; }
+  // How many keys of sequence b are read.
+  GPT2_HOST_DEVICE int64_t keys(int64_t b) const {
+    const int64_t length = lengths[b];
+    return has(length) ? length : 0;
+  }
 };
 
 // x (M, K) times the transpose of a weight (N, K), for few rows of x; scale (N,) where the weight

@@ -50,7 +50,7 @@ struct AttentionDecode {
   }
 
   void piece(int64_t bh, int64_t j0, S* to) const {
-    const int64_t b = bh / x.H, h = bh % x.H, n = at_most(kPiece, x.lengths[b] - j0);
+    const int64_t b = bh / x.H, h = bh % x.H, n = at_most(kPiece, x.keys(b) - j0);
     const T* k = head_of<T>(x.k, b, h) + j0 * x.k.time;
     const T* v = head_of<T>(x.v, b, h) + j0 * x.v.time;
     alignas(64) S q[kMaxHead], s[kPiece];
@@ -75,7 +75,7 @@ struct AttentionDecode {
   }
 
   void combine(int64_t bh, T* o) const {
-    const int64_t b = bh / x.H, used = (x.lengths[b] + kPiece - 1) / kPiece;
+    const int64_t b = bh / x.H, used = (x.keys(b) + kPiece - 1) / kPiece;
     S* first = parts + bh * pieces * part;
     S m = kLowest<S>, l = 0;
     for (int64_t i = 0; i < used; ++i) {
@@ -93,7 +93,8 @@ struct AttentionDecode {
     }
     // A sequence without keys gives zeros.
     for (int64_t d = 0; d < ld && used == 0; d += V::W) V::set(0).store(first + d);
-    store_row(first, V::set(used == 0 ? S(0) : 1 / l), o + bh * x.D, x.D);
+    const S scale = !x.has(x.lengths[b]) ? S(NAN) : used == 0 ? S(0) : 1 / l;
+    store_row(first, V::set(scale), o + bh * x.D, x.D);
   }
 };
 
@@ -108,7 +109,7 @@ int64_t attention_decode(const Decode& x, void* o, void* workspace, const Thread
   parallel_workers(threads, heads * f.pieces, [&](int64_t, Queue& pieces) {
     for (int64_t n; (n = pieces.next()) >= 0;) {
       const int64_t bh = n / f.pieces, j0 = n % f.pieces * F::kPiece;
-      if (j0 < x.lengths[bh / x.H]) f.piece(bh, j0, f.parts + n * f.part);
+      if (j0 < x.keys(bh / x.H)) f.piece(bh, j0, f.parts + n * f.part);
     }
   });
   parallel_ranges(threads, heads, 64, [&](int64_t bh, int64_t end) {

@@ -58,9 +58,10 @@ GPT2_INLINE void softmax_row(const T* x, int64_t V_, S* m_out, S* l_out) {
   *l_out = l.sum();
 }
 
-// The loss of one row.
+// The loss of one row; NaN for a target outside the vocabulary.
 template <class V, class T, class S>
 GPT2_INLINE S loss_of(const LogitsRows& rows, const T* x, int64_t target, S m, S l) {
+  if (!rows.has(target)) return S(NAN);
   const S own = log_of(l) + (m - S(widen(x[target])));
   if (rows.smoothing == 0) return own;  // of logits of -inf, 0 times the rest would be NaN
   const V sum = sum_columns<V>(rows.V, V::set(0),
@@ -69,10 +70,14 @@ GPT2_INLINE S loss_of(const LogitsRows& rows, const T* x, int64_t target, S m, S
   return (1 - e) * own + e * all;
 }
 
-// dx of one row, which may take the place of x.
+// dx of one row, which may take the place of x; NaN for a target outside the vocabulary.
 template <class V, class T, class S>
 GPT2_INLINE void softmax_grad_row(const LogitsRows& rows, const T* x, int64_t target, S m, S l,
                                   S dloss, T* dx) {
+  if (!rows.has(target)) {
+    for_columns<V>(rows.V, [=](int64_t v, auto lanes) { store(V::set(S(NAN)), dx + v, lanes); });
+    return;
+  }
   const S e = S(rows.smoothing), each = e / rows.V;
   const V shift = V::set(m), scale = V::set(dloss / l), off = V::set(-each * dloss);
   const Vec<S> x_target = Vec<S>::load(x + target);
@@ -118,10 +123,11 @@ void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses_, const void*
   parallel_ranges(threads, rows.N, 1 + 16384 / rows.V, [=, &rows](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       T* dx = dlogits + row * dlogits_stride;
-      if (rows.targets[row] == rows.ignore_index) {
+      const int64_t target = rows.targets[row];
+      if (target == rows.ignore_index) {
         zero_row(dx, rows.V);
       } else {
-        softmax_grad_row<V>(rows, logits + row * rows.stride, rows.targets[row], stats[row],
+        softmax_grad_row<V>(rows, logits + row * rows.stride, target, stats[row],
                             stats[rows.N + row], dlosses[row], dx);
       }
     }

@@ -73,6 +73,12 @@ __device__ float mean_to_smooth(const LogitsRows& rows, const T* row) {
   return block_sum(sum) / rows.V;
 }
 
+// The logit of a row's target; NaN, and with it the loss, for a target outside the vocabulary.
+template <class T>
+__device__ float logit_of(const LogitsRows& rows, const T* row, int64_t target) {
+  return rows.has(target) ? widen(row[target]) : NAN;
+}
+
 __device__ inline float loss_of(const LogitsRows& rows, float x_target, float mean,
                                 Softmax softmax) {
   const float log_l = logf(softmax.l), own = log_l + (softmax.m - x_target);
@@ -128,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float mean = mean_to_smooth(rows, row);
   if (threadIdx.x > 0) return;
   const bool counts = target != rows.ignore_index;
-  losses[n] = counts ? loss_of(rows, widen(row[target]), mean, softmax) : 0;
+  losses[n] = counts ? loss_of(rows, logit_of(rows, row, target), mean, softmax) : 0;
   stats[n] = softmax.m;
   stats[rows.N + n] = softmax.l;
 }
@@ -146,7 +152,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_zeros(drow, rows.V);
   } else {
     store_gradient(rows, logits + n * rows.stride, target, {stats[n], stats[rows.N + n]},
-                   dlosses[n], drow);
+                   rows.has(target) ? dlosses[n] : NAN, drow);
   }
 }
 
@@ -162,11 +168,11 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_zeros(row, V_padded);
     return;
   }
-  const float x_target = widen(row[target]);
+  const float x_target = logit_of(rows, row, target);
   const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
   const float mean = mean_to_smooth(rows, row);
   if (threadIdx.x == 0) losses[n] = loss_of(rows, x_target, mean, softmax);
-  store_gradient(rows, row, target, softmax, 1, row);
+  store_gradient(rows, row, target, softmax, rows.has(target) ? 1 : NAN, row);
   store_zeros(row + rows.V, V_padded - rows.V);
 }
 

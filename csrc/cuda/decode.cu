@@ -24,8 +24,12 @@ struct DecodeArgs {
   const int64_t* lengths;
   void* o;       // (B, H, D)
   float* parts;  // (B, H, pieces, D + 2): acc, m, l
+  int64_t T;
   int H, D, pieces;
   float scale_log2;
+
+  // How many keys of sequence b are read: none where its length lies outside the cache.
+  __device__ int64_t keys(int64_t length) const { return length >= 0 && length <= T ? length : 0; }
 };
 
 // A softmax on its way over keys, and the part of acc that a lane holds.
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs ar
   const int piece = blockIdx.x % args.pieces, bh = blockIdx.x / args.pieces;
   const int b = bh / args.H, h = bh % args.H;
   const int begin = piece * kPiece;
-  const int end = static_cast<int>(min(args.lengths[b], int64_t(begin) + kPiece));
+  const int end = static_cast<int>(min(args.keys(args.lengths[b]), int64_t(begin) + kPiece));
   if (begin >= end) return;  // decode_sum_kernel knows
   const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
   const bool holds = lane * kChunk < args.D;  // groups are powers of two, rows need not be
@@ -135,7 +139,8 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs ar
   if (lane == 0) to[args.D] = sum.m, to[args.D + 1] = sum.l;
 }
 
-// o = acc / l over the pieces of a head, a thread for each column; 0 where there are no keys.
+// o = acc / l over the pieces of a head, a thread for each column; 0 where there are no keys, NaN
+// for a length outside the cache.
 template <class T>
 __global__ void decode_sum_kernel(const DecodeArgs args) {
   const int bh = blockIdx.x, d = threadIdx.x;
@@ -143,13 +148,15 @@ __global__ void decode_sum_kernel(const DecodeArgs args) {
   const int64_t length = args.lengths[bh / args.H];
   const float* from = args.parts + int64_t(bh) * args.pieces * (args.D + 2);
   Running<1> sum;
-  for (int64_t j = 0; j < length; j += kPiece, from += args.D + 2) {
+  for (int64_t j = 0; j < args.keys(length); j += kPiece, from += args.D + 2) {
     Running<1> part;
     part.m = from[args.D], part.l = from[args.D + 1], part.acc[0] = from[d];
     sum.add(part, args.scale_log2);
   }
   static_cast<T*>(args.o)[int64_t(bh) * args.D + d] =
-      narrow<T>(length > 0 ? sum.acc[0] / sum.l : 0);
+      narrow<T>(length == 0             ? 0
+                : args.keys(length) > 0 ? sum.acc[0] / sum.l
+                                        : NAN);
 }
 
 }  // namespace
@@ -158,11 +165,17 @@ template <class T>
 int64_t attention_decode(const Decode& x, void* o, void* workspace, const Executor& executor) {
   const int64_t heads = x.B * x.H, pieces = cdiv(x.T, int64_t(kPiece));
   if (workspace == nullptr) return heads * pieces * (x.D + 2) * int64_t(sizeof(float));
-  const DecodeArgs args{x.q,         x.k,
-                        x.v,         x.lengths,
-                        o,           static_cast<float*>(workspace),
-                        int(x.H),    int(x.D),
-                        int(pieces), static_cast<float>(x.softmax_scale * 1.4426950408889634)};
+  const DecodeArgs args{x.q,
+                        x.k,
+                        x.v,
+                        x.lengths,
+                        o,
+                        static_cast<float*>(workspace),
+                        x.T,
+                        int(x.H),
+                        int(x.D),
+                        int(pieces),
+                        static_cast<float>(x.softmax_scale * 1.4426950408889634)};
   with_head_size(x.D, [&](auto D) {
     launch("decode", decode_kernel<T, D>, heads * pieces, kThreads, 0, executor, args);
   });

@@ -12,6 +12,9 @@ the softmax is never stored. lse = m + log(l) as one number would round away the
 where logits are large. The in-place form overwrites the row with its gradient while it is still in
 cache: kernels/linear_cross_entropy.py gives it a chunk of logits that nobody else sees.
 
+Targets index memory that may change after they were validated. No address depends on one outside
+[0, V); its row's loss and gradient are NaN.
+
     N rows   V vocabulary   BLOCK_V logits read per step
 """
 
@@ -50,7 +53,8 @@ def _cross_entropy_fwd_kernel(
         m = m_new
         if SMOOTH:
             total += tl.sum(tl.where(offs < V, x, 0.0), axis=0)
-    x_target = tl.load(logits_ptr + target, mask=counts, other=0.0).to(tl.float32)
+    inside = (target >= 0) & (target < V)
+    x_target = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
     tl.store(m_ptr + row, m)
     tl.store(l_ptr + row, l)
     loss = tl.log2(l) * LN2 + (m - x_target)
@@ -62,8 +66,9 @@ def _cross_entropy_fwd_kernel(
         # Every lane reads its logits before it overwrites them; the barrier keeps the store from
         # passing another lane's read of x[target].
         tl.debug_barrier()
+        dloss = tl.where(inside, 1.0, float("nan"))
         _store_gradient(
-            logits_ptr, logits_ptr, target, counts, m, l, 1.0, V, V_padded, smoothing,
+            logits_ptr, logits_ptr, target, counts, m, l, dloss, V, V_padded, smoothing,
             BLOCK_V, SMOOTH,
         )  # fmt: skip
 
@@ -82,6 +87,7 @@ def _cross_entropy_bwd_kernel(
     m = tl.load(m_ptr + row)
     l = tl.load(l_ptr + row)
     dloss = tl.load(dlosses_ptr + row * stride_dlosses)
+    dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))
     _store_gradient(
         logits_ptr + row * stride_row, dlogits_ptr + row * stride_drow,
         target, target != ignore_index, m, l, dloss, V, V, smoothing, BLOCK_V, SMOOTH,

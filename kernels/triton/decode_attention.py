@@ -34,7 +34,7 @@ def _decode_kernel(
     stride_qb, stride_qh,
     stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh,
-    H, pieces,
+    T, H, pieces,
     scale_log2,                        # softmax_scale * log2(e)
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,             # keys read per step
@@ -45,6 +45,7 @@ def _decode_kernel(
     piece, bh = at % pieces, at // pieces
     b, h = bh // H, bh % H
     length = tl.load(lengths_ptr + b)
+    length = tl.where(length <= T, length, 0)  # no address depends on one outside the cache
     if piece * PIECE >= length:
         return
     offs_d = tl.arange(0, BLOCK_D)
@@ -81,13 +82,15 @@ def _decode_kernel(
 def _decode_sum_kernel(
     acc_ptr, stats_ptr, lengths_ptr,   # as above
     o_ptr,                             # (B * H, D)
-    H, pieces, scale_log2,
+    T, H, pieces, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """o = sum_i a_i acc_i / sum_i a_i l_i, carried as the online softmax carries tiles; zeros
-    where a sequence has no keys."""
+    where a sequence has no keys, NaN for a length outside the cache."""
     bh = tl.program_id(0).to(tl.int64)
-    used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)
+    length = tl.load(lengths_ptr + bh // H)
+    inside = (length >= 0) & (length <= T)
+    used = tl.cdiv(tl.where(inside, length, 0), PIECE)
     offs_d = tl.arange(0, BLOCK_D)
     m = tl.full((), LOWEST, tl.float32)
     l = tl.zeros((), tl.float32)
@@ -102,7 +105,7 @@ def _decode_sum_kernel(
         l = l * alpha + l_i * beta
         acc = acc * alpha + acc_i * beta
         m = m_new
-    o = tl.where(used > 0, acc / l, 0.0)
+    o = tl.where(used > 0, acc / l, tl.where(inside, 0.0, float("nan")))
     tl.store(o_ptr + bh * D + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < D)
 
 
@@ -120,11 +123,11 @@ def decode_attention(q, k_cache, v_cache, lengths, softmax_scale):
     if acc.numel():
         _decode_kernel[(B * H * pieces,)](
             q, k, v, acc, stats, lengths, q.stride(0), q.stride(2),
-            *k.stride()[:3], *v.stride()[:3], H, pieces, scale_log2,
+            *k.stride()[:3], *v.stride()[:3], T, H, pieces, scale_log2,
             **block, BLOCK_N=DECODE_BLOCK_N, num_warps=DECODE_WARPS,
         )  # fmt: skip
     if o.numel():
         _decode_sum_kernel[(B * H,)](
-            acc, stats, lengths, o, H, pieces, scale_log2, **block, num_warps=1
+            acc, stats, lengths, o, T, H, pieces, scale_log2, **block, num_warps=1
         )
     return o
