@@ -87,12 +87,14 @@ __device__ inline float loss_of(const LogitsRows& rows, float x_target, float me
   return (1 - e) * own + e * (log_l + (softmax.m - mean));
 }
 
-// dx may take the place of x: a thread reads what it overwrites, and nothing else.
+// dx may take the place of x: a thread reads what it overwrites, and nothing else. It is NaN for a
+// target outside the vocabulary.
 template <class T>
 __device__ void store_gradient(const LogitsRows& rows, const T* row, int64_t target,
                                Softmax softmax, float dloss, T* drow) {
   const int64_t V = rows.V;
-  const float e = rows.smoothing, everywhere = -e / V, scale = 1 / softmax.l;
+  const float e = rows.smoothing, scale = 1 / softmax.l;
+  const float everywhere = rows.has(target) ? -e / V : NAN;
   const auto store_lanes = [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_zeros(drow, rows.V);
   } else {
     store_gradient(rows, logits + n * rows.stride, target, {stats[n], stats[rows.N + n]},
-                   rows.has(target) ? dlosses[n] : NAN, drow);
+                   dlosses[n], drow);
   }
 }
 
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
   const float mean = mean_to_smooth(rows, row);
   if (threadIdx.x == 0) losses[n] = loss_of(rows, x_target, mean, softmax);
-  store_gradient(rows, row, target, softmax, rows.has(target) ? 1 : NAN, row);
+  store_gradient(rows, row, target, softmax, 1, row);
   store_zeros(row + rows.V, V_padded - rows.V);
 }
 

@@ -145,18 +145,17 @@ template <class T>
 __global__ void decode_sum_kernel(const DecodeArgs args) {
   const int bh = blockIdx.x, d = threadIdx.x;
   if (d >= args.D) return;
-  const int64_t length = args.lengths[bh / args.H];
+  const int64_t length = args.lengths[bh / args.H], keys = args.keys(length);
   const float* from = args.parts + int64_t(bh) * args.pieces * (args.D + 2);
   Running<1> sum;
-  for (int64_t j = 0; j < args.keys(length); j += kPiece, from += args.D + 2) {
+  for (int64_t j = 0; j < keys; j += kPiece, from += args.D + 2) {
     Running<1> part;
     part.m = from[args.D], part.l = from[args.D + 1], part.acc[0] = from[d];
     sum.add(part, args.scale_log2);
   }
-  static_cast<T*>(args.o)[int64_t(bh) * args.D + d] =
-      narrow<T>(length == 0             ? 0
-                : args.keys(length) > 0 ? sum.acc[0] / sum.l
-                                        : NAN);
+  static_cast<T*>(args.o)[int64_t(bh) * args.D + d] = narrow<T>(length == 0 ? 0
+                                                                : keys > 0  ? sum.acc[0] / sum.l
+                                                                            : NAN);
 }
 
 }  // namespace
