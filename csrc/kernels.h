@@ -75,6 +75,8 @@ struct Gemv {
   int64_t M, N, K;
   const float* scale;
 
+  // A packed row of int8 has whole blocks of 64 numbers.
+  static constexpr int64_t packed(int64_t K) { return (K + 63) / 64 * 64; }
   // How many S of workspace a row of x takes: 64 and a unit for each 64 of its numbers.
   static constexpr int64_t workspace(int64_t K) { return (K + 63) / 64 * 65; }
 };

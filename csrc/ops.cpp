@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "checks.h"
+
 namespace gpt2 {
 namespace {
 
@@ -58,6 +60,7 @@ Tensor gelu_fwd(Tensor x_) {
 }
 
 Tensor gelu_bwd(Tensor dy_, Tensor x_) {
+  check_like("dy", dy_, x_);
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_);
   Tensor dx = contiguous_like(x);
   ops_for(x).gelu_bwd(dy.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), x.numel(),
@@ -66,6 +69,7 @@ Tensor gelu_bwd(Tensor dy_, Tensor x_) {
 }
 
 Tensor bias_gelu_fwd(Tensor x_, Tensor bias_) {
+  check_row("bias", bias_, x_);
   const Rows x(x_);
   const Tensor bias = parameters(bias_, x_);
   Tensor y = contiguous_like(x_);
@@ -77,6 +81,8 @@ Tensor bias_gelu_fwd(Tensor x_, Tensor bias_) {
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy_, Tensor x_, Tensor bias_) {
+  check_like("dy", dy_, x_);
+  check_row("bias", bias_, x_);
   const Rows dy(dy_), x(x_);
   const Tensor bias = parameters(bias_, x_);
   Tensor dx = contiguous_like(x_);
@@ -89,8 +95,18 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy_, Tensor x_, Tensor bias_) {
   return {dx, as_dtype(dbias, bias_.scalar_type())};
 }
 
+// Of x's dtype, or float32 beside a branch x of 16 bits: the mixed form.
+void check_stream(const char* name, const Tensor& stream, const Tensor& x) {
+  const ScalarType dtype = stream.scalar_type();
+  const bool mixed = dtype == ScalarType::Float && is_half(x.scalar_type());
+  check_tensor(name, stream, x, mixed ? dtype : x.scalar_type(), x.sizes());
+}
+
 std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x_, const std::optional<Tensor>& residual_,
                                         const Tensor& weight_, const Tensor& bias_, double eps) {
+  check_row("weight", weight_, x_);
+  check_row("bias", bias_, x_);
+  if (residual_) check_stream("residual", *residual_, x_);
   const Rows x(x_), residual(residual_.value_or(x_));
   const Tensor weight = parameters(weight_, x_), bias = parameters(bias_, x_);
   Tensor y = contiguous_like(x_), s = residual_ ? contiguous_like(*residual_) : y;
@@ -120,6 +136,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_fwd(Tensor x, Tensor residual,
 std::tuple<Tensor, Tensor> norm_bwd(const Tensor& dy_, const std::optional<Tensor>& ds_,
                                     const Tensor& s_, const Tensor& weight_, const Tensor& stats_,
                                     Tensor* dresidual) {
+  check_row("weight", weight_, s_);
+  check_tensor("stats", stats_, s_, accumulator(s_), {2, leading(s_)});
+  if (ds_) check_like("ds", *ds_, s_);
+  check_tensor("dy", dy_, s_, dresidual ? dy_.scalar_type() : s_.scalar_type(), s_.sizes());
+  STD_TORCH_CHECK(
+      !dresidual || (is_half(dy_.scalar_type()) && s_.scalar_type() == ScalarType::Float),
+      "the mixed form has dy of 16 bits and s of 32");
   const Rows dy(dy_), ds(ds_.value_or(s_)), s(s_);
   const Tensor weight = parameters(weight_, s_), stats = as_contiguous(stats_);
   Tensor dx = contiguous_like(dy_);
@@ -147,6 +170,14 @@ std::tuple<Tensor, Tensor, Tensor> mixed_layer_norm_bwd(Tensor dy, Tensor ds, Te
   return {dx, dresidual, dparams};
 }
 
+// Logits (N, V_padded) of a vocabulary of V, and targets (N,).
+void check_logits(const Tensor& logits, const Tensor& targets, int64_t V) {
+  check_dim("logits", logits, 2);
+  STD_TORCH_CHECK(V >= 1 && V <= logits.size(1), "the vocabulary must lie in [1, ", logits.size(1),
+                  "], got ", V);
+  check_tensor("targets", targets, logits, ScalarType::Long, {logits.size(0)});
+}
+
 // A loss for each row of logits, whose last dimension is contiguous.
 LogitsRows logits_rows(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
                        double smoothing, int64_t V) {
@@ -156,6 +187,7 @@ LogitsRows logits_rows(const Tensor& logits, const Tensor& targets, int64_t igno
 
 std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_, int64_t ignore_index,
                                              double smoothing) {
+  check_logits(logits_, targets_, logits_.dim() > 1 ? logits_.size(1) : 0);
   const Tensor logits = contiguous_rows(logits_), targets = as_contiguous(targets_);
   const LogitsRows rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1));
   Tensor losses = gpt2::new_empty(logits, {rows.N}, accumulator(logits));
@@ -163,6 +195,13 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_, in
   ops_for(logits).cross_entropy_fwd(rows, logits.const_data_ptr(), losses.mutable_data_ptr(),
                                     stats.mutable_data_ptr(), here(logits));
   return {losses, stats};
+}
+
+void check_cross_entropy_bwd(const Tensor& dlosses, const Tensor& logits, const Tensor& targets,
+                             const Tensor& stats) {
+  check_logits(logits, targets, logits.dim() > 1 ? logits.size(1) : 0);
+  check_tensor("dlosses", dlosses, logits, accumulator(logits), {logits.size(0)});
+  check_tensor("stats", stats, logits, accumulator(logits), {2, logits.size(0)});
 }
 
 void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tensor& logits,
@@ -179,6 +218,7 @@ void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tenso
 
 Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
                          int64_t ignore_index, double smoothing) {
+  check_cross_entropy_bwd(dlosses, logits, targets, stats);
   Tensor dlogits = contiguous_like(logits);
   advise_huge_pages(dlogits);
   cross_entropy_bwd_into(dlogits, dlosses, contiguous_rows(logits), targets, stats, ignore_index,
@@ -188,11 +228,15 @@ Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor s
 
 void cross_entropy_bwd_(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
                         int64_t ignore_index, double smoothing) {
+  check_cross_entropy_bwd(dlosses, logits, targets, stats);
+  check_rows_in_place("logits", logits);
   cross_entropy_bwd_into(logits, dlosses, logits, targets, stats, ignore_index, smoothing);
 }
 
 Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_index,
                               double smoothing, int64_t V) {
+  check_logits(logits, targets_, V);
+  check_rows_in_place("logits", logits);
   const Tensor targets = as_contiguous(targets_);
   Tensor losses = gpt2::new_empty(logits, {logits.size(0)}, accumulator(logits));
   ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, smoothing, V),

@@ -2,8 +2,8 @@
 // into.
 //
 // The operators of gpt2_kernels_cpu and gpt2_kernels_cuda are the same code. They have the
-// signatures that kernels/autograd.py gives a backend's launchers. It has checked the arguments;
-// what is left is to make views contiguous where a kernel wants them so, to allocate, and to call.
+// signatures that kernels/raw_ops.py gives a backend's launchers. Each checks its arguments
+// (checks.h), makes views contiguous where a kernel wants them so, allocates, and calls the kernel.
 // They read no tensor's memory themselves: it may be a GPU's.
 #pragma once
 

@@ -1,5 +1,5 @@
 // Attention's operators: views of any strides in, one packed gradient out for a packed projection.
-#include "ops.h"
+#include "checks.h"
 
 namespace gpt2 {
 namespace {
@@ -45,6 +45,38 @@ struct Options {
   double softmax_scale, dropout_p;
   std::optional<Tensor> seed;
 };
+
+void check_head_size(int64_t D) {
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxHeadSize && D % kHeadSizeStep == 0,
+                  "the head size must be a multiple of ", kHeadSizeStep, " up to ", kMaxHeadSize,
+                  ", got ", D);
+}
+
+void check_options(const Options& options, const Tensor& like) {
+  STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1,
+                  "dropout_p must lie in [0, 1], got ", options.dropout_p);
+  STD_TORCH_CHECK(options.dropout_p == 0 || options.seed, "dropout needs a seed");
+  if (options.seed) check_tensor("seed", *options.seed, like, ScalarType::Long, {1});
+}
+
+// q (B, Tq, H, D), k and v (B, Tk, H, D)
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_dim("q", q, 4);
+  check_dim("k", k, 4);
+  check_tensor("k", k, q, q.scalar_type(), {q.size(0), k.size(1), q.size(2), q.size(3)});
+  check_like("v", v, k);
+  STD_TORCH_CHECK(q.size(1) <= k.size(1), "q must not be longer than k, got ", q.size(1), " and ",
+                  k.size(1));
+  check_head_size(q.size(3));
+}
+
+void check_packed(const Tensor& qkv, int64_t n_head) {
+  check_dim("qkv", qkv, 3);
+  STD_TORCH_CHECK(n_head >= 1 && qkv.size(2) / 3 / n_head * n_head * 3 == qkv.size(2),
+                  "n_head must divide qkv's last dimension / 3, got ", n_head, " for ",
+                  qkv.size(2));
+  check_head_size(qkv.size(2) / 3 / n_head);
+}
 
 Attention problem(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
   return {.B = q.size(0),
@@ -96,24 +128,37 @@ std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
 
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q_, Tensor k_, Tensor v_, double softmax_scale,
                                          double dropout_p, std::optional<Tensor> seed) {
+  const Options options = {softmax_scale, dropout_p, seed};
+  check_heads(q_, k_, v_);
+  check_options(options, q_);
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
-  const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
+  const Attention x = problem(q, k, v, options);
   return forward(x, q, {x.B, x.Tq, x.H, x.D});
 }
 
 std::tuple<Tensor, Tensor> attention_qkv_fwd(Tensor qkv_, int64_t n_head, double softmax_scale,
                                              double dropout_p, std::optional<Tensor> seed) {
+  const Options options = {softmax_scale, dropout_p, seed};
+  check_packed(qkv_, n_head);
+  check_options(options, qkv_);
   const Tensor qkv = readable(qkv_);
-  const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
+  const Attention x = problem(qkv, n_head, options);
   return forward(x, qkv, {x.B, x.Tq, x.H * x.D});
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k_, Tensor v_,
-                                                 Tensor o, Tensor lse, double softmax_scale,
+                                                 Tensor o_, Tensor lse_, double softmax_scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
+  const Options options = {softmax_scale, dropout_p, seed};
+  check_heads(q_, k_, v_);
+  check_options(options, q_);
+  check_like("do", do_, q_);
+  check_like("o", o_, q_);
+  check_tensor("lse", lse_, q_, accumulator(q_), {q_.size(0), q_.size(2), q_.size(1)});
+  const Tensor o = as_contiguous(o_), lse = as_contiguous(lse_);
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor dout = readable(do_);
-  const Attention x = problem(q, k, v, {softmax_scale, dropout_p, seed});
+  const Attention x = problem(q, k, v, options);
   Tensor dq = gpt2::new_empty(q, {x.B, x.Tq, x.H, x.D});
   Tensor dk = gpt2::new_empty(k, {x.B, x.Tk, x.H, x.D});
   Tensor dv = gpt2::new_empty(v, {x.B, x.Tk, x.H, x.D});
@@ -125,10 +170,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k
   return {dq, dk, dv};
 }
 
-Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t n_head,
+Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o_, Tensor lse_, int64_t n_head,
                          double softmax_scale, double dropout_p, std::optional<Tensor> seed) {
+  const Options options = {softmax_scale, dropout_p, seed};
+  check_packed(qkv_, n_head);
+  check_options(options, qkv_);
+  const int64_t B = qkv_.size(0), T = qkv_.size(1);
+  check_tensor("do", do_, qkv_, qkv_.scalar_type(), {B, T, qkv_.size(2) / 3});
+  check_like("o", o_, do_);
+  check_tensor("lse", lse_, qkv_, accumulator(qkv_), {B, n_head, T});
+  const Tensor o = as_contiguous(o_), lse = as_contiguous(lse_);
   const Tensor qkv = readable(qkv_), dout = readable(do_);
-  const Attention x = problem(qkv, n_head, {softmax_scale, dropout_p, seed});
+  const Attention x = problem(qkv, n_head, options);
   const int64_t C = x.H * x.D;
   Tensor dqkv = gpt2::new_empty(qkv, {x.B, x.Tq, 3 * C});
   with_workspace(qkv, [&](void* workspace) {
@@ -141,6 +194,9 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o, Tensor lse, int64_t 
 }
 
 Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double softmax_scale) {
+  check_heads(q_, k_, v_);
+  STD_TORCH_CHECK(q_.size(1) == 1, "q must have one row of time, got ", q_.size(1));
+  check_tensor("lengths", lengths_, q_, ScalarType::Long, {q_.size(0)});
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor lengths = torch::stable::contiguous(lengths_);
   const Decode x = {.B = q.size(0),

@@ -4,15 +4,17 @@ argument, what was given and what was expected.
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   V vocabulary
 """
 
+import ctypes
 import math
 import operator
-from numbers import Real
+import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from .product import is_autocasting
-from .raw_ops import look_at_ids, raw
+from .raw_ops import has_no_values, look_at_ids, raw
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -45,6 +47,34 @@ def check_tensor(name: str, x, *, like: Tensor, dtype: bool = True) -> None:
         raise TypeError(f"{name} must have dtype {like.dtype}, got {x.dtype}")
 
 
+def check_writable(name: str, x: Tensor) -> None:
+    """Raises ValueError if x lies in memory that is mapped read-only, such as np.memmap(mode="r"):
+    writing to it ends the process.
+
+    The kernel answers for the first and the last byte: reading one into its own place fails there,
+    as no signal does. Memory of a GPU is always writable.
+    """
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
+        return
+    if has_no_values(x):
+        return
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    size = x.element_size()
+    for address in (x.data_ptr(), x.data_ptr() + (last + 1) * size - 1):
+        byte = (ctypes.c_char * 1).from_address(address)
+        reader, writer = os.pipe()
+        try:
+            os.write(writer, byte)
+            os.readv(reader, [byte])
+        except OSError:
+            raise ValueError(
+                f"{name} must be writable, got memory that is mapped read-only"
+            ) from None
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+
 def check_row(name: str, row, x: Tensor) -> None:
     check_tensor(name, row, like=x, dtype=False)
     if not x.dim() or row.shape != x.shape[-1:]:
@@ -63,6 +93,7 @@ def check_norm(x, weight, bias, eps) -> None:
             check_row(name, row, x)
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+    check_number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
 
@@ -82,6 +113,7 @@ def check_residual(residual, x: Tensor) -> None:
 def check_loss(reduction, label_smoothing) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
 
@@ -90,6 +122,7 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets must be an int64 tensor, got {got}")
+    check_integer("ignore_index", ignore_index)
     if x.dim() < 2 or targets.shape != x.shape[:-1]:
         raise ValueError(
             f"targets must have the leading shape of the logits, "
@@ -105,6 +138,13 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
 def check_number(name: str, value) -> None:
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_integer(name: str, value) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
 
 
 def attention_scalars(x, D, softmax_scale, dropout_p, seed):

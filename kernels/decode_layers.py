@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_ids
-from .linear import FEW
+from .checks import check_ids, check_tensor, check_writable
+from .linear import BLOCK, FEW
 from .raw_ops import raw
 
 
@@ -48,16 +48,27 @@ class DecodeLayers:
     norm: (B, C). kv (L, B, T, 2, H, D) is a cache of which lengths[b] positions are filled; the
     tokens' keys and values are written to the next. Inference only.
 
-    Raises ValueError where a layer's shapes, or their dtypes, are not a GPT-2's.
+    Raises TypeError or ValueError, naming the argument, where a tensor's shape, dtype or device is
+    not that of a GPT-2 whose dtype and device are those of layers[0].qkv.bias.
     """
 
     Linear, Norm, Layer = Linear, Norm, Layer
 
     def __init__(self, layers: Sequence[Layer], norm: Norm, *, n_head: int, eps: float = 1e-5):
-        self.C, self.dtype = norm.weight.shape[0], layers[0].qkv.bias.dtype
+        if not layers:
+            raise ValueError("layers must not be empty")
+        first = layers[0].qkv.bias
+        check_tensor("layers[0].qkv.bias", first, like=first)
+        self.C = first.numel() // 3
+        self.dtype, self.device = first.dtype, first.device
+        if type(n_head) is not int or n_head < 1 or self.C % n_head:
+            raise ValueError(f"n_head must be an int that divides C = {self.C}, got {n_head!r}")
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
         self.n_head, self.eps = n_head, eps
         sums = torch.promote_types(self.dtype, torch.float32)
-        self.norm = [t.detach().to(sums) for t in norm]
+        self._check_norm("norm", norm)
+        self.norm = [t.detach().to(sums).contiguous() for t in norm]
         self.params, self.scales = [], []
         for i, layer in enumerate(layers):
             self._check(f"layers[{i}]", layer)
@@ -75,18 +86,32 @@ class DecodeLayers:
 
     def _check(self, name: str, layer: Layer) -> None:
         C = self.C
+        for field in ("norm_1", "norm_2"):
+            self._check_norm(f"{name}.{field}", getattr(layer, field))
         for field, N, K in (("qkv", 3 * C, C), ("proj", C, C), ("fc", 4 * C, C),
                             ("mlp_proj", C, 4 * C)):  # fmt: skip
             weight, bias, scale = getattr(layer, field)
-            width = K if scale is None else -(-K // 64) * 64
-            dtype = self.dtype if scale is None else torch.int8
-            if weight.shape != (N, width) or bias.shape != (N,) or weight.dtype != dtype:
-                raise ValueError(
-                    f"{name}.{field} must have a weight {(N, width)} of {dtype} and a bias {(N,)}, "
-                    f"got {tuple(weight.shape)} of {weight.dtype} and {tuple(bias.shape)}"
-                )
-            if bias.dtype != self.dtype:
-                raise ValueError(f"{name}.{field}.bias must be {self.dtype}, got {bias.dtype}")
+            width, dtype = K, self.dtype
+            if scale is not None:
+                width, dtype = -(-K // BLOCK) * BLOCK, torch.int8
+            self._check_tensor(f"{name}.{field}.weight", weight, (N, width), dtype)
+            self._check_tensor(f"{name}.{field}.bias", bias, (N,), self.dtype)
+            if scale is not None:
+                self._check_tensor(f"{name}.{field}.scale", scale, (N,), torch.float32)
+
+    def _check_norm(self, name: str, norm: Norm) -> None:
+        for field, row in norm._asdict().items():
+            check_tensor(f"{name}.{field}", row, like=row)
+            self._check_tensor(f"{name}.{field}", row, (self.C,), row.dtype)
+
+    def _check_tensor(self, name: str, x, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.shape != shape or x.dtype != dtype or x.device != self.device:
+            raise ValueError(
+                f"{name} must have shape {shape} and be {dtype} on {self.device}, "
+                f"got {tuple(x.shape)}, {x.dtype} on {x.device}"
+            )
 
     @staticmethod
     def serve(x: Tensor, B: int) -> bool:
@@ -97,20 +122,19 @@ class DecodeLayers:
         return all(dispatch.kernel_for(op, x.device, x.dtype) == "cpu" for op in needed)
 
     def __call__(self, x: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
-        layers, (B, C) = len(self.params) // 12, x.shape
-        shape = (layers, B, kv.shape[2], 2, self.n_head, C // self.n_head)
-        if kv.shape != shape or not kv.is_contiguous() or kv.dtype != x.dtype:
-            raise ValueError(
-                f"kv must be contiguous, {x.dtype}, of shape {shape}, "
-                f"got {tuple(kv.shape)} {kv.dtype}"
-            )
-        if x.dtype != self.dtype or self.C != C:
-            raise ValueError(
-                f"x must be (B, {self.C}) {self.dtype}, got {tuple(x.shape)} {x.dtype}"
-            )
-        if lengths.shape != (B,) or lengths.dtype != torch.int64:
-            raise ValueError(f"lengths must be ({B},) int64, got {tuple(lengths.shape)}")
-        check_ids("lengths", lengths, kv.shape[2])
+        for name, tensor, dim in (("x", x, 2), ("kv", kv, 6), ("lengths", lengths, 1)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != dim:
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name} must be a tensor of {dim} dimensions, got {got}")
+        B, T = len(x), kv.shape[2]
+        layers, D = len(self.params) // 12, self.C // self.n_head
+        self._check_tensor("x", x, (B, self.C), self.dtype)
+        self._check_tensor("kv", kv, (layers, B, T, 2, self.n_head, D), self.dtype)
+        self._check_tensor("lengths", lengths, (B,), torch.int64)
+        if not kv.is_contiguous():
+            raise ValueError(f"kv must be contiguous, got strides {kv.stride()}")
+        check_ids("lengths", lengths, T)
+        check_writable("kv", kv)
         return raw.decode_layers(
             x.contiguous(), self.params, self.scales, *self.norm, kv, lengths.contiguous(),
             self.n_head, self.eps, "cpu",

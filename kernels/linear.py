@@ -29,6 +29,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Shapes and errors are torch.nn.functional.linear's. On a CPU, up to 8 rows of x for which no
     gradient is wanted are a kernel's: a row has the same bits there whatever rows stand beside it.
     """
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if weight.dtype == x.dtype and (backend := _few(x, weight, bias)):
         return _gemv(x, weight, bias, None, backend)
     return product(x, weight, bias)
@@ -120,6 +123,8 @@ def _check_int8(x, packed, scale, bias) -> None:
         )
     if scale.dtype != torch.float32 or scale.dim() != 1:
         raise ValueError(f"scale must be float32 (N,), got {scale.dtype} {tuple(scale.shape)}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a tensor, got {type(bias).__name__}")
     if bias is not None and bias.shape != scale.shape:
         raise ValueError(f"bias must have shape {tuple(scale.shape)}, got {tuple(bias.shape)}")
 

@@ -14,12 +14,14 @@ from .checks import (
     attention_scalars,
     autocasting,
     check_ids,
+    check_integer,
     check_loss,
     check_norm,
     check_residual,
     check_row,
     check_targets,
     check_tensor,
+    check_writable,
 )
 from .raw_ops import raw
 
@@ -82,6 +84,7 @@ def causal_attention_qkv(
     check_tensor("qkv", qkv, like=qkv)
     if qkv.dim() != 3:
         raise ValueError(f"qkv must have shape (B, T, 3C), got {tuple(qkv.shape)}")
+    check_integer("n_head", n_head)
     if n_head < 1 or qkv.shape[-1] % (3 * n_head):
         raise ValueError(
             f"n_head must divide qkv's last dimension / 3, got n_head={n_head}, {tuple(qkv.shape)}"
@@ -228,11 +231,14 @@ def cross_entropy(
 
     The forward keeps two floats per row. With inplace_backward the gradient overwrites logits, so
     that no second tensor of their size ever exists; nobody may read them afterwards. Raises
-    ValueError naming the first target outside [0, V).
+    ValueError naming the first target outside [0, V), and logits that cannot be written to. A
+    target that leaves [0, V) after that makes its row's loss and gradient NaN.
     """
     check_loss(reduction, label_smoothing)
     check_tensor("logits", logits, like=logits)
     check_targets(targets, logits, logits.shape[-1], ignore_index)
+    if inplace_backward:
+        check_writable("logits", logits)
     backend = dispatch.choose("cross_entropy", logits.device, logits.dtype)
     if backend == "reference":
         return reference.cross_entropy(

@@ -11,6 +11,7 @@
 namespace gpt2 {
 
 constexpr int64_t kAlignment = 1;  // of a head's rows, in bytes: any
+constexpr int64_t kMaxHeadSize = kMaxHead, kHeadSizeStep = 1;
 
 // PyTorch's threads, as many as it has now.
 Executor here(const torch::stable::Tensor& x);

@@ -7,7 +7,7 @@
 //   s = s + x    x = proj(attention(qkv(norm_1(s))))    s = s + x    x = proj(gelu(fc(norm_2(s))))
 //
 //   B sequences   L layers   C features   H heads of D   T positions of the cache
-#include "../ops.h"
+#include "../checks.h"
 
 #include <string.h>
 
@@ -31,6 +31,7 @@ enum Param {
   kMlpProjBias,
   kParams,
 };
+constexpr int kWeights[] = {kQkv, kProj, kFc, kMlpProj};
 
 struct Step {
   const Tensor& x;
@@ -53,13 +54,19 @@ struct Step {
 
   const Tensor& param(int64_t layer, int64_t i) const { return params[layer * kParams + i]; }
 
+  // Of a layer's `linear`-th weight, where the weights are int8; else null.
+  const Tensor* scale(int64_t layer, int linear) const {
+    return scales.empty() ? nullptr : &scales[layer * 4 + linear];
+  }
+
   // to = from W^T + bias, the layer's `linear`-th of four
   void multiply(int64_t layer, int linear, const Tensor& from, Tensor& to) {
-    constexpr int kWeights[] = {kQkv, kProj, kFc, kMlpProj};
     const int weight = kWeights[linear];
-    const bool packed = !scales.empty();
-    const float* scale = packed ? scales[layer * 4 + linear].const_data_ptr<float>() : nullptr;
-    const Gemv p = {.M = B, .N = to.size(1), .K = from.size(1), .scale = scale};
+    const Tensor* packed = scale(layer, linear);
+    const Gemv p = {.M = B,
+                    .N = to.size(1),
+                    .K = from.size(1),
+                    .scale = packed ? packed->const_data_ptr<float>() : nullptr};
     const void* bias = weight == kFc ? nullptr : param(layer, weight + 1).const_data_ptr();
     (packed ? ops.gemv_int8 : ops.gemv)(p, from.const_data_ptr(),
                                         param(layer, weight).const_data_ptr(), bias,
@@ -122,9 +129,52 @@ struct Step {
   }
 };
 
-Tensor decode_layers(Tensor x, std::vector<Tensor> params, std::vector<Tensor> scales, Tensor norm,
+void check_arguments(const Step& step, const Tensor& norm, const Tensor& norm_bias,
+                     const Tensor& lengths) {
+  const Tensor& x = step.x;
+  const int64_t B = step.B, C = step.C, layers = step.kv.size(0);
+  const ScalarType dtype = x.scalar_type(), sums = accumulator(x);
+  STD_TORCH_CHECK(step.n_head >= 1 && C % step.n_head == 0 && C / step.n_head <= kMaxHeadSize,
+                  "n_head must divide the ", C, " features into heads of at most ", kMaxHeadSize,
+                  ", got ", step.n_head);
+  check_tensor("kv", step.kv, x, dtype, {layers, B, step.T, 2, step.n_head, C / step.n_head});
+  STD_TORCH_CHECK(step.kv.is_contiguous(), "kv must be contiguous");
+  STD_TORCH_CHECK(int64_t(step.params.size()) == layers * kParams, "params must hold ", kParams,
+                  " tensors for each of the ", layers, " layers of kv, got ", step.params.size());
+  STD_TORCH_CHECK(step.scales.empty() || int64_t(step.scales.size()) == layers * 4,
+                  "scales must hold none or 4 for each layer, got ", step.scales.size());
+  const int64_t N[] = {3 * C, C, 4 * C, C}, K[] = {C, C, C, 4 * C};
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    for (const int norm : {kNorm1, kNorm1Bias, kNorm2, kNorm2Bias}) {
+      check_contiguous("a norm", step.param(layer, norm), x, sums, {C});
+    }
+    for (int i = 0; i < 4; ++i) {
+      const Tensor& weight = step.param(layer, kWeights[i]);
+      const Tensor* scale = step.scale(layer, i);
+      check_weight("a weight", weight, scale, x, N[i], K[i]);
+      STD_TORCH_CHECK(weight.is_contiguous() && (!scale || scale->is_contiguous()),
+                      "a weight and its scale must be contiguous");
+      check_contiguous("a bias", step.param(layer, kWeights[i] + 1), x,
+                       kWeights[i] == kFc ? sums : dtype, {N[i]});
+    }
+  }
+  check_contiguous("norm", norm, x, sums, {C});
+  check_contiguous("norm_bias", norm_bias, x, sums, {C});
+  check_contiguous("lengths", lengths, x, ScalarType::Long, {B});
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = lengths.const_data_ptr<int64_t>()[b];
+    STD_TORCH_CHECK(length >= 0 && length < step.T, "lengths must lie in [0, ", step.T, "), got ",
+                    length);
+  }
+}
+
+Tensor decode_layers(Tensor x_, std::vector<Tensor> params, std::vector<Tensor> scales, Tensor norm,
                      Tensor norm_bias, Tensor kv, Tensor lengths, int64_t n_head, double eps) {
+  check_dim("x", x_, 2);
+  check_dim("kv", kv, 6);
+  const Tensor x = as_contiguous(x_);
   Step step{.x = x, .params = params, .scales = scales, .kv = kv, .n_head = n_head, .eps = eps};
+  check_arguments(step, norm, norm_bias, lengths);
   return step.run(lengths, norm, norm_bias);
 }
 

@@ -1,17 +1,20 @@
 // The operator of gemv.h, which the CPU's library alone has.
-#include "../ops.h"
+#include "../checks.h"
 
 namespace gpt2 {
 namespace {
 
 Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optional<Tensor> scale_) {
+  check_dim("x", x_, 2);
+  check_dim("weight", weight_, 2);
+  const int64_t N = weight_.size(0), K = x_.size(1);
+  check_weight("weight", weight_, scale_ ? &*scale_ : nullptr, x_, N, K);
+  if (bias_) check_tensor("bias", *bias_, x_, x_.scalar_type(), {N});
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
   const Tensor bias = bias_ ? as_contiguous(*bias_) : x,
                scale = scale_ ? as_contiguous(*scale_) : x;
-  const Gemv p = {.M = x.size(0),
-                  .N = weight.size(0),
-                  .K = x.size(1),
-                  .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
+  const Gemv p = {
+      .M = x.size(0), .N = N, .K = K, .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
   Tensor y = gpt2::new_empty(x, {p.M, p.N});
   Tensor wide = gpt2::new_empty(x, {p.M, Gemv::workspace(p.K)}, accumulator(x));
   const Ops& ops = ops_for(x);

@@ -18,6 +18,7 @@
 namespace gpt2 {
 
 constexpr int64_t kAlignment = 16;  // of a head's rows, in bytes: what cp.async copies
+constexpr int64_t kMaxHeadSize = 128, kHeadSizeStep = 8;  // multiples of the step
 
 // The current stream of x's device, which is the current one for as long as this lives.
 struct Here : Executor {

@@ -1,0 +1,94 @@
+// What the operators demand of their arguments: every tensor has the dtype, the device and the
+// shape that a kernel takes for granted, so that none reads or writes outside of one, whoever
+// calls. The public functions have checked the same before, in better words (kernels/checks.py). A
+// check costs some tens of nanoseconds.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+
+#include "ops.h"
+
+namespace gpt2 {
+
+template <class Sizes>
+std::string text(const Sizes& sizes) {
+  std::ostringstream out;
+  const char* comma = "(";
+  for (const int64_t size : sizes) out << comma << size, comma = ", ";
+  return out.str() + (sizes.size() == 0 ? "()" : ")");
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
+inline bool is_half(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// The dimensions of x, and memory of its own: sparse tensors and their like have none.
+inline void check_dim(const char* name, const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(x.dim() == dim && x.layout() == torch::headeronly::Layout::Strided, name,
+                  " must be a strided tensor of ", dim, " dimensions, got ", text(x.sizes()));
+}
+
+// x on the device of `like`, of a dtype and a shape. Without a dtype any floating one will do.
+template <class Sizes>
+void check_tensor(const char* name, const Tensor& x, const Tensor& like,
+                  std::optional<ScalarType> dtype, const Sizes& shape) {
+  check_dim(name, x, shape.size());
+  const ScalarType got = x.scalar_type();
+  STD_TORCH_CHECK(dtype ? got == *dtype : is_floating(got), name, " must be ",
+                  dtype ? toString(*dtype) : "floating", ", got ", toString(got));
+  STD_TORCH_CHECK(x.device() == like.device(), name, " must be on the device of the others");
+  bool same = true;
+  int64_t i = 0;
+  for (const int64_t size : shape) same &= x.size(i++) == size;
+  STD_TORCH_CHECK(same, name, " must have shape ", text(shape), ", got ", text(x.sizes()));
+}
+
+inline void check_tensor(const char* name, const Tensor& x, const Tensor& like,
+                         std::optional<ScalarType> dtype, std::initializer_list<int64_t> shape) {
+  check_tensor<std::initializer_list<int64_t>>(name, x, like, dtype, shape);
+}
+
+// The same of memory that is read as it lies.
+inline void check_contiguous(const char* name, const Tensor& x, const Tensor& like,
+                             ScalarType dtype, std::initializer_list<int64_t> shape) {
+  check_tensor(name, x, like, dtype, shape);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+// x of the dtype, the device and the shape of another tensor.
+inline void check_like(const char* name, const Tensor& x, const Tensor& other) {
+  check_tensor(name, x, other, other.scalar_type(), other.sizes());
+}
+
+// A row of parameters for the last dimension of x.
+inline void check_row(const char* name, const Tensor& row, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() > 0, "x must have a last dimension");
+  check_tensor(name, row, x, std::nullopt, {x.size(x.dim() - 1)});
+}
+
+// A weight (N, K) of x's dtype, or with a scale (N,) packed int8.
+inline void check_weight(const char* name, const Tensor& weight, const Tensor* scale,
+                         const Tensor& x, int64_t N, int64_t K) {
+  if (scale) {
+    check_tensor(name, weight, x, ScalarType::Char, {N, Gemv::packed(K)});
+    check_tensor("scale", *scale, x, ScalarType::Float, {N});
+  } else {
+    check_tensor(name, weight, x, x.scalar_type(), {N, K});
+  }
+}
+
+// A matrix that is written in place: its rows are contiguous, and apart from each other.
+inline void check_rows_in_place(const char* name, const Tensor& x) {
+  const int64_t rows = x.size(0), columns = x.size(1);
+  STD_TORCH_CHECK((columns <= 1 || x.stride(1) == 1) && (rows <= 1 || x.stride(0) >= columns), name,
+                  " must have contiguous rows that do not overlap, got strides ",
+                  text(x.strides()));
+}
+
+}  // namespace gpt2
