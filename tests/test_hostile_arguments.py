@@ -6,7 +6,9 @@ same calls with a library that watches its memory.
 """
 
 import random
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from util import DEVICE
@@ -220,6 +222,31 @@ def test_public_functions_of_the_cpu(cpu_backend, request):
     for function, args in public_cpu_calls():
         function(*args)
         attack(function, args, rng, count_of(request, 1000, 100))
+
+
+def read_only(path, *shape):
+    """Zeros in a file that is mapped read-only."""
+    np.zeros(shape, np.float32).tofile(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns that such tensors must not be written to
+        return torch.from_numpy(np.memmap(path, np.float32, "r", shape=shape))
+
+
+def test_a_gradient_in_place_of_memory_that_is_mapped_read_only(tmp_path):
+    """The backward ended the process with a segmentation fault. Read, such memory is fine."""
+    logits = read_only(tmp_path / "logits", N, V).requires_grad_()
+    with pytest.raises(ValueError, match="logits must be writable, got memory that is mapped read"):
+        kernels.cross_entropy(logits, ids(N), inplace_backward=True)
+    kernels.cross_entropy(logits, ids(N)).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.cpu_kernels
+def test_a_cache_that_is_mapped_read_only(tmp_path):
+    (x, kv, *rest), params = decode_layers_parts(layers=1)
+    kv = read_only(tmp_path / "kv", *kv.shape)
+    with pytest.raises(ValueError, match="kv must be writable"):
+        decode(x, kv, *rest, H, 1e-5, *params)
 
 
 def test_every_raw_operator_is_called():
