@@ -65,9 +65,13 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dim("k", k, 4);
   check_tensor("k", k, q, q.scalar_type(), {q.size(0), k.size(1), q.size(2), q.size(3)});
   check_like("v", v, k);
+  check_head_size(q.size(3));
+}
+
+void check_causal(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_heads(q, k, v);
   STD_TORCH_CHECK(q.size(1) <= k.size(1), "q must not be longer than k, got ", q.size(1), " and ",
                   k.size(1));
-  check_head_size(q.size(3));
 }
 
 void check_packed(const Tensor& qkv, int64_t n_head) {
@@ -129,7 +133,7 @@ std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
 std::tuple<Tensor, Tensor> attention_fwd(Tensor q_, Tensor k_, Tensor v_, double softmax_scale,
                                          double dropout_p, std::optional<Tensor> seed) {
   const Options options = {softmax_scale, dropout_p, seed};
-  check_heads(q_, k_, v_);
+  check_causal(q_, k_, v_);
   check_options(options, q_);
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Attention x = problem(q, k, v, options);
@@ -150,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k
                                                  Tensor o_, Tensor lse_, double softmax_scale,
                                                  double dropout_p, std::optional<Tensor> seed) {
   const Options options = {softmax_scale, dropout_p, seed};
-  check_heads(q_, k_, v_);
+  check_causal(q_, k_, v_);
   check_options(options, q_);
   check_like("do", do_, q_);
   check_like("o", o_, q_);

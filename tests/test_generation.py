@@ -183,25 +183,10 @@ def layers_of(model, B=1):
 
 @pytest.mark.cpu_kernels
 def test_what_is_not_a_gpt_2_is_named():
+    """See test_decode_layers_arguments.py for what the layers themselves refuse."""
     model = model_in().eval()
-    layers = layers_of(model)
-    kv, lengths = torch.zeros(2, 1, 8, 2, 2, 16), torch.tensor([0])
-    layers(torch.ones(1, 32), kv, lengths)
-    for change, message in (
-        ({"kv": kv[:1]}, r"kv must be contiguous, torch.float32, of shape \(2, 1, 8, 2, 2, 16\)"),
-        (
-            {"x": torch.ones(1, 32).double(), "kv": kv.double()},
-            r"x must be \(B, 32\) torch.float32",
-        ),
-        ({"lengths": torch.tensor([8])}, r"lengths must lie in \[0, 8\), got 8"),
-        ({"lengths": torch.tensor([0, 1])}, r"lengths must be \(1,\) int64"),
-        ({"lengths": torch.tensor([0], dtype=torch.int32)}, r"lengths must be \(1,\) int64"),
-        ({"kv": torch.zeros(2, 1, 8, 2, 16, 2).mT}, "kv must be contiguous"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            layers(**({"x": torch.ones(1, 32), "kv": kv, "lengths": lengths} | change))
     model.transformer["h"][1].mlp.c_fc.bias.data = torch.ones(3)
-    with pytest.raises(ValueError, match=r"layers\[1\].fc must have a weight \(128, 32\)"):
+    with pytest.raises(ValueError, match=r"layers\[1\].fc.bias must have shape \(128,\)"):
         layers_of(model)
     mixed = quantize_int8(model_in())
     mixed.transformer["h"][0].attn.c_proj = model_in().transformer["h"][0].attn.c_proj
