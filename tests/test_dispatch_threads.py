@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from util import DEVICE
 
 from gpt2 import kernels
 from gpt2.kernels import dispatch
@@ -92,7 +93,7 @@ def test_a_choice_is_read_once(monkeypatch):
 
 def test_a_compiled_function_follows_its_thread(monkeypatch):
     compiled = torch.compile(lambda x: kernels.layer_norm(x) * 1, backend="eager", fullgraph=True)
-    x, ran = torch.randn(2, 8), []
+    x, ran = torch.randn(2, 8, device=DEVICE), []
     monkeypatch.setattr(dispatch, "_MODULES", {**dispatch._MODULES, "cpu": Spy(ran)})
 
     def run(backend):

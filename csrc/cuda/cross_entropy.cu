@@ -170,8 +170,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_zeros(row, V_padded);
     return;
   }
-  const float x_target = logit_of(rows, row, target);
-  const Softmax softmax = softmax_of(row, rows.V);  // its barriers: everyone has read x_target
+  __shared__ float x_target;  // thread 0's alone, and no register of it on the way
+  if (threadIdx.x == 0) x_target = logit_of(rows, row, target);
+  const Softmax softmax = softmax_of(row, rows.V);  // its barriers: row[target] has been read
   const float mean = mean_to_smooth(rows, row);
   if (threadIdx.x == 0) losses[n] = loss_of(rows, x_target, mean, softmax);
   store_gradient(rows, row, target, softmax, 1, row);

@@ -273,7 +273,7 @@ ATTENTION_MUTANTS = [
     # one token per sequence
     Mutant(
         "keys beyond a length", DECODE_H,
-        "n = at_most(kPiece, x.lengths[b] - j0);", "n = at_most(kPiece, x.T - j0);",
+        "n = at_most(kPiece, x.keys(b) - j0);", "n = at_most(kPiece, x.T - j0);",
         "test_decode_attention.py::test_several_pieces[cpu-avx2-D64-fp32]",
     ),
     Mutant(
@@ -290,7 +290,7 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "a piece too many", DECODE_H,
-        "used = (x.lengths[b] + kPiece - 1) / kPiece;", "used = x.lengths[b] / kPiece + 1;",
+        "used = (x.keys(b) + kPiece - 1) / kPiece;", "used = x.keys(b) / kPiece + 1;",
         "test_decode_attention.py::test_decode[cpu-avx2-B1-T256-D64-fp32]",
     ),
     Mutant(

@@ -253,7 +253,7 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "decode: the first piece alone", DECODE,
-        "j < length; j += kPiece", "j < min(length, int64_t(kPiece)); j += kPiece",
+        "j < keys; j += kPiece", "j < min(keys, int64_t(kPiece)); j += kPiece",
         "test_decode_attention.py::test_decode[cuda-B1-T257-D64-fp32]",
     ),
     # what the kernels are given

@@ -85,18 +85,18 @@ DECODE_MUTANTS = [
     ),
     Mutant(
         "the last piece left out", DECODE,
-        "used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)",
-        "used = tl.load(lengths_ptr + bh // H) // PIECE",
+        "used = tl.cdiv(tl.where(inside, length, 0), PIECE)",
+        "used = tl.where(inside, length, 0) // PIECE",
         TESTED.format("1-T257-D16"),
     ),
     Mutant(
         "pieces beyond a length", DECODE,
-        "used = tl.cdiv(tl.load(lengths_ptr + bh // H), PIECE)", "used = pieces",
+        "used = tl.cdiv(tl.where(inside, length, 0), PIECE)", "used = pieces",
         PIECES,
     ),
     Mutant(
         "no keys give 0 / 0", DECODE,
-        "tl.where(used > 0, acc / l, 0.0)", "acc / l",
+        "tl.where(used > 0, acc / l, tl.where(inside, 0.0, float(\"nan\")))", "acc / l",
         "test_decode_attention.py::test_no_keys_give_zeros_and_nan_stays[triton]",
     ),
 ]  # fmt: skip

@@ -365,8 +365,14 @@ GENERATION_MUTANTS = [
     ),
     Mutant(
         "a cache that is a view", LAYERS,
-        "kv.shape != shape or not kv.is_contiguous() or", "kv.shape != shape or",
-        "test_generation.py::test_what_is_not_a_gpt_2_is_named",
+        "if not kv.is_contiguous():", "if False:",
+        "test_decode_layers_arguments.py::test_what_does_not_fit_is_named[kv must be contiguous]",
+    ),
+    Mutant(
+        "norms of any length", LAYERS,
+        'self._check_tensor(f"{name}.{field}", row, (self.C,), row.dtype)', "pass",
+        "test_decode_layers_arguments.py::test_what_does_not_fit_is_named"
+        "[norm.bias must have shape (16,)]",
     ),
     Mutant(
         "some layers int8 and others not", LAYERS,

@@ -126,8 +126,14 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "target loaded where it is ignored", LOSS,
-        "mask=counts, other=0.0)", "mask=target == target, other=0.0)",
+        "x_target = tl.load(logits_ptr + target, mask=inside",
+        "x_target = tl.load(logits_ptr + target, mask=target == target",
         "test_cross_entropy.py::test_leading_shapes[triton-(2, 3)]",
+    ),
+    Mutant(
+        "target beyond the vocabulary", LOSS,
+        "inside = (target >= 0) & (target < V)", "inside = target >= 0",
+        "test_changed_ids.py::test_every_pass_meets_targets_outside[triton-0.0]",
     ),
     Mutant(
         "padding counted in the softmax", LOSS,
@@ -233,6 +239,11 @@ KERNEL_MUTANTS = [
         "test_linear_cross_entropy.py::test_one_chunk_of_logits_at_a_time[triton]",
     ),
     # the way to a kernel
+    Mutant(
+        "a block ends the newest", DISPATCH,
+        "stack[:] = [other for other in stack if other is not entry]", "stack.pop()",
+        "test_dispatch_threads.py::test_blocks_may_end_in_any_order",
+    ),
     Mutant(
         "fallback without a word", DISPATCH,
         '_say_once(op, "; ".join(reasons))', "pass",
