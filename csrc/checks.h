@@ -4,6 +4,7 @@
 // check costs some tens of nanoseconds.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 
@@ -28,25 +29,21 @@ inline bool is_half(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// The dimensions of x, and memory of its own: sparse tensors and their like have none.
 inline void check_dim(const char* name, const Tensor& x, int64_t dim) {
-  STD_TORCH_CHECK(x.dim() == dim && x.layout() == torch::headeronly::Layout::Strided, name,
-                  " must be a strided tensor of ", dim, " dimensions, got ", text(x.sizes()));
+  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", text(x.sizes()));
 }
 
 // x on the device of `like`, of a dtype and a shape. Without a dtype any floating one will do.
 template <class Sizes>
 void check_tensor(const char* name, const Tensor& x, const Tensor& like,
                   std::optional<ScalarType> dtype, const Sizes& shape) {
-  check_dim(name, x, shape.size());
   const ScalarType got = x.scalar_type();
   STD_TORCH_CHECK(dtype ? got == *dtype : is_floating(got), name, " must be ",
                   dtype ? toString(*dtype) : "floating", ", got ", toString(got));
   STD_TORCH_CHECK(x.device() == like.device(), name, " must be on the device of the others");
-  bool same = true;
-  int64_t i = 0;
-  for (const int64_t size : shape) same &= x.size(i++) == size;
-  STD_TORCH_CHECK(same, name, " must have shape ", text(shape), ", got ", text(x.sizes()));
+  const auto sizes = x.sizes();
+  STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
+                  " must have shape ", text(shape), ", got ", text(sizes));
 }
 
 inline void check_tensor(const char* name, const Tensor& x, const Tensor& like,

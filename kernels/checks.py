@@ -136,12 +136,12 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
 
 
 def check_number(name: str, value) -> None:
-    if not isinstance(value, Real):
+    if type(value) is not float and not isinstance(value, Real):  # the latter takes 0.3 µs
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def check_integer(name: str, value) -> None:
-    if not isinstance(value, Integral):
+    if type(value) is not int and not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit into 64 bits, got {value}")
