@@ -194,7 +194,7 @@ def test_raw_operators(cpu_backend, request):
     for name, args in [*raw_calls(), *cpu_calls()]:
         function = raw_decode_layers if name == "decode_layers" else getattr(library, name)
         function(*(x.clone() if isinstance(x, torch.Tensor) else x for x in args))
-        assert attack(function, args, rng, count_of(request, 1000, 60)) > 0, name
+        assert attack(function, args, rng, count_of(request, 300, 30)) > 0, name
 
 
 @pytest.mark.cuda_kernels
@@ -206,22 +206,22 @@ def test_raw_operators_of_cuda(request, monkeypatch):
         library = torch.ops.gpt2_kernels_cuda
         for name, args in raw_calls():
             on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args]
-            attack(getattr(library, name), on_device, rng, count_of(request, 40, 6))
+            attack(getattr(library, name), on_device, rng, count_of(request, 20, 3))
 
 
 def test_public_functions(accelerated, request):
     rng = random.Random(request.node.name)
-    few = 60 if accelerated == "cpu" else 8
+    few = 40 if accelerated == "cpu" else 4
     with kernels.use(accelerated):
         for function, args in public_calls():
-            attack(function, args, rng, count_of(request, 10 * few, few))
+            attack(function, args, rng, count_of(request, 5 * few, few))
 
 
 def test_public_functions_of_the_cpu(cpu_backend, request):
     rng = random.Random(request.node.name)
     for function, args in public_cpu_calls():
         function(*args)
-        attack(function, args, rng, count_of(request, 1000, 100))
+        attack(function, args, rng, count_of(request, 500, 50))
 
 
 def read_only(path, *shape):
