@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import _nvcc
+from . import _log, _nvcc
 
 CSRC = Path(__file__).parent.parent / "csrc"
 COMPILERS = ("c++", "g++", "clang++")  # asked in this order, where $CXX is not set
@@ -109,11 +109,11 @@ class BuildError(RuntimeError):
 
 
 class CompilerError(BuildError):
-    """The compiler has failed, and will again with the same sources and flags."""
+    """The compiler has failed. lasting: it will again with the same sources and flags."""
 
     def __init__(self, message: str, log: str):
         super().__init__(message)
-        self.log = log
+        self.log, self.lasting = log, _log.is_lasting(log)
 
 
 def recipe(library: Library) -> str:
@@ -205,7 +205,7 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
         raise
     if process.returncode != 0 or not output.exists():
         compiler = "nvcc" if library.nvcc else "the C++ compiler"
-        raise CompilerError(f"{compiler} failed: {_first_error(log)}", log)
+        raise CompilerError(f"{compiler} failed: {_log.first_error(log)}", log)
     if recipe(library) != before:
         raise BuildError("the sources changed while they were compiled; start again")
     say(f"built {library.title} in {time.monotonic() - start:.0f} s")
@@ -301,10 +301,14 @@ def _ninja_file(library: Library, tools: Tools, work: Path, output: Path) -> str
 
 
 def _escape(text: str) -> str:
+    if re.search(r"[\n\r]", text):
+        raise BuildError(f"ninja cannot run a command with a line break: {text!r:.200}")
     return text.replace("$", "$$")
 
 
 def _escape_path(path: str) -> str:
+    if re.search(r"[|\n\r]", path):
+        raise BuildError(f"ninja cannot use a path with | or a line break: {path!r:.200}")
     return re.sub(r"[$ :]", r"$\g<0>", path)
 
 
@@ -329,17 +333,3 @@ def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
     if live:
         print("\x1b[K", end="", file=sys.stderr)
     return log.decode(errors="replace")
-
-
-def _first_error(log: str) -> str:
-    """The line of ninja's output that says most; ninja's own and the commands it repeats do not."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    commands = [i + 1 for i, line in enumerate(lines) if line.startswith("FAILED:")]
-    said = [
-        line
-        for i, line in enumerate(lines)
-        if i not in commands and not line.startswith(("FAILED:", "ninja:", "["))
-    ]
-    telling = re.compile(r"error: |fatal|undefined reference|not found|No space left")
-    line = next(filter(telling.search, said), (said or ["it gave no message"])[-1])
-    return line if len(line) <= 160 else line[:159] + "…"

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2.kernels import _build, native
+from gpt2.kernels import _build, _cache
 
 TITLE = "the CUDA kernels, for an emulated GPU"
 
@@ -37,10 +37,10 @@ def build_emulated(work: Path, runtime: Path) -> tuple[Path, list[Path]]:
     library = emulated(runtime.resolve())
     tools = _build.find_tools(library)
     key = f"{_build.recipe(library)} {_build.identity(tools)}".encode() + runtime.read_bytes()
-    folder = native._cache_folder(create=True) / "cuda-emulated"
+    folder = _cache.find_root(create=True) / "cuda-emulated"
     folder.mkdir(mode=0o700, exist_ok=True)
     entry = folder / hashlib.sha256(key).hexdigest()[:16]
-    with native._locked(folder / "lock", TITLE):
+    with _cache.locked(folder / "lock", TITLE):
         if not entry.exists():
             new = work / "entry"
             new.mkdir(parents=True)

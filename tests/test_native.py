@@ -32,7 +32,7 @@ from toy import (
 )
 
 from gpt2.kernels import __main__ as command_line
-from gpt2.kernels import _build, native
+from gpt2.kernels import _build, _private, native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def test_a_terminal_sees_how_far_it_is(toy, monkeypatch):
 def test_a_process_loads_a_library_once(toy, monkeypatch):
     """Eight threads that ask at once, and later callers."""
     loads, start = [], threading.Barrier(8)
-    monkeypatch.setattr(torch.ops, "load_library", loads.append)
+    monkeypatch.setattr(_private.File, "load", lambda file: loads.append(file))
     threads = [threading.Thread(target=lambda: (start.wait(), native.load())) for _ in range(8)]
     for thread in threads:
         thread.start()

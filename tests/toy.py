@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.kernels import _build, native
+from gpt2.kernels import _build, _cache, native
 
 COMPILER = next(filter(None, map(shutil.which, _build.COMPILERS)), None)
 
 needs_compiler = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
-    pytest.mark.skipif(native.fcntl is None, reason="needs Linux or macOS"),
+    pytest.mark.skipif(_cache.fcntl is None, reason="needs Linux or macOS"),
 ]
 
 

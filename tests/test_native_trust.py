@@ -1,0 +1,437 @@
+"""No code of another user runs: what the cache of native libraries trusts, and what it refuses."""
+
+import ctypes
+import json
+import os
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from toy import COMPILER, lines, needs_compiler
+
+from gpt2.kernels import _build, _private, native
+
+pytestmark = needs_compiler
+
+ROOT_USER = os.geteuid() == 0
+STRANGER = os.geteuid() + 4242
+
+
+def foreign_library(folder: Path, marker: Path) -> Path:
+    """A library that leaves a file behind when it is loaded."""
+    source, library = folder / "foreign.c", folder / "foreign.so"
+    source.write_text(
+        "#include <fcntl.h>\n#include <unistd.h>\n"
+        "__attribute__((constructor)) static void run(void) {\n"
+        f'    close(open("{marker}", O_CREAT | O_WRONLY, 0600));\n}}\n'
+    )
+    subprocess.run([COMPILER, "-x", "c++", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """The library of somebody else, and the file that it leaves when it runs."""
+    marker = tmp_path / "it-ran"
+    return foreign_library(tmp_path, marker), marker
+
+
+def entry_like(entry: Path, library: Path, to: Path) -> None:
+    """A copy of a cache's entry with another library, and with its checksum."""
+    shutil.copytree(entry, to)
+    shutil.copy(library, to / "libgpt2_kernels_cpu.so")
+    record = json.loads((to / "libgpt2_kernels_cpu.json").read_text())
+    with _private.open_file(library) as file:
+        record["sha256"] = file.sha256()
+    (to / "libgpt2_kernels_cpu.json").write_text(json.dumps(record))
+
+
+def swap_for_ever(act) -> int:
+    """A process that does nothing but act(); its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                act()
+        finally:
+            os._exit(1)
+    return child
+
+
+def reason_in_child(toy) -> str:
+    """What load() returns in a process of its own, empty for None: the dynamic loader of this one
+    would not open a path twice."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, (toy.start_again() or "").encode())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        reason = pipe.read().decode()
+    assert os.waitpid(child, 0)[1] == 0
+    return reason
+
+
+def racing(swap, load, loads: int) -> list[str | None]:
+    """What load() returned, so many times, while another process swaps."""
+    child = swap_for_ever(swap)
+    try:
+        return [load() for _ in range(loads)]
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def test_a_parent_that_others_can_write_is_refused(toy, foreign, tmp_path, monkeypatch):
+    """They swap the whole folder between check and use: their library ran in 5 of 20 loads."""
+    library, marker = foreign
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", str(shared / "cache"))
+    entry = native.build().parent
+    theirs = tmp_path / "theirs"
+    theirs.mkdir(mode=0o700)
+    (theirs / "cpu").mkdir(mode=0o700)
+    entry_like(entry, library, theirs / "cpu" / entry.name)
+    shared.chmod(0o777)
+
+    def swap():
+        os.rename(shared / "cache", shared / "ours")
+        os.rename(theirs, shared / "cache")
+        os.rename(shared / "cache", theirs)
+        os.rename(shared / "ours", shared / "cache")
+
+    reasons = set(racing(swap, lambda: reason_in_child(toy), 100))
+    assert reasons == {
+        f"others can write to {shared}, which holds the cache {shared}/cache; chmod go-w {shared}"
+    }
+    assert not marker.exists()
+    for left in shared.iterdir():
+        shutil.rmtree(left)
+    shared.chmod(0o1777)  # as /tmp is: only an owner renames
+    assert toy.start_again() is None
+
+
+def test_what_was_checked_is_what_is_loaded(toy, foreign, tmp_path, monkeypatch):
+    """The file is replaced as fast as a process can do it, also at the worst moment."""
+    library, marker = foreign
+    ours = native.build()
+    good = tmp_path / "good.so"
+    shutil.copy(ours, good)
+    toy.without_compiler()  # a library that is refused is not built again
+
+    def put(source):
+        new = ours.with_name("new")
+        shutil.copy(source, new)
+        os.replace(new, ours)
+
+    def swap():
+        put(library)
+        put(good)
+
+    loaded = racing(swap, lambda: reason_in_child(toy), 100)
+    assert loaded.count("") > 5 and not marker.exists()
+    put(good)
+    sha256 = _private.File.sha256
+
+    def then_swapped(file):
+        found = sha256(file)
+        put(library)
+        return found
+
+    monkeypatch.setattr(_private.File, "sha256", then_swapped)
+    assert reason_in_child(toy) == ""
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("level", ["cpu", "entry", "file", "record"])
+def test_no_link_is_followed_below_the_root(level, toy, foreign, tmp_path, capfd):
+    library, marker = foreign
+    ours = native.build()
+    entry_like(ours.parent, library, tmp_path / "theirs" / ours.parent.name)
+    theirs = tmp_path / "theirs" / ours.parent.name
+    here, there = {
+        "cpu": (toy.cache / "cpu", theirs.parent),
+        "entry": (ours.parent, theirs),
+        "file": (ours, theirs / ours.name),
+        "record": (ours.with_suffix(".json"), theirs / ours.with_suffix(".json").name),
+    }[level]
+    if level == "file":  # with the checksum of what the link leads to
+        shutil.copy(theirs / "libgpt2_kernels_cpu.json", ours.parent)
+    os.rename(here, tmp_path / "away")
+    here.symlink_to(there)
+    lines(capfd)
+    reason = toy.start_again()
+    assert not marker.exists()
+    if level == "cpu":
+        assert reason == f"the cache has a symbolic link at {here}, which is not followed"
+        return
+    assert reason is None and toy.compiled() == 2, "built anew"
+    assert not ours.is_symlink() and not ours.parent.is_symlink()
+    assert lines(capfd)[0].endswith("; not used")
+    assert there.exists(), "what the link led to is left alone"
+
+
+def test_a_link_above_the_root_is_resolved_once(toy, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", str(tmp_path / "link" / "cache"))
+    assert native.build().is_relative_to(tmp_path / "real" / "cache")
+
+
+@pytest.mark.parametrize("level", ["cpu", "entry", "file", "record"])
+def test_what_others_can_write_is_not_trusted(level, toy, capfd):
+    ours = native.build()
+    path, mode = {
+        "cpu": (toy.cache / "cpu", 0o720),
+        "entry": (ours.parent, 0o702),
+        "file": (ours, 0o722),
+        "record": (ours.with_suffix(".json"), 0o602),
+    }[level]
+    path.chmod(mode)
+    lines(capfd)
+    reason = toy.start_again()
+    if level == "cpu":
+        assert reason == f"others can write to the cache {path}; chmod go-w {path}"
+    else:
+        assert reason is None and toy.compiled() == 2, "built anew"
+        assert "others can write to " in lines(capfd)[0]
+        assert toy.start_again() is None and toy.compiled() == 2
+
+
+def owned_by(monkeypatch, path: Path, user: int) -> None:
+    """Lets path seem to be of another user: only root can give a file away."""
+    fstat, target = os.fstat, path.stat()
+
+    def pretended(handle):
+        found = fstat(handle)
+        if not os.path.samestat(found, target):
+            return found
+        values = list(found)
+        values[stat.ST_UID] = user
+        return os.stat_result(values)
+
+    monkeypatch.setattr(os, "fstat", pretended)
+
+
+def test_roots_files_are_trusted_and_other_users_are_not(toy, monkeypatch, tmp_path):
+    ours = native.build()
+    with monkeypatch.context() as patch:
+        owned_by(patch, toy.cache, 0)
+        assert toy.start_again() is None
+    for path, which in (
+        (toy.cache, f"the cache {toy.cache} belongs"),
+        (toy.cache / "cpu", f"the cache {toy.cache / 'cpu'} belongs"),
+        (tmp_path, f"{tmp_path}, which holds the cache {toy.cache}, belongs"),
+    ):
+        with monkeypatch.context() as patch:
+            owned_by(patch, path, STRANGER)
+            assert toy.start_again() == (
+                f"{which} to user {STRANGER}, not to {os.geteuid()} who runs this; "
+                f"set GPT2_KERNELS_CACHE to a folder of your own"
+            )
+    with monkeypatch.context() as patch:
+        owned_by(patch, ours, STRANGER)
+        assert toy.start_again() is None and toy.compiled() == 2
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not ROOT_USER, reason="only root can give a folder away"))])  # fmt: skip
+def test_root_with_another_users_home(real, toy, monkeypatch, tmp_path):
+    """As after sudo, which keeps HOME: root's files in that home would lock its owner out."""
+    home = tmp_path / "alice"
+    home.mkdir()
+    if real:
+        os.chown(home, STRANGER, STRANGER)
+    else:
+        owned_by(monkeypatch, home, STRANGER)
+    monkeypatch.delenv("GPT2_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    reason = native.load()
+    cache = home / ".cache/gpt2-kernels"
+    assert reason == (
+        f"{home}, which holds the cache {cache}, belongs to user {STRANGER}, not to "
+        f"{os.geteuid()} who runs this; set GPT2_KERNELS_CACHE to a folder of your own"
+    )
+    with pytest.raises(native.BuildError, match=f"belongs to user {STRANGER}"):
+        native.build()
+    assert not list(home.iterdir()) and not toy.compiled()
+
+
+@pytest.mark.parametrize("sign", ["|", "\n", "\r"], ids=["bar", "newline", "return"])
+@pytest.mark.parametrize("variable", ["GPT2_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_path_that_ninja_cannot_name(sign, variable, toy, monkeypatch, tmp_path):
+    """Bars and line breaks end a name in ninja's files, and no escape is left for them."""
+    for name in ("GPT2_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / f"a{sign}b"))
+    reason = native.load()
+    assert reason.startswith("the cache '") and "has | or a line break in its path; " in reason
+    assert "\n" not in reason and not list(tmp_path.glob("a*")) and not toy.compiled()
+    with pytest.raises(native.BuildError, match="line break in its path"):
+        native.build()
+
+
+def test_the_caches_layout_is_private_whatever_the_umask(toy):
+    old = os.umask(0)
+    try:
+        library = native.build()
+    finally:
+        os.umask(old)
+    for path in (toy.cache, *toy.cache.rglob("*")):
+        assert not path.stat().st_mode & 0o022, path
+    assert toy.start_again() is None and toy.compiled() == 1
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+
+
+# ---- records
+
+
+def deep_record(path):
+    path.write_text("[" * 4000)
+
+
+def deep_in_an_object(path):
+    path.write_text('{"recipe":' * 400 + "1" + "}" * 400)
+
+
+def long_record(path):
+    path.write_text(" " * 2**20)
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+RECORDS = [deep_record, deep_in_an_object, long_record, fifo, folder]
+
+
+@pytest.mark.parametrize("shipped", [False, True], ids=["cache", "shipped"])
+@pytest.mark.parametrize("spoil", RECORDS, ids=lambda spoil: spoil.__name__)
+def test_a_record_that_is_none(spoil, shipped, toy, capfd):
+    """A deep one ended in RecursionError, a FIFO in waiting for ever."""
+    library = native.build(out=toy.shipped) if shipped else native.build()
+    spoil(library.with_suffix(".json"))
+    lines(capfd)
+    start = time.monotonic()
+    assert toy.start_again() is None
+    assert lines(capfd)[0].endswith("; not used") and time.monotonic() - start < 20
+    assert toy.compiled() == (1 if shipped else 2)
+
+
+@pytest.mark.parametrize("name", ["libgpt2_kernels_cpu.so", "failed.log", "lock"])
+def test_a_fifo_in_place_of_a_file(name, toy):
+    library = native.build()
+    target = toy.cache / "cpu" / "lock" if name == "lock" else library.parent / name
+    if name != "lock":
+        library.unlink()
+    target.unlink(missing_ok=True)
+    os.mkfifo(target)
+    assert toy.start_again() is None
+
+
+# ---- failures that pass
+
+
+PASSING = {
+    "disk": "toy.cpp:1:1: fatal error: error writing to /tmp/x.s: No space left on device",
+    "quota": "ld: final link failed: Disk quota exceeded",
+    "killed": "c++: fatal error: Killed signal terminated program cc1plus",
+    "memory": "cc1plus: out of memory allocating 65536 bytes after a total of 9 bytes",
+    "virtual": "virtual memory exhausted: Cannot allocate memory",
+    "fork": "c++: fatal error: cannot execute cc1plus: vfork: Resource temporarily unavailable",
+    "silent": "",
+    "timeout": "timeout: the compiler took too long: fatal error: timed out",
+    "ninja": "ninja: fatal: posix_spawn: Cannot allocate memory",
+}
+
+
+@pytest.mark.parametrize("said", PASSING.values(), ids=PASSING)
+def test_a_failure_that_passes_is_tried_again(said, toy):
+    """A full disk was remembered as if the compiler had refused the sources, for good."""
+    good = toy.compiler.read_text()
+    toy.compiler.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
+    reason = native.load()
+    assert reason.startswith("the C++ compiler failed: ")
+    assert reason.endswith(" (the next start tries again)")
+    assert not list(toy.cache.rglob("failed.log"))
+    toy.compiler.write_text(good)
+    os.utime(toy.compiler, ns=(1, 1))
+    assert toy.start_again() is None
+
+
+def test_a_compiler_killed_by_a_signal_is_tried_again(toy):
+    toy.compiler.write_text("#!/bin/sh\nkill -9 $$\n")
+    assert native.load().endswith(" (the next start tries again)")
+
+
+OWN = {
+    "gcc": "toy.cpp:2:9: error: 'nonsense' was not declared in this scope",
+    "nvcc": "toy.cu(12): error: identifier x is undefined",
+    "flags": "c++: error: unrecognized command-line option '-std=c++99'",
+    "nvcc-flags": "nvcc fatal   : Unsupported gpu architecture compute_1",
+    "linker": "toy.cpp:(.text+0x5): undefined reference to elsewhere()",
+    "header": "toy.cpp:1:10: fatal error: nowhere.h: No such file or directory",
+}
+
+
+@pytest.mark.parametrize("said", OWN.values(), ids=OWN)
+def test_a_compilers_own_error_is_kept(said, toy):
+    toy.compiler.write_text(f'#!/bin/sh\ncat <<"END"\n{said}\nEND\nexit 1\n')
+    reason = native.load()
+    assert "to try again: python -m gpt2.kernels build" in reason
+    (log,) = toy.cache.rglob("failed.log")
+    assert log.read_text().startswith("the C++ compiler failed: ")
+    assert toy.start_again() == reason
+
+
+def test_a_failure_that_an_older_version_kept_is_tried_again(toy):
+    toy.source.write_text("int x = nonsense;\n")
+    native.load()
+    (log,) = toy.cache.rglob("failed.log")
+    log.write_text(f"the compiler failed: no space\n\n{PASSING['disk']}\n")
+    native._reasons.clear()
+    assert "nonsense" in native.load() and toy.compiled() == 2
+
+
+def test_without_proc_the_path_is_loaded(toy, monkeypatch):
+    monkeypatch.setattr(_private, "_leads_to", lambda *args: False)
+    assert native.load() is None
+
+
+def test_two_libraries_are_two(toy):
+    """Under one name the dynamic loader opens one: descriptors are numbered anew."""
+    source = '__attribute__((visibility("default"))) int {}() {{ return {}; }}'
+    libraries, handles, cdll = [], [], ctypes.CDLL
+    for name, answer in (("first", 42), ("other", 43)):
+        toy.source.write_text(f'extern "C" {source.format(name, answer)}\n')
+        libraries.append(native.build())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_private.ctypes, "CDLL", lambda name: handles.append(cdll(name)))
+        patch.setattr(os, "dup", lambda handle: handle)
+        for library in libraries:
+            with _private.open_file(library) as file:
+                file.load()
+    assert handles[0].first() == 42 and handles[1].other() == 43
+
+
+def test_a_build_names_no_path_that_ninja_would_misread():
+    for text in ("a|b", "a\nb"):
+        with pytest.raises(_build.BuildError, match="line break"):
+            _build._escape_path(text)
+    with pytest.raises(_build.BuildError, match="line break"):
+        _build._escape("a\nb")
