@@ -3,15 +3,14 @@
 import json
 import os
 import re
-import signal
 import struct
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tools.kill_saves import kill_saves
 
-from gpt2 import checkpoint, files, optim
+from gpt2 import checkpoint, optim
 from gpt2.config import Config
 from gpt2.errors import InputError
 from gpt2.model import Model
@@ -244,45 +243,6 @@ def test_no_pickle_anywhere():
 @pytest.mark.parametrize("kills", [40, pytest.param(400, marks=pytest.mark.full)])
 def test_killed_in_mid_save_leaves_a_whole_checkpoint(kills, tmp_path):
     """Killing a program that wrote in place left 56 of 60 files unreadable."""
-    path = tmp_path / "checkpoint.safetensors"
-    config = Config(block_size=8, vocab_size=4096, n_layer=2, n_head=2, n_embd=64)
-    model, optimizer = trained(1, config)
-    other = Model(config)
-    strays = 0
-    for kill in range(kills):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _save_forever(path, model, optimizer, write)
-        os.close(write)
-        returned = len(os.read(read, 1))  # the first save, so that there is a file
-        time.sleep(0.0007 * (kill % 40))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        while saves := os.read(read, 4096):
-            returned += len(saves)
-        os.close(read)
-        _, progress = checkpoint.read(path)
-        assert progress["step"] >= returned, "a save that had returned was lost"
-        checkpoint.load(path, other)
-        assert all((p == progress["step"]).all() for p in other.parameters())
-        strays += len(list(tmp_path.iterdir())) - 1
-        files.sweep(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert strays, "no kill fell into a save: the test proves nothing"
-
-
-def _save_forever(path, model, optimizer, pipe):
-    """In a child: step n saves weights that are all n, and writes a byte once it is saved."""
-    try:
-        torch.set_num_threads(1)  # OpenMP would wait for threads that a fork does not copy
-        step = 0
-        while True:
-            step += 1
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.copy_(torch.tensor(float(step)))
-            checkpoint.save(path, model, optimizer, step=step)
-            os.write(pipe, b".")
-    finally:
-        os._exit(1)
+    outcome = kill_saves(tmp_path, kills)
+    assert outcome.flawless and outcome.kills == kills, outcome
+    assert outcome.inside, "no kill fell into a save: the test proves nothing"
