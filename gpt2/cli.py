@@ -5,6 +5,8 @@ is imported by the commands that need it, so that --help answers at once.
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,12 +16,13 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from . import cli_model
-from .errors import InputError, NonFiniteError
+from .errors import InputError, NonFiniteError, WriteError
 from .train_config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 (not finite), 2 (wrong input), 128 + signal."""
+    """Runs one command; its exit code: 0, 1 (not finite, full disk), 2 (wrong input), 128 +
+    signal."""
     # OpenMP's threads spin while they wait for each other. Where another program wants the cores,
     # that made training 20 times slower (two EPYC cores); it is read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,19 +32,28 @@ def main(arguments: list[str] | None = None) -> int:
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
         parser = _parser()
-        options = parser.parse_args(arguments)
+        try:
+            options = parser.parse_args(arguments)
+        except SystemExit:  # after --version
+            sys.stdout.flush()
+            raise
         if options.command is None:
             parser.print_help()
             return 0
-        return options.command(options) or 0
+        code = options.command(options) or 0
+        sys.stdout.flush()  # here, where an error is told
+        return code
     except InputError as e:
         return _fail(str(e), 2)
-    except NonFiniteError as e:
+    except (NonFiniteError, WriteError) as e:
         return _fail(str(e), 1)
     except BrokenPipeError:  # gpt2 sample … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + signal.SIGPIPE
     except OSError as e:
+        if e.filename is None and e.errno in _FULL:  # files are written as WriteError says
+            _drop_output()
+            return _fail(f"standard output cannot be written: {e.strerror}", 1)
         return _fail(f"{e.filename or 'file'}: {e.strerror or e}", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -55,8 +67,17 @@ def _warn(message: Warning | str, *where) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+        print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere: Python would fail again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

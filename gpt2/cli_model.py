@@ -98,9 +98,13 @@ def _of_the_limit(model, speed) -> str:
     """How much of the memory's bandwidth a cached step used."""
     if not model.fast:
         return ""
+    from . import bars
     from .machine import read_bandwidth
 
-    rate, limit = speed.bytes / speed.seconds, read_bandwidth(model.lm_head.weight.device)
+    rate = bars.per_second(speed.bytes, speed.seconds)
+    limit = rate and read_bandwidth(model.lm_head.weight.device)
+    if not limit:  # the clock stands still
+        return ""
     return (
         f"; {rate / 1e9:.3g} GB/s, {rate / limit:.0%} of the {limit / 1e9:.3g} GB/s of its memory"
     )

@@ -16,6 +16,17 @@ class NonFiniteError(ArithmeticError):
     """
 
 
+class WriteError(OSError):
+    """A file cannot be written because the disk is full or broken; the message names the file.
+
+    The command line prints it as one line and exits with code 1.
+    """
+
+    def __init__(self, path: object, reason: str):
+        super().__init__(f"{str(path)!r} cannot be written: {reason}")
+        self.path, self.reason = path, reason
+
+
 def brief(thing: object) -> str:
     """What a message says of something that came from outside: one line, no longer than that."""
     text = " ".join(str(thing).split())

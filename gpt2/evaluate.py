@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import memory
+from . import bars, memory
 from .errors import InputError, NonFiniteError
 from .model import Model
 from .tokenizer import Tokenizer
@@ -73,11 +73,12 @@ class Perplexity:
         return self.nats / math.log(2) / self.bytes if self.bytes else None
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """None where the clock did not advance."""
+        return bars.per_second(self.tokens, self.seconds)
 
     def figures(self) -> dict[str, float | int | None]:
-        """All of it, as JSON can hold it: None for what is infinite."""
+        """All of it, as JSON can hold it: None for what is infinite or unknown."""
         return {
             "nats_per_token": self.nats_per_token,
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
@@ -95,7 +96,7 @@ class Perplexity:
         return (
             f"{self.nats_per_token:.4f} nats per token, perplexity {self.perplexity:.2f}{bits}; "
             f"{self.tokens:,} tokens{size}, context {self.context}, stride {self.stride}, "
-            f"{self.tokens_per_second:,.0f} tokens/s"
+            f"{bars.shown(self.tokens_per_second)} tokens/s"
         )
 
 

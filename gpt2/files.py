@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from . import lock
-from .errors import InputError, brief
+from .errors import InputError, WriteError, brief
+from .writing import writing
 
 _MARK = ".tmp-"
 
@@ -26,10 +27,16 @@ _MARK = ".tmp-"
 def work_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside path, for what is to become path by a rename; path's folder is made
     where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
     try:
         yield work
+    except WriteError as e:
+        if work not in Path(e.path).parents:
+            raise
+        _, *below = Path(e.path).relative_to(work).parts  # the first part becomes path
+        raise WriteError(path.joinpath(*below), e.reason) from e
     finally:
         shutil.rmtree(work)
 
@@ -37,7 +44,7 @@ def work_folder(path: Path) -> Iterator[Path]:
 def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> None:
     """Writes path whole: content is its text, or a function that writes the file it is given."""
     path = Path(path)
-    with work_folder(path) as work:
+    with writing(path), work_folder(path) as work:
         temporary = work / path.name
         temporary.touch()
         mode = temporary.stat().st_mode

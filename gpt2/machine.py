@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import kernels
+from . import bars, kernels
 from .errors import InputError
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
@@ -63,7 +63,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 class Peak(NamedTuple):
     """FLOP/s of matrix products."""
 
-    flops: float
+    flops: float | None  # None: not known
     source: str  # where the figure comes from
     machine: str  # whose it is: see describe
 
@@ -100,34 +100,38 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     # best of a second was 66 to 123 GFLOP/s in five processes, of 512 x 512 it was 285 to 300.
     n = 4096 if device.type == "cuda" else 512
     rate = _measured_flops(n, device, dtype)
+    if rate is None:
+        return Peak(None, "a peak that is not known, as the clock stands still", machine)
     kind = str(dtype).removeprefix("torch.")
     source = f"{rate / 1e12:.3g} TFLOP/s, measured on {kind} products of {n} x {n} matrices"
     return Peak(rate, source, machine)
 
 
-def _measured_flops(n: int, device: torch.device, dtype: torch.dtype) -> float:
+def _measured_flops(n: int, device: torch.device, dtype: torch.dtype) -> float | None:
     a = torch.ones(n, n, device=device, dtype=dtype)
     # waits for the device
-    return 2 * n**3 / _best(lambda: (a @ a)[0, 0].item(), PEAK_SECONDS)
+    return bars.per_second(2 * n**3, _best(lambda: (a @ a)[0, 0].item(), PEAK_SECONDS))
 
 
 def _best(compute: Callable[[], object], seconds: float = 0.0) -> float:
     """The seconds that it takes at best, of 6 times at least and for so many seconds: the first
-    ones warm up, and of the others some share the machine with other programs."""
+    ones warm up, and of the others some share the machine with other programs. 0 where the clock
+    stands still."""
     best, count, began = float("inf"), 0, time.perf_counter()
-    while count < 6 or time.perf_counter() - began < seconds:
+    while count < 6 or (best > 0 and time.perf_counter() - began < seconds):
         start = time.perf_counter()
         compute()
         best, count = min(best, time.perf_counter() - start), count + 1
     return best
 
 
-def read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device) -> float | None:
     """Bytes per second that device reads from its memory, measured here, in a moment: the best of a
-    sum and a matrix times a vector, of more numbers than its caches hold."""
+    sum and a matrix times a vector, of more numbers than its caches hold. None where the clock
+    stands still."""
     numbers = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     matrix, vector = numbers.view(-1, 1024), torch.ones(1, 1024, device=device)
     seconds = _best(lambda: numbers.sum().item())
     with torch.no_grad():
         multiplied = _best(lambda: kernels.linear(vector, matrix)[0, 0].item())
-    return numbers.nbytes / min(seconds, multiplied)
+    return bars.per_second(numbers.nbytes, min(seconds, multiplied))

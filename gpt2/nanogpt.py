@@ -133,7 +133,14 @@ def write(config: Config, state: State, path: Path) -> None:
         "best_val_loss": 1e9,
         "config": {},
     }
-    files.write_atomic(path, lambda temporary: torch.save(checkpoint, temporary))
+
+    def write_file(temporary: Path) -> None:
+        with temporary.open(
+            "wb"
+        ) as file:  # torch.save opens no file: its own errors have no number
+            torch.save(checkpoint, file)
+
+    files.write_atomic(path, write_file)
 
 
 def _sizes(checkpoint: Any) -> tuple[dict[Any, Any] | None, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from . import bars, files, shards, sources
 from . import tokenizer as tokenizers
 from .errors import InputError
+from .writing import writing
 
 
 def prepare(
@@ -63,7 +64,8 @@ def _tokenise(texts, tokenizer, path: Path, val_fraction: float) -> dict[str, np
         path.open("wb") as file,
     ):
         for ids in sources.encode(texts, tokenizer, bar.update):
-            ids.astype("<u2").tofile(file)
+            with writing(path):
+                ids.astype("<u2").tofile(file)
     tokens = np.memmap(path, dtype="<u2", mode="r")
     end = int(len(tokens) * (1 - val_fraction))
     if not 0 < end < len(tokens):

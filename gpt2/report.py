@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from . import bars, files
+from .errors import WriteError
+from .writing import writing
 
 
 class Progress:
@@ -26,14 +28,15 @@ class Progress:
         elapsed_s: float,  # spent before
         tokens_per_step: int,
         flops_per_token: int,
-        peak_flops: float,
+        peak_flops: float | None,  # None: not known, and mfu neither
     ):
         self.rows = [row for row in _read(path) if row["step"] <= step]
+        self._path = path
         files.write_atomic(path, "".join(map(_line, self.rows)))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
         self._began = time.perf_counter() - elapsed_s
         self._tokens_per_step = tokens_per_step
-        self._mfu_per_speed = flops_per_token / peak_flops
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._losses, self._seconds = [], 0.0  # of the steps since the last line
         self._bar = bars.bar(total=steps, initial=step, unit="step")
 
@@ -42,7 +45,12 @@ class Progress:
 
     def __exit__(self, *exception):
         self._bar.close()
-        self._file.close()
+        try:
+            with writing(self._path):
+                self._file.close()
+        except WriteError:
+            if exception[0] is None:
+                raise  # else the line that could not be written has been told
 
     @property
     def elapsed_s(self) -> float:
@@ -55,15 +63,18 @@ class Progress:
         self._bar.update()
 
     def line(self, step: int, lr: float, val_loss: float | None = None) -> None:
-        """Writes a line: the mean loss and the speed of training since the last one."""
-        speed = len(self._losses) * self._tokens_per_step / self._seconds
+        """Writes a line: the mean loss and the speed of training since the last one; tokens_per_s
+        and mfu are null where the clock did not advance."""
+        speed = bars.per_second(len(self._losses) * self._tokens_per_step, self._seconds)
+        known = speed is not None and self._peak_flops is not None
+        mfu = speed * self._flops_per_token / self._peak_flops if known else None
         row = {
             "step": step,
             "train_loss": sum(self._losses) / len(self._losses),
             "val_loss": val_loss,
             "lr": lr,
             "tokens_per_s": speed,
-            "mfu": speed * self._mfu_per_speed,
+            "mfu": mfu,
             "elapsed_s": self.elapsed_s,
         }
         if val_loss is None:
@@ -74,11 +85,12 @@ class Progress:
                 file=sys.stderr,
             )
         self.rows.append(row)
-        self._file.write(_line(row))
+        with writing(self._path):
+            self._file.write(_line(row))
         self._losses, self._seconds = [], 0.0
         self._bar.set_postfix_str(
-            f"loss {row['train_loss']:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, "
-            f"mfu {row['mfu']:.1%}",
+            f"loss {row['train_loss']:.3f}, lr {lr:.1e}, {bars.shown(speed)} tokens/s, "
+            f"mfu {bars.shown(mfu, '.1%')}",
             refresh=False,
         )
 

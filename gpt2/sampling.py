@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from . import files, generation, picking
+from . import bars, files, generation, picking
 from .errors import InputError, brief
 from .generation import Sampling
 from .model import Model
@@ -37,8 +37,9 @@ class Speed:
     bytes: int = 0  # that these steps must have read
 
     def __str__(self) -> str:
+        rate = bars.per_second(self.tokens, self.seconds)
         a_step = f"{1e3 * self.seconds / self.steps:.3g} ms a step"
-        return f"{self.tokens:,} tokens, {self.tokens / self.seconds:,.1f} tokens/s, {a_step}"
+        return f"{self.tokens:,} tokens, {bars.shown(rate, ',.1f')} tokens/s, {a_step}"
 
 
 def complete(

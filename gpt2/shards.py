@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .writing import writing
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 MAX_TOKENS = 2**31 - 1  # in one llm.c shard: its count is an int32
@@ -58,7 +59,7 @@ def write(path: Path, tokens: np.ndarray) -> None:
     """Writes ids below 65536 as an llm.c shard."""
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(header.tobytes())
         tokens.astype("<u2", copy=False).tofile(file)
 

@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from . import best, checkpoint, data, files, finetune, memory, optim, report, sampling
 from .config import Config
 from .digest import digest
-from .errors import InputError, NonFiniteError
+from .errors import InputError, NonFiniteError, brief
 from .machine import Peak, describe, peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
@@ -77,6 +78,7 @@ class Trainer:
         )
         self.step = 0  # optimizer steps done
         self.elapsed_s = 0.0  # by the processes before this one
+        self._plot_failed = False
         self.best = math.inf, 0  # the lowest validation loss, and its step: see _keep_if_best
 
     @functools.cached_property
@@ -275,7 +277,19 @@ class Trainer:
             data=self.digest,
         )
         if progress.rows:
-            report.plot(folder / PLOT, progress.rows, f"GPT-2, {folder.name}", self._unit)
+            self._plot(folder, progress.rows)
+
+    def _plot(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        """Draws the curves. Whatever that raises, training goes on: metrics.jsonl has them."""
+        path = folder / PLOT
+        try:
+            report.plot(path, rows, f"GPT-2, {folder.name}", self._unit)
+        except Exception as e:
+            if not self._plot_failed:
+                kind = type(e).__name__
+                told = f"{str(path)!r} cannot be drawn, training goes on ({kind}: {brief(e)})"
+                tqdm.write(told, file=sys.stderr)  # above the bar
+            self._plot_failed = True
 
     def _finish(self, folder: Path, val_loss: float) -> None:
         o = self.options

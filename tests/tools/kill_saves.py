@@ -1,5 +1,5 @@
-"""Kills a process in the midst of writing checkpoints, again and again: each kill must leave a whole
-checkpoint, no older than the last save that had returned.
+"""Kills a process in the midst of writing checkpoints, again and again: each kill must leave a
+whole checkpoint, no older than the last save that had returned.
 
     python tests/tools/kill_saves.py [KILLS]     # 2000: four minutes on two cores
 """
