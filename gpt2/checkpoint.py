@@ -23,6 +23,7 @@ from torch import nn
 from . import files, weights
 from .config import Config
 from .errors import InputError, brief
+from .train_config import check
 from .weights import HEAD, WTE, plain
 
 FILE = "checkpoint.safetensors"  # in the folder of a run
@@ -62,8 +63,7 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
         try:
             progress = files.parse_json((file.metadata() or {})["gpt2"])
             config = Config(**progress.pop("config"))
-            if not isinstance(progress["step"], int) or progress["step"] < 0:
-                raise ValueError(f"step must be a number of steps, got {progress['step']!r}")
+            check("step", progress["step"], (int,), {"at_least": 0})
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(
                 f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {brief(e)})"
@@ -149,9 +149,17 @@ def _optimizer_state(
                 raise InputError(f"checkpoint {str(path)!r} must hold {part} of {name}, got none")
             _check_tensor(path, file, key, shape)
             state[i][part] = file.get_tensor(key)
+        _check_range(path, name, state[i]["step"], state[i]["exp_avg_sq"])
     if keys:
         raise InputError(f"checkpoint {str(path)!r} holds unknown {weights.some(list(keys))}")
     return state
+
+
+def _check_range(path: str | Path, name: str, step: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+    """Raises InputError for state that AdamW cannot have: it would take the root of exp_avg_sq."""
+    for part, holds in (("step", step >= 0), ("exp_avg_sq", exp_avg_sq >= 0)):  # NaN is neither
+        if not holds.all():
+            raise InputError(f"checkpoint {str(path)!r} must hold {part} of {name} as at least 0")
 
 
 def _check_tensor(path: str | Path, file: safe_open, key: str, shape: Sequence[int]) -> None:

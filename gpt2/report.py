@@ -1,16 +1,30 @@
 """What there is to see of a run: the bar, metrics.jsonl, and loss.png, which is drawn from it."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tqdm import tqdm
 
 from . import bars, files
-from .errors import WriteError
+from .errors import InputError, WriteError, brief
+from .train_config import check
 from .writing import writing
+
+_LINE_BYTES = 2**16  # of a line of metrics.jsonl, which has 200
+_FIELDS = {  # of a line: types and range
+    "step": ((int,), {"at_least": 1}),
+    "train_loss": ((float,), {}),
+    "val_loss": ((float,), {}),
+    "lr": ((float,), {"at_least": 0}),
+    "tokens_per_s": ((float, NoneType), {"at_least": 0}),
+    "mfu": ((float, NoneType), {"at_least": 0}),
+    "elapsed_s": ((float,), {"at_least": 0}),
+}
 
 
 class Progress:
@@ -30,7 +44,7 @@ class Progress:
         flops_per_token: int,
         peak_flops: float | None,  # None: not known, and mfu neither
     ):
-        self.rows = [row for row in _read(path) if row["step"] <= step]
+        self.rows = [row for row in read(path) if row["step"] <= step]
         self._path = path
         files.write_atomic(path, "".join(map(_line, self.rows)))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
@@ -122,7 +136,7 @@ def plot(path: Path, rows: list[dict[str, Any]], title: str, unit: str) -> None:
 
 def last_step(path: Path) -> int:
     """The step of the last line of metrics.jsonl; 0 without one."""
-    rows = _read(path)
+    rows = read(path)
     return rows[-1]["step"] if rows else 0
 
 
@@ -139,13 +153,38 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of path, up to one that a kill cut short."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            break
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl at path; none where there is no file. A last line that a kill cut
+    short is left out. Raises InputError, naming the line, for one that training did not write."""
+    if not os.path.lexists(path):
+        return []
+    if not path.is_file():
+        raise InputError(f"{str(path)!r} must be a regular file")
+    rows, number = [], 0
+    with path.open("rb") as file:
+        while line := file.readline(_LINE_BYTES + 1):
+            number += 1
+            try:
+                rows.append(_row(line, rows[-1]["step"] if rows else 0))
+            except ValueError as e:  # InputError is one
+                if len(line) <= _LINE_BYTES and not line.endswith(b"\n"):
+                    break
+                raise InputError(f"{str(path)!r}, line {number}: {brief(e)}") from e
     return rows
+
+
+def _row(line: bytes, before: int) -> dict[str, Any]:
+    if len(line) > _LINE_BYTES:
+        raise InputError(f"at most {_LINE_BYTES} bytes are read, got more")
+    row = files.parse_json(line.decode())
+    if not isinstance(row, dict):
+        raise InputError(f"an object is expected, got {brief(row)}")
+    if unknown := row.keys() - _FIELDS.keys():
+        raise InputError(f"unknown field {brief(min(unknown))!r}")
+    if missing := {"step", "train_loss"} - row.keys():
+        raise InputError(f"{min(missing)} is missing")
+    for name, value in row.items():
+        check(name, value, *_FIELDS[name])
+    if row["step"] <= before:
+        raise InputError(f"step must be above {before}, that of the line before, got {row['step']}")
+    return row

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import best, checkpoint, files, finetune, lock, report
+from . import checkpoint, files, finetune, lock, report, run_folder
 from . import tokenizer as tokenizers
-from .errors import InputError, brief
+from .errors import InputError
 from .train_config import FIXED, TrainConfig
 from .trainer import CONFIG, METRICS, Trainer, say
 
@@ -38,19 +38,32 @@ def resume(folder: str | Path, **changes: Any) -> int:
 
     Raises InputError, with nothing written, where folder does not hold a run, where its data are
     no longer the same, for a change that would make it another run, and where another process
-    trains in the folder. A run that died before its first checkpoint begins again at step 0.
+    trains in the folder. All that the folder says is validated before work starts. A run that died
+    before its first checkpoint begins again at step 0.
     """
     _check_alone()
     folder = Path(folder)
     for name in FIXED & set(changes):
         raise InputError(f"{name} cannot change where a run goes on, got {changes[name]!r}")
-    options = _read_options(folder / CONFIG)
+    settings = run_folder.settings(folder / CONFIG)
+    options = settings.options
     lock.check_free("resume", folder)
     before = _state_of(folder)
     at_start = before is None and _died_early(folder, options)
-    progress = None if at_start else checkpoint.read(folder / checkpoint.FILE)[1]
+    progress = None if at_start else _progress(folder, settings)
+    report.read(folder / METRICS)
     options = replace(options, **changes)
     tokenizer = tokenizers.load(folder / tokenizers.FILE, options.tokenizer_dir)
+    if tokenizer.vocab_size != settings.model.vocab_size:
+        raise InputError(
+            f"tokenizer {str(folder / tokenizers.FILE)!r} must have the model's "
+            f"{settings.model.vocab_size} ids, got {tokenizer.vocab_size}"
+        )
+    if options.compile and "compile" not in changes:
+        say(
+            f"{str(folder / CONFIG)!r} asks for torch.compile, which starts a compiler; "
+            f"--no-compile trains without"
+        )
     start = _start_again(options) if at_start and options.init is not None else None
     trainer = Trainer(options, tokenizer)
     if progress is not None:
@@ -67,6 +80,13 @@ def resume(folder: str | Path, **changes: Any) -> int:
         if at_start:
             say(f"{str(folder)!r} has no checkpoint yet: the run begins again at step 0")
         return trainer.run(folder)
+
+
+def _progress(folder: Path, settings: run_folder.Settings) -> dict[str, Any]:
+    path = folder / checkpoint.FILE
+    config, progress = checkpoint.read(path)
+    run_folder.check_progress(path, progress, config, settings.model)
+    return progress
 
 
 def _died_early(folder: Path, options: TrainConfig) -> bool:
@@ -101,17 +121,3 @@ def _state_of(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def _read_options(path: Path) -> TrainConfig:
-    try:
-        settings = files.parse_json(path.read_text(encoding="utf-8"))
-        if settings.keys() == {"model"}:
-            raise InputError("got converted weights, which --init trains")
-        if best.MARK in settings:
-            raise InputError("got the best weights of a run: resume the run itself, or --init them")
-        return TrainConfig.from_dict(settings["train"])
-    except OSError as e:
-        raise InputError(f"resume must be the folder of a run, got {str(path.parent)!r}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:  # InputError is a ValueError
-        raise InputError(f"{str(path)!r} must hold a run's options: {brief(e)}") from e

@@ -8,7 +8,7 @@ from operator import ge, gt, lt
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from .errors import InputError
+from .errors import InputError, brief
 
 # What a run keeps to its end; the rest may change where it goes on from a checkpoint.
 FIXED = {
@@ -110,7 +110,7 @@ class TrainConfig:
         hints = get_type_hints(type(self))
         for f in fields(self):
             types = get_args(hints[f.name]) or (hints[f.name],)
-            _check(f.name, getattr(self, f.name), types, f.metadata)
+            check(f.name, getattr(self, f.name), types, f.metadata)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"n_embd must be divisible by n_head, "
@@ -135,13 +135,17 @@ class TrainConfig:
         return cls(**values)
 
 
-def _check(name: str, value: Any, types: tuple[type, ...], metadata: Mapping[str, Any]) -> None:
+def check(name: str, value: Any, types: tuple[type, ...], metadata: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the value, unless it has one of the types, is finite, and is in the
+    range of metadata: choices, at_least, above, below. An int must fit 64 bits."""
     allowed = (*types, int) if float in types else types
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in types):
         expected = " or ".join("absent" if t is NoneType else t.__name__ for t in types)
-        raise InputError(f"{name} must be {expected}, got {value!r}")
+        raise InputError(f"{name} must be {expected}, got {brief(repr(value))}")
     if "choices" in metadata and value not in metadata["choices"]:
-        raise InputError(f"{name} must be {' or '.join(metadata['choices'])}, got {value!r}")
+        raise InputError(f"{name} must be {' or '.join(metadata['choices'])}, got {brief(value)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{name} must be below 2**63, got {brief(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name} must be finite, got {value}")
     for words, holds in (("at_least", ge), ("above", gt), ("below", lt)):

@@ -25,7 +25,7 @@ def text(tmp_path):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def in_step(monkeypatch, step, act):
@@ -65,6 +65,27 @@ def test_a_second_resume_is_refused(text, tmp_path, monkeypatch, capsys):
     assert resume(folder, steps=14) == 0 and done
     assert not (folder / lock.FILE).exists()
     assert resume(folder, steps=15) == 0
+
+
+def test_a_second_resume_sweeps_nothing(text, tmp_path, monkeypatch, capsys):
+    """What looks like a dead writer's may be what the first is about to rename into place."""
+    folder = tmp_path / "run"
+    train(options(text, out=str(folder), sample_tokens=0, keep_best=True))
+    (folder / f".{checkpoint.FILE}.tmp-dead").mkdir()
+    places = [folder / checkpoint.FILE, folder / "best" / checkpoint.FILE]
+    kept = []
+
+    def second():
+        assert not list(folder.glob(".*dead")), "the first has swept, under its lock"
+        with files.work_folder(places[0]) as work, files.work_folder(places[1]) as of_best:
+            (work / "half").write_text("written")
+            before = contents(folder)
+            assert main(["train", "--resume", str(folder), "--steps", "30"]) == 2
+            assert contents(folder) == before and of_best.is_dir()
+            kept.append((work / "half").read_text())
+
+    done = in_step(monkeypatch, 13, second)
+    assert resume(folder, steps=14) == 0 and done and kept == ["written"]
 
 
 def test_a_resume_that_comes_while_the_first_loads_is_refused(text, tmp_path, monkeypatch):
