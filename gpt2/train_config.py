@@ -143,7 +143,9 @@ def check(name: str, value: Any, types: tuple[type, ...], metadata: Mapping[str,
         expected = " or ".join("absent" if t is NoneType else t.__name__ for t in types)
         raise InputError(f"{name} must be {expected}, got {brief(repr(value))}")
     if "choices" in metadata and value not in metadata["choices"]:
-        raise InputError(f"{name} must be {' or '.join(metadata['choices'])}, got {brief(value)}")
+        raise InputError(
+            f"{name} must be {' or '.join(metadata['choices'])}, got {brief(repr(value))}"
+        )
     if isinstance(value, int) and abs(value) >= 2**63:
         raise InputError(f"{name} must be below 2**63, got {brief(value)}")
     if isinstance(value, float) and not math.isfinite(value):

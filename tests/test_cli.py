@@ -119,7 +119,7 @@ WRONG = {
     "train --resume run --n-head 4": "n_head cannot change where a run goes on, got 4",
     "train --resume run --steps 9 --data x": "data must be a file, .* got 'x'",
     "train --resume broken --steps 9": "checkpoint 'broken/checkpoint.safetensors' cannot be read",
-    "train --resume renamed --steps 9": "character 't' .* not among the 3 characters",
+    "train --resume renamed --steps 9": "tokenizer .* must have the model's 14 ids, got 3",
     "train --init none": "model must be gpt2, .* got 'none'",
     "train --init broken": "checkpoint 'broken/checkpoint.safetensors' cannot be read",
     "train --init run --n-layer 3": "n_layer must be that of init 'run', 1, got 3",

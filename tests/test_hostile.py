@@ -30,8 +30,8 @@ from gpt2 import (
     llmc,
     nanogpt,
     optim,
+    run_folder,
     tiktoken_file,
-    train,
     weights,
 )
 from gpt2 import tokenizer as tokenizers
@@ -84,7 +84,7 @@ TARGETS = {
     "nanogpt": Target("ckpt.pt", mutations.of_bytes, read_source("ckpt.pt"), 10_000),
     "checkpoint": Target(checkpoint.FILE, mutations.of_safetensors, read_run, 5_000),
     "options": Target(
-        "config.json", mutations.of_json, lambda f: train._read_options(f / "config.json"), 5_000
+        "config.json", mutations.of_json, lambda f: run_folder.settings(f / "config.json"), 5_000
     ),
     "char": Target("char.json", mutations.of_json, read_tokenizer("char.json"), 5_000),
     "bpe": Target("bpe.json", mutations.of_json, read_tokenizer("bpe.json"), 3_000),
@@ -110,7 +110,8 @@ def good(tmp_path_factory):
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     adamw.step()
     checkpoint.save(folder / checkpoint.FILE, model, adamw, step=1, train_tokens=9)
-    options = {"model": {}, "train": vars(TrainConfig())}
+    of_model = Config(64, 99, 3, 4, 128)  # as the default options have it
+    options = {"model": vars(of_model), "train": vars(TrainConfig())}
     (folder / "config.json").write_text(json.dumps(options))
     (folder / "char.json").write_text(tokenizers.char("abcé\n").to_json())
     bpe = tokenizers.bpe([*(bytes([b]) for b in range(256)), b"ab", b"abc"])

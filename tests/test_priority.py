@@ -179,7 +179,7 @@ class TestUnbuilt:
 
     def test_a_failed_build_is_not_asked_for_again(self, toy):
         """load() gives the compiler's error: advice to build would send the user in a circle."""
-        toy.fail.touch()
+        toy.source.write_text("int x = nonsense;\n")
         assert native.load("cpu") is not None
         native._reasons.clear()
         assert native.unbuilt("cpu") is None
