@@ -5,7 +5,8 @@ descriptor and without following links, and is checked while it is open:
 
   - it belongs to this user or to root;
   - nobody else can write to it; above the root of the cache a sticky folder such as /tmp may be
-    written by all, because only its owner can rename what lies in it.
+    written by all, because only its owner can rename what lies in it. A group of this user alone,
+    whose umask is 002 on many systems, is nobody else.
 
 A file is checked, read and loaded through one descriptor, so what runs is what was checked.
 """
@@ -147,12 +148,32 @@ def open_file(path: Path, folder: int | None = None) -> File:
         if folder is not None:
             if status.st_uid not in (0, os.geteuid()):
                 raise BuildError(f"{path} belongs to user {status.st_uid}")
-            if status.st_mode & 0o022:
+            if others_can_write(status):
                 raise BuildError(f"others can write to {path}")
     except BaseException:
         os.close(handle)
         raise
     return File(path, handle)
+
+
+def others_can_write(status: os.stat_result) -> bool:
+    if status.st_mode & stat.S_IWOTH:
+        return True
+    return bool(status.st_mode & stat.S_IWGRP) and not _is_own_group(status.st_gid)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether the group has this user's name and no other member, as useradd makes one."""
+    try:
+        import grp
+        import pwd
+
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except (ImportError, KeyError):
+        return False
+    return (
+        user.pw_gid == gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
+    )
 
 
 def _open_below(folder: int, name: str, level: Path, root: Path, *, create: bool) -> int | None:
@@ -188,7 +209,7 @@ def _check_folder(handle: int, level: Path, root: Path) -> None:
             f"not to {os.geteuid()} who runs this; {_HINT}"
         )
     sticky = above and status.st_mode & stat.S_ISVTX
-    if status.st_mode & 0o022 and not sticky:
+    if others_can_write(status) and not sticky:
         raise BuildError(f"others can write to {which}; chmod go-w {level}")
 
 

@@ -1,13 +1,16 @@
 """No code of another user runs: what the cache of native libraries trusts, and what it refuses."""
 
 import ctypes
+import grp
 import json
 import os
+import pwd
 import shutil
 import stat
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy import COMPILER, lines, needs_compiler
@@ -190,7 +193,7 @@ def test_a_link_above_the_root_is_resolved_once(toy, tmp_path, monkeypatch):
 def test_what_others_can_write_is_not_trusted(level, toy, capfd):
     ours = native.build()
     path, mode = {
-        "cpu": (toy.cache / "cpu", 0o720),
+        "cpu": (toy.cache / "cpu", 0o702),
         "entry": (ours.parent, 0o702),
         "file": (ours, 0o722),
         "record": (ours.with_suffix(".json"), 0o602),
@@ -204,6 +207,21 @@ def test_what_others_can_write_is_not_trusted(level, toy, capfd):
         assert reason is None and toy.compiled() == 2, "built anew"
         assert "others can write to " in lines(capfd)[0]
         assert toy.start_again() is None and toy.compiled() == 2
+
+
+@pytest.mark.parametrize(
+    "group, members, trusted",
+    [("ann", [], True), ("ann", ["ann"], True), ("ann", ["bob"], False), ("staff", [], False)],
+)
+def test_a_group_of_this_user_alone_is_nobody_else(group, members, trusted, toy, monkeypatch):
+    """Many systems have a group for each user and a umask of 002: ~/.cache is writable by it."""
+    native.build()
+    gid = toy.cache.stat().st_gid
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=gid, pw_name="ann"))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=group, gr_mem=members))
+    toy.cache.chmod(0o770)
+    reason = toy.start_again()
+    assert reason is None if trusted else reason.startswith("others can write to the cache")
 
 
 def owned_by(monkeypatch, path: Path, user: int) -> None:
