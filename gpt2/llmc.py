@@ -93,6 +93,7 @@ def _read_header(path: Path) -> tuple[Config, int, torch.dtype]:
     size, expected = path.stat().st_size, HEADER_BYTES + count * VERSIONS[version].itemsize
     if size != expected:
         raise InputError(f"{what} must have {expected} bytes, as its header says, got {size}")
+    weights.check_depth(what, L, size)
     return config, rows, VERSIONS[version]
 
 
