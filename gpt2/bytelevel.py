@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from . import files
-from .errors import InputError
+from .errors import InputError, quoted
 
 EOT = "<|endoftext|>"
 GPT2_SIZE = 50257
@@ -63,20 +63,22 @@ def merges_of(ranks: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:
 def published_ranks(folder: Path) -> list[bytes]:
     """GPT-2's 50,256 tokens in the order of their ids, checked against its list of merges."""
     try:
-        ids = files.parse_json((folder / "encoder.json").read_text(encoding="utf-8"))
-        merges = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+        ids = files.parse_json(files.read_text(folder / "encoder.json"))
+        merges = files.read_text(folder / "vocab.bpe").splitlines()[1:]
         ids.pop(EOT)
         ranks = [to_bytes(token) for token in sorted(ids, key=ids.get)]
         consistent = ranks == [bytes([b]) for b in BYTE_OF_CHAR.values()] + [
             to_bytes(merge.replace(" ", "")) for merge in merges
         ]
     except OSError as e:
-        raise InputError(f"tokenizer-dir {str(folder)!r}: {e.filename}: {e.strerror}") from e
+        raise InputError(
+            f"tokenizer-dir {quoted(folder)}: {quoted(e.filename)}: {e.strerror}"
+        ) from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"tokenizer-dir {str(folder)!r}: broken encoder.json or vocab.bpe") from e
+        raise InputError(f"tokenizer-dir {quoted(folder)}: broken encoder.json or vocab.bpe") from e
     if not consistent or len(ranks) != GPT2_SIZE - 1:
         raise InputError(
-            f"tokenizer-dir {str(folder)!r}: encoder.json and vocab.bpe must be GPT-2's, "
+            f"tokenizer-dir {quoted(folder)}: encoder.json and vocab.bpe must be GPT-2's, "
             f"50,257 ids in the order of the merges, got {len(ids) + 1} ids"
         )
     return ranks

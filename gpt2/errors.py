@@ -17,6 +17,13 @@ class NonFiniteError(ArithmeticError):
 
 
 def brief(thing: object) -> str:
-    """What a message says of something that came from outside: one line, no longer than that."""
+    """External text, shortened to one line of at most 200 characters."""
     text = " ".join(str(thing).split())
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def quoted(name: object) -> str:
+    """A path or another name from outside, in quotes: one line of at most 200 characters, of a
+    longer name both ends."""
+    text = repr(str(name))
+    return text if len(text) <= 200 else f"{text[:60]}…{text[-139:]}"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import files, pickles, weights
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .weights import DTYPES, HEAD, WTE, State
 
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -36,7 +36,7 @@ _MAX_PICKLE_BYTES = 2**22  # that of gpt2-xl with its optimizer has about 300,00
 
 def is_one(path: Path) -> bool:
     """Whether a file is an archive, as torch.save writes it."""
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return file.read(4) == b"PK\3\4"
 
 
@@ -47,8 +47,8 @@ class _GPTConfig:
 def say(model) -> None:
     """A warning, once per process, where a model (convert.Source) was trained with GELU by erf."""
     if model.gelu == "erf":
-        _say(f"{model.name!r} was trained with GELU by erf, as nanoGPT computes it; here it is "
-             f"tanh, as in GPT-2: logits differ a little")  # fmt: skip
+        _say(f"{quoted(model.name)} was trained with GELU by erf, as nanoGPT computes it; here it "
+             f"is tanh, as in GPT-2: logits differ a little")  # fmt: skip
 
 
 def say_written() -> None:
@@ -72,7 +72,7 @@ def read(path: Path) -> tuple[Config, State, str]:
     Raises InputError, naming the file, where it is broken, asks for more than tensors, or does not
     hold exactly the weights of its configuration.
     """
-    what = f"nanoGPT's {str(path)!r}"
+    what = f"nanoGPT's {quoted(path)}"
     checkpoint = _load(what, path)
     args, gelu = _sizes(checkpoint)
     if args is None or not isinstance(checkpoint.get("model"), dict):
@@ -90,7 +90,8 @@ def read(path: Path) -> tuple[Config, State, str]:
         if name in found:
             raise InputError(f"{what} must hold {brief(name)} once, got it with and without prefix")
         found[name] = tensor
-    expected = weights.check_names(what, config, found.keys() - {HEAD}, biases)
+    size = path.stat().st_size
+    expected = weights.check_names(what, config, found.keys() - {HEAD}, size, biases)
     for name, tensor in found.items():
         shape = expected[WTE if name == HEAD else name]
         dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
@@ -191,11 +192,11 @@ def _check_archive(path: Path) -> set[str]:
     Raises ValueError for an archive that is larger than its file, or a pickle that names anything
     else that tensors are not made of.
     """
-    with zipfile.ZipFile(path) as archive:
+    with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("an archive of torch.save is expected, got a compressed one")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if sum(entry.file_size for entry in entries) > files.size_of(file):
             raise ValueError("its parts are larger than the file")
         found = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(found) != 1:  # PyTorch ignores case

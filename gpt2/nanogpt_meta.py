@@ -11,8 +11,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from . import pickles
-from .errors import InputError, brief
+from . import files, pickles
+from .errors import InputError, brief, quoted
 from .tokenizer import Tokenizer, characters
 
 FILE = "meta.pkl"
@@ -23,7 +23,7 @@ def is_one(path: Path) -> bool:
     """Whether a file is called so, or begins as a pickle does."""
     if path.suffix == ".pkl":
         return True
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return file.read(1) == b"\x80"
 
 
@@ -33,12 +33,9 @@ def load(path: Path) -> Tokenizer:
     Raises InputError, naming the file, where it is no such pickle, where its tables disagree, and
     where a token is not a single character.
     """
-    what = f"tokenizer {str(path)!r}"
+    what = f"tokenizer {quoted(path)}"
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
+        data = files.read_bytes(path, _MAX_BYTES)
         pickles.check(data)
         return characters(_alphabet(_Plain(io.BytesIO(data)).load()))
     except OSError as e:

@@ -32,7 +32,7 @@ _FILLS_MARKED = {"APPENDS", "SETITEMS"}
 _PUTS = {"MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"}
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 _SILENT = {"PROTO", "FRAME"}
-_OBJECTS = {"GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"}  # in torch.save's pickles alone
+_OBJECTS = {"GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"}  # in those of PyTorch alone
 
 
 class _Value:

@@ -12,6 +12,7 @@ ordinary characters, unless encode is asked to see it as the token.
 import base64
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from . import bytelevel, files
 from .bytelevel import EOT, GPT2_SIZE
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 
 FILE = "tokenizer.json"  # in the folder of a run, of shards, or of a Hugging Face model
 
@@ -301,9 +302,11 @@ def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
         return byte()
     if spec == "gpt2":
         return gpt2(folder)
-    if spec != "char" and Path(spec).exists():
+    if spec != "char" and os.path.exists(spec):
         return load(spec, folder)
-    raise InputError(f"tokenizer must be byte, gpt2, a file, or (for text) char, got {spec!r}")
+    raise InputError(
+        f"tokenizer must be byte, gpt2, a file, or (for text) char, got {quoted(spec)}"
+    )
 
 
 def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
@@ -316,21 +319,21 @@ def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
 
     path = Path(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return _of_folder(path, folder)
         if nanogpt_meta.is_one(path):
             return nanogpt_meta.load(path)
-        text = path.read_text(encoding="utf-8")
+        text = files.read_text(path)
         if not text.startswith("{"):
             return tiktoken_file.from_text(text)
         if hf_tokenizer.is_one(path, files.parse_json(text)):
             return hf_tokenizer.load(path)
         return from_json(text, folder)
     except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+        raise InputError(f"tokenizer {quoted(path)} cannot be read: {e.strerror}") from e
     except ValueError as e:  # InputError and UnicodeDecodeError are ValueErrors
         message = str(e)
-        prefix = "" if message.startswith("tokenizer ") else f"tokenizer {str(path)!r}: "
+        prefix = "" if message.startswith("tokenizer ") else f"tokenizer {quoted(path)}: "
         raise InputError(prefix + message) from e
 
 
@@ -338,7 +341,7 @@ def _of_folder(path: Path, folder: str | Path | None) -> Tokenizer:
     from . import hf_tokenizer, nanogpt_meta
 
     names = (FILE, hf_tokenizer.VOCAB, nanogpt_meta.FILE)
-    found = [name for name in names if (path / name).is_file()]
+    found = [name for name in names if os.path.isfile(path / name)]
     if not found:
         raise InputError(f"a folder must hold {', '.join(names[:-1])} or {names[-1]}, got none")
     return load(path / found[0], folder)

@@ -66,14 +66,15 @@ def shapes(config: Config) -> Shapes:
     return {**found, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
 
-def check_layers(what: str, n_layer: int, *, tensors: int) -> None:
-    """Raises InputError where a file of so many tensors cannot hold n_layer layers.
+def check_layers(what: str, n_layer: int, *, tensors: int, size: int) -> None:
+    """Raises InputError where a file of so many tensors and of `size` bytes cannot hold n_layer
+    layers. Called before anything is made for each layer.
 
-    A few layers too many pass: the list of what is missing tells more. Called before anything is
-    made for each layer.
+    A few layers too many pass: the list of what is missing tells more.
     """
     if n_layer > max(tensors // _LEAST_PER_LAYER, _FEW_LAYERS):
         raise InputError(f"{what} must hold the weights of {n_layer} layers, got {tensors} tensors")
+    check_depth(what, n_layer, size)
 
 
 def check_depth(what: str, n_layer: int, size: int) -> None:
@@ -84,11 +85,14 @@ def check_depth(what: str, n_layer: int, size: int) -> None:
         raise InputError(f"{what} must have at most {most} layers in {size} bytes, got {n_layer}")
 
 
-def check_names(what: str, config: Config, names: Iterable[str], biases: bool = True) -> Shapes:
-    """The shapes of the weights that a file must hold. Raises InputError, beginning with `what`,
-    unless names are exactly theirs (without biases: those that do not end in `.bias`)."""
+def check_names(
+    what: str, config: Config, names: Iterable[str], size: int, biases: bool = True
+) -> Shapes:
+    """The shapes of the weights that a file of `size` bytes must hold. Raises InputError, beginning
+    with `what`, unless names are exactly theirs (without biases: those that do not end in
+    `.bias`)."""
     found = set(names)
-    check_layers(what, config.n_layer, tensors=len(found))
+    check_layers(what, config.n_layer, tensors=len(found), size=size)
     expected = shapes(config)
     if not biases:
         expected = {name: s for name, s in expected.items() if not name.endswith(".bias")}
