@@ -257,7 +257,7 @@ def _add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         required=True,
         metavar="N",
-        help="ids: 256 bytes, the merges, and <|endoftext|>; at least 257",
+        help="ids: 256 bytes, the merges, and <|endoftext|>; 257 to 1048576",
     )
     add(
         "--out",

@@ -32,6 +32,9 @@ GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 
+MAX_VOCAB_SIZE = 2**20  # of a BPE to learn; the largest in use have 2^18
+_LONGEST_PIECE = 256  # bytes of a piece that is learned from as a whole
+
 # No piece of GPT2_PATTERN goes on from a non-space into a space: a text may be cut there.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
@@ -215,14 +218,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Hugging Face's tokenizers picks the merges. A merge is learned after the merges that made its
     two halves, so its rank alone tells when it applies, and tiktoken encodes as the trainer does.
+    The trainer's time is quadratic in the length of a piece, so it learns from parts of at most
+    256 bytes. Raises InputError for a vocab_size outside 257 to 2^20.
     """
-    if vocab_size < 257:
-        raise InputError(f"vocab_size must be at least 257 (256 bytes and {EOT}), got {vocab_size}")
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size must be 257 (256 bytes and {EOT}) to {MAX_VOCAB_SIZE}, got {vocab_size}"
+        )
+    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainee
-    from tokenizers import models, pre_tokenizers, trainers
 
     trainee = Trainee(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_PIECE}}}"), "isolated")
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([pieces, parts])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
