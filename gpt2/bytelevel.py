@@ -8,7 +8,7 @@ whole piece of text alone, which tiktoken looks up first (`ignore_merges`).
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from heapq import heappop, heappush
 from pathlib import Path
 
 from . import files
@@ -42,22 +42,44 @@ def to_chars(token: bytes) -> str:
 def merges_of(ranks: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]], bool]:
     """The merges that make tiktoken's tokens, in order; and whether they make all of them."""
     table = {token: rank for rank, token in enumerate(ranks)}
-    never = len(ranks)
     merges, whole = [], True
     for rank, token in enumerate(ranks):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 1:
-            pairs = [table.get(a + b, never) for a, b in pairwise(parts)]
-            best = min(pairs)
-            if best >= rank:
-                break
-            at = pairs.index(best)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        parts = _parts(token, rank, table)
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
         elif len(parts) > 2:
             whole = False
     return merges, whole
+
+
+def _parts(token: bytes, rank: int, table: dict[bytes, int]) -> list[bytes]:
+    """What the merges before rank leave of a token: always the pair of the lowest rank is joined,
+    of equal ones the first. A heap of pairs: n bytes take n log n steps."""
+    ends = list(range(1, len(token) + 1))  # of the part that starts at each byte
+    before = list(range(-1, len(token) - 1))  # the start of the part before it; -1: none
+    heap: list[tuple[int, int, int]] = []
+
+    def offer(start: int) -> None:
+        if start >= 0 and ends[start] < len(token):
+            end = ends[ends[start]]
+            found = table.get(token[start:end], rank)
+            if found < rank:
+                heappush(heap, (found, start, end))
+
+    for start in range(len(token)):
+        offer(start)
+    while heap:
+        _, start, end = heappop(heap)
+        middle = ends[start]
+        if middle < 0 or middle >= end or ends[middle] != end:
+            continue  # one of its parts has become another
+        ends[start], ends[middle] = end, -1
+        if end < len(token):
+            before[end] = start
+        offer(before[start])
+        offer(start)
+    starts = [start for start, end in enumerate(ends) if end > 0]
+    return [token[start : ends[start]] for start in starts]
 
 
 def published_ranks(folder: Path) -> list[bytes]:
