@@ -150,6 +150,8 @@ def _checked(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     if not isinstance(merges, list):
         raise InputError("model: merges must be a list")
     added = state.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise InputError(f"added_tokens must be a list, got {brief(repr(added))}")
     return model, {token["content"]: token for token in map(_token, added)}
 
 
