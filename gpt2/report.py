@@ -130,9 +130,9 @@ def _line(row: dict[str, Any]) -> str:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The rows of path, up to one that a kill cut short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = files.parse_json(line.decode())
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, TypeError, KeyError):
             break
