@@ -30,6 +30,8 @@ _MARK = ".tmp-"
 MAX_TEXT_BYTES = 2**26  # of a text that describes something: GPT-2's tokenizer.json has 3.6 MB
 MAX_LINES_BYTES = 2**28  # of a file of prompts or questions: HellaSwag's largest has 47 MB
 _MAX_STREAM_BYTES = 2**32  # of standard input, where memory has room for it twice
+_MAX_VALUES = 2**22  # of JSON: a tokenizer.json of 128,000 tokens has a million
+_MAX_LINES = 2**20  # of a file of prompts or questions
 _MAX_DEPTH = 100  # of what JSON nests: tokenizer.json and config.json stay below 10
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -153,6 +155,8 @@ def lines_of(name: str, path: str | Path) -> list[bytes]:
         raise InputError(f"{name} {quoted(path)} cannot be read: {e.strerror}{hint(e)}") from e
     except ValueError as e:  # InputError is one
         raise InputError(f"{name} {quoted(path)}: {e}") from e
+    if (count := text.count(b"\n")) > _MAX_LINES:
+        raise InputError(f"{name} {quoted(path)}: at most {_MAX_LINES} lines are read, got {count}")
     lines = text.removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [line.removesuffix(b"\r") for line in (lines if lines[-1] else lines[:-1])]
 
@@ -253,12 +257,15 @@ def hint(error: OSError) -> str:
 
 def parse_json(text: str) -> Any:
     """What text says in JSON. Raises ValueError for anything else: NaN, a key twice in an object,
-    and what nests deeper than 100, too."""
+    and what nests deeper than 100, too; and for more than 2^22 values, which take 60 bytes each."""
+    opened = text.count("[") + text.count("{")
+    if opened + text.count(",") > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES} values")
     try:
         found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if text.count("[") + text.count("{") > _MAX_DEPTH and _depth(text) > _MAX_DEPTH:
+    if opened > _MAX_DEPTH and not _is_flat(text):
         raise ValueError("nested too deeply")
     return found
 
@@ -277,19 +284,18 @@ def read_object(what: str, path: Path, most: int) -> dict[str, Any]:
         raise InputError(f"{what} must be JSON: {brief(e)}") from e
 
 
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|([\[{])|[\]}]')
+_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+')  # texts, and what is between them
 
 
-def _depth(text: str) -> int:
-    """How deep a text nests that was read as JSON."""
-    depth = most = 0
-    for match in _BRACKET.finditer(text):
-        if match[1]:
-            depth += 1
-            most = max(most, depth)
-        elif match[0][0] != '"':
-            depth -= 1
-    return most
+def _is_flat(text: str) -> bool:
+    """Whether a text that was read as JSON nests at most 100 deep: each round takes off the
+    innermost brackets."""
+    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    for _ in range(_MAX_DEPTH):
+        if not brackets:
+            return True
+        brackets = brackets.replace("[]", "")
+    return not brackets
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -53,8 +53,9 @@ def is_in(folder: Path) -> bool:
     return any(os.path.isfile(folder / name) for name in (FILE, VOCAB))
 
 
-def load(path: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json or vocab.json, with what its folder says of it.
+def load(path: Path, found: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in tokenizer.json or vocab.json, whose content is found, with what its folder
+    says of it.
 
     Raises InputError, naming file and key, for what would encode a text differently here.
     """
@@ -66,7 +67,7 @@ def load(path: Path) -> Tokenizer:
                 f"got {brief(repr(config[key]))}"
             )
     try:
-        return _make(_read(path) if path.name != VOCAB else _of_vocab(path), config)
+        return _make(found if path.name != VOCAB else _of_vocab(path, found), config)
     except InputError as e:
         raise InputError(f"tokenizer {quoted(path)}: {e}") from e
 
@@ -183,7 +184,7 @@ def _object(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _of_vocab(path: Path) -> dict[str, Any]:
+def _of_vocab(path: Path, vocab: dict[str, Any]) -> dict[str, Any]:
     """vocab.json, merges.txt and added_tokens.json as one tokenizer.json."""
     merges = path.with_name(MERGES)
     try:
@@ -192,7 +193,7 @@ def _of_vocab(path: Path) -> dict[str, Any]:
         raise InputError(f"{MERGES} must be beside it: {e.strerror}") from e
     except ValueError as e:
         raise InputError(f"{MERGES} must be a text in UTF-8: {brief(e)}") from e
-    vocab, added = _read(path), path.with_name(ADDED)
+    added = path.with_name(ADDED)
     extra = _read(added) if os.path.isfile(added) else {}
     if EOT in vocab:
         extra = {EOT: vocab[EOT], **extra}

@@ -7,6 +7,7 @@ Between two documents stands `<|endoftext|>` where the tokenizer has it, and a n
 import codecs
 import glob
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**18  # of text decoded at a time
+_EXCERPT_LINES = 100_000
 
 
 @dataclass(frozen=True)
@@ -151,19 +153,25 @@ def encode(
 
 
 def excerpt(source: str | None, tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """The first `size` ids of a source's texts, without the lines that tokenizer cannot encode."""
-    found, total = [], 0
+    """The first `size` ids of a source's texts, without the lines that tokenizer cannot encode; of
+    the first 100,000 lines at most."""
+    found, total = [np.array([], dtype=np.uint32)], 0
+    for line in itertools.islice(_lines(source), _EXCERPT_LINES):
+        try:
+            found.append(tokenizer.encode(line))
+        except InputError:
+            continue
+        total += len(found[-1])
+        if total >= size:
+            break
+    return np.concatenate(found)[:size]
+
+
+def _lines(source: str | None) -> Iterator[str]:
+    """The lines of a source's texts with their ends; one that two blocks share comes in two."""
     for document in documents(source):
         for text in document.blocks():
-            for line in text.splitlines(keepends=True):
-                try:
-                    found.append(tokenizer.encode(line))
-                except InputError:
-                    continue
-                total += len(found[-1])
-                if total >= size:
-                    return np.concatenate(found)[:size]
-    return np.concatenate([np.array([], dtype=np.uint32), *found])
+            yield from text.splitlines(keepends=True)
 
 
 def _document(path: Path) -> Document:

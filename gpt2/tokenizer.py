@@ -32,6 +32,7 @@ GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
 
+MAX_ALPHABET = 2**18  # characters; Unicode 16 has named 155,000
 MAX_VOCAB_SIZE = 2**20  # of a BPE to learn; the largest in use have 2^18
 _LONGEST_PIECE = 256  # bytes of a piece that is learned from as a whole
 
@@ -141,6 +142,10 @@ def characters(alphabet: Sequence[str]) -> Tokenizer:
     """One id for each character of alphabet, in this order."""
     if not alphabet:
         raise InputError("alphabet must hold at least one character, got none")
+    if len(alphabet) > MAX_ALPHABET:
+        raise InputError(
+            f"alphabet must hold at most {MAX_ALPHABET} characters, got {len(alphabet)}"
+        )
     if len(set(alphabet)) < len(alphabet):
         raise InputError("alphabet must hold no character twice")
     codes = np.array([ord(c) for c in alphabet])
@@ -223,7 +228,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
-            f"vocab_size must be 257 (256 bytes and {EOT}) to {MAX_VOCAB_SIZE}, got {vocab_size}"
+            f"vocab_size must be at least 257 (256 bytes and {EOT}) and at most {MAX_VOCAB_SIZE}, "
+            f"got {vocab_size}"
         )
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainee
@@ -259,7 +265,16 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 def from_json(text: str, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer that to_json described. Raises InputError for anything else."""
     try:
-        return _from_state(files.parse_json(text), folder)
+        found = files.parse_json(text)
+    except ValueError as e:
+        raise InputError(f"a tokenizer is expected, got {brief(e)}") from e
+    return _from_content(found, folder)
+
+
+def _from_content(found: Any, folder: str | Path | None) -> Tokenizer:
+    """The tokenizer of such a content."""
+    try:
+        return _from_state(found, folder)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as e:
@@ -335,9 +350,10 @@ def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
         text = files.read_text(path)
         if not text.startswith("{"):
             return tiktoken_file.from_text(text)
-        if hf_tokenizer.is_one(path, files.parse_json(text)):
-            return hf_tokenizer.load(path)
-        return from_json(text, folder)
+        found = files.parse_json(text)
+        if hf_tokenizer.is_one(path, found):
+            return hf_tokenizer.load(path, found)
+        return _from_content(found, folder)
     except OSError as e:
         raise InputError(f"tokenizer {quoted(path)} cannot be read: {e.strerror}") from e
     except ValueError as e:  # InputError and UnicodeDecodeError are ValueErrors

@@ -133,7 +133,11 @@ TARGETS = {
         "config.json", mutations.of_json, lambda f: train._read_options(f / "config.json"), 5_000
     ),
     "metrics": Target(
-        "metrics.jsonl", mutations.of_lines, lambda f: report.last_step(f / "metrics.jsonl"), 1_000
+        "metrics.jsonl",
+        mutations.of_lines,
+        lambda f: report.last_step(f / "metrics.jsonl"),
+        1_000,
+        refused=0.0,
     ),
     "char": Target("char.json", mutations.of_json, read_tokenizer("char.json"), 5_000),
     "bpe": Target("bpe.json", mutations.of_json, read_tokenizer("bpe.json"), 3_000),
@@ -192,14 +196,17 @@ def _content(path: Path) -> bytes:
 
 def make_good(folder: Path) -> None:
     """Writes a good file of every kind into a new folder."""
-    model = Model(CONFIG)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same files each time
+        model = Model(CONFIG)
     state = weights.of_model(model)
     bpe = tokenizers.bpe([*(bytes([b]) for b in range(256)), b"ab", b"abc"])
     char = tokenizers.characters(ALPHABET)
     wide = Config(block_size=8, vocab_size=bpe.vocab_size, n_layer=1, n_head=1, n_embd=1)
     interop.write(CONFIG, state, folder / "hf")
     interop.write(CONFIG, state, folder / "shards", max_shard_size=400)
-    interop.write(wide, weights.of_model(Model(wide)), folder / "tok", tokenizer=bpe)
+    one = {name: torch.zeros(shape) for name, shape in weights.shapes(wide).items()}
+    interop.write(wide, one, folder / "tok", tokenizer=bpe)
     interop.write(CONFIG, state, folder / "tok_char", tokenizer=char)
     (folder / "old").mkdir()
     for name in ("vocab.json", "merges.txt"):

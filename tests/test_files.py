@@ -14,7 +14,19 @@ import torch
 from test_convert import CONFIG, random_state, write
 
 import gpt2
-from gpt2 import choices, convert, data, files, llmc, nanogpt_meta, sampling, shards, sources
+from gpt2 import (
+    bytelevel,
+    checkpoint,
+    choices,
+    convert,
+    data,
+    files,
+    llmc,
+    nanogpt_meta,
+    sampling,
+    shards,
+    sources,
+)
 from gpt2 import tokenizer as tk
 from gpt2.errors import InputError, brief, quoted
 
@@ -250,3 +262,82 @@ def test_what_is_read_of_hf_is_what_its_files_hold(tmp_path):
         (path / "config.json").write_text(json.dumps({**found, key: 2**40}))
         with pytest.raises(InputError, match="must hold"):
             convert.read(path)
+
+
+def header_of(path, change):
+    """The safetensors file with another header."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(change(json.loads(data[8 : 8 + size]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+def many_layers(header):
+    described = json.loads(header["__metadata__"]["gpt2"])
+    described["config"]["n_layer"] = 1500
+    header["__metadata__"]["gpt2"] = json.dumps(described)
+    at = max(part["data_offsets"][1] for part in header.values() if "data_offsets" in part)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [at, at]}
+    return {**header, **{f"x{i}": empty for i in range(20_000)}}
+
+
+def test_a_checkpoint_of_many_names_is_judged_in_time(tmp_path):
+    """Each name was looked for among all: 20 s."""
+    folder = write(CONFIG, random_state(), tmp_path, "run")
+    header_of(folder / checkpoint.FILE, many_layers)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="must have at most 1000 layers"):
+        checkpoint.read(folder / checkpoint.FILE)
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_checkpoint_with_one_weight_under_two_names(prefix, tmp_path):
+    """The last in the order of the names was taken, whatever the other held."""
+    folder = write(CONFIG, random_state(), tmp_path, "run")
+    name = "transformer.ln_f.weight"
+
+    def change(header):
+        at = max(part["data_offsets"][1] for part in header.values() if "data_offsets" in part)
+        size = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+        return {**header, prefix + name: {**header[name], "data_offsets": [at, at + size]}}
+
+    header_of(folder / checkpoint.FILE, change)
+    with (folder / checkpoint.FILE).open("ab") as file:
+        file.write(bytes(4 * CONFIG.n_embd))
+    with pytest.raises(InputError, match=f"must hold {name} once"):
+        checkpoint.read(folder / checkpoint.FILE)
+
+
+def test_json_of_many_values_is_not_read():
+    with pytest.raises(ValueError, match="more than 4194304 values"):
+        files.parse_json("[" + "[]," * 2**21 + "[]]")
+
+
+def test_lines_are_bounded(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\n" * (2**20 + 1))
+    with pytest.raises(InputError, match="at most 1048576 lines are read, got 1048577"):
+        files.read_lines("prompts", path)
+
+
+def test_an_excerpt_of_lines_that_cannot_be_encoded_ends(tmp_path):
+    """Each line took an exception: a minute for 4 MB."""
+    path = tmp_path / "text"
+    path.write_bytes(b"\n" * 2**22)
+    start = time.perf_counter()
+    assert len(sources.excerpt(str(path), tk.char("a"), 10)) == 0
+    assert time.perf_counter() - start < 10.0
+
+
+def test_an_alphabet_has_no_more_characters_than_unicode():
+    with pytest.raises(InputError, match="at most 262144 characters, got 300000"):
+        tk.characters(list(map(chr, range(100, 300_100))))
+
+
+def test_the_merges_of_a_long_token_are_found_in_time():
+    """Every pair was looked up anew for every merge: 100 KB took hours."""
+    ranks = [bytes([b]) for b in range(256)] + [b"aa", b"aaaa", b"a" * 100_000 + b"b"]
+    start = time.perf_counter()
+    assert bytelevel.merges_of(ranks) == ([(b"a", b"a"), (b"aa", b"aa")], False)
+    assert time.perf_counter() - start < 5.0

@@ -60,7 +60,7 @@ def test_hostile_files(target, size, good, little_room):
             refused += is_refused(f"spoilt({target!r}, {n})", read, good, path, measure=n % 8 == 0)
     finally:
         path.write_bytes(data)
-    assert refused > least * (n + 1), "most mutations change nothing that matters"
+    assert refused >= least * (n + 1), "most mutations change nothing that matters"
 
 
 def test_a_number_is_no_truth_value(good):

@@ -37,6 +37,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import tiktoken
 import torch
 from targets import TARGETS, make_good, spoilt
 
@@ -209,6 +210,11 @@ def chunks(files: int, start: int = 0, targets=TARGETS) -> Iterator[tuple[str, i
                 at[name] = end
 
 
+def _no_encoding(name: str) -> None:
+    """A spoilt file may name GPT-2's tokenizer, which is no part of it."""
+    raise OSError(f"{name} is not read here")
+
+
 def summary(counts: Counter[str], seconds: float) -> str:
     total = sum(counts.values())
     offences = ", ".join(f"{counts[name]:,} {name}" for name in OFFENCES)
@@ -230,6 +236,7 @@ def main() -> int:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    tiktoken.get_encoding = _no_encoding
     if flags.keep is not None:
         flags.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-good-", dir=_fast_folder()) as folder:
