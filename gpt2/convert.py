@@ -84,10 +84,19 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
     if os.path.isfile(path) and nanogpt.is_one(path):
         config, state, gelu = nanogpt.read(path)
         return Source(name, "nanogpt", path, config, lambda: state, gelu)
+    if os.path.exists(path):
+        _check_regular(path)
     raise InputError(
         f"model must be {', '.join(hub.PUBLISHED)}, a folder of Hugging Face's or of a run, "
         f"nanoGPT's ckpt.pt or llm.c's model.bin, got {quoted(name)}"
     )
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        files.check_regular(path)
+    except OSError as e:
+        raise InputError(f"model {quoted(path)} cannot be read: {e.strerror}") from e
 
 
 def convert(

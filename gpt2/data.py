@@ -167,10 +167,10 @@ def _beside(path: Path, folder: str | None, named: bool) -> Tokenizer | None:
 
     A meta.pkl that cannot be read is an error, unless the user named a tokenizer.
     """
-    if os.path.isfile(path.with_name(tokenizers.FILE)):
+    if os.path.lexists(path.with_name(tokenizers.FILE)):
         return tokenizers.load(path.with_name(tokenizers.FILE), folder)
     meta = path.with_name(nanogpt_meta.FILE)
-    if not os.path.isfile(meta):
+    if not os.path.lexists(meta):
         return None
     try:
         return nanogpt_meta.load(meta)

@@ -323,10 +323,10 @@ def _checked(
 def _open(folder: Path, stack: ExitStack) -> tuple[dict[str, safe_open], int]:
     """The file that holds each key: model.safetensors, or the shards that its index names; and the
     bytes in all files."""
-    if os.path.isfile(folder / FILE):
+    if os.path.lexists(folder / FILE):
         file = _open_file(folder / FILE, stack)
         return dict.fromkeys(file.keys(), file), (folder / FILE).stat().st_size
-    if not os.path.isfile(folder / INDEX):
+    if not os.path.lexists(folder / INDEX):
         raise InputError(_no_safetensors(folder))
     where = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -343,7 +343,7 @@ def _open(folder: Path, stack: ExitStack) -> tuple[dict[str, safe_open], int]:
     for name, shard in shards.items():
         if odd := sorted(listed[name] ^ set(shard.keys())):
             raise InputError(
-                f"{quoted(folder / INDEX)} must list exactly the tensors of {name}, "
+                f"{quoted(folder / INDEX)} must list exactly the tensors of {brief(name)}, "
                 f"differs in: {weights.some(odd)}"
             )
     size = sum((folder / name).stat().st_size for name in shards)

@@ -77,14 +77,24 @@ def test_only_regular_files_are_opened(reader, odd):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt", "model.bin", "tokenizer.json"])
 def test_a_model_s_file_that_is_no_file(name, odd):
-    make, _ = odd
+    make, kind = odd
     folder = Path(make(f"model/{name}")).parent
+    shards.write(folder / "train.bin", np.zeros(99, dtype=np.uint16))
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     for source in (folder, folder / name):
         with pytest.raises(InputError):
             convert.read(source)
         with pytest.raises(InputError):
             tk.load(source)
+    if name == "model.safetensors":
+        with pytest.raises(InputError, match=kind):
+            convert.read(folder)
+    if name == "tokenizer.json":
+        with pytest.raises(InputError, match=kind if kind != "a folder" else "must hold"):
+            data.load(str(folder / "train.bin"), 4)
+    if kind != "a folder":
+        with pytest.raises(InputError, match=f"model .* got {kind}"):
+            convert.read(folder / name)
 
 
 def test_a_pipe_as_data_is_standard_input_s(tmp_path, monkeypatch, odd):
