@@ -146,6 +146,8 @@ def characters(alphabet: Sequence[str]) -> Tokenizer:
         raise InputError(
             f"alphabet must hold at most {MAX_ALPHABET} characters, got {len(alphabet)}"
         )
+    if odd := [c for c in alphabet if len(c) != 1 or "\ud800" <= c <= "\udfff"]:
+        raise InputError(f"alphabet must hold single characters, got {brief(ascii(odd[0]))}")
     if len(set(alphabet)) < len(alphabet):
         raise InputError("alphabet must hold no character twice")
     codes = np.array([ord(c) for c in alphabet])

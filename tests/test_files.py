@@ -21,6 +21,7 @@ from gpt2 import (
     convert,
     data,
     files,
+    hf_tokenizer,
     llmc,
     nanogpt_meta,
     sampling,
@@ -343,6 +344,18 @@ def test_an_excerpt_of_lines_that_cannot_be_encoded_ends(tmp_path):
 def test_an_alphabet_has_no_more_characters_than_unicode():
     with pytest.raises(InputError, match="at most 262144 characters, got 300000"):
         tk.characters(list(map(chr, range(100, 300_100))))
+
+
+@pytest.mark.parametrize("word", ["ab", "", "\ud800"])
+def test_an_alphabet_has_single_characters(word, tmp_path):
+    """A word in a tokenizer.json of characters was a TypeError."""
+    with pytest.raises(InputError, match="single characters, got"):
+        tk.characters(["a", word])
+    state = hf_tokenizer.to_state(tk.char("a"))
+    state["model"]["vocab"][word] = 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="single characters, got"):
+        tk.load(tmp_path)
 
 
 def test_the_merges_of_a_long_token_are_found_in_time():
