@@ -8,7 +8,7 @@ NANOGPT = "gpt2/nanogpt.py"
 LLMC = "gpt2/llmc.py"
 CONVERT = "gpt2/convert.py"
 FINETUNE = "gpt2/finetune.py"
-FILES = "gpt2/files.py"
+FILES, PICKLES = "gpt2/files.py", "gpt2/pickles.py"
 
 INTEROP_MUTANTS = [
     # Hugging Face's folders
@@ -198,6 +198,27 @@ INTEROP_MUTANTS = [
         "except RecursionError:\n        raise ValueError",
         "except ZeroDivisionError:\n        raise ValueError",
         "test_hostile.py::test_hostile_files[config-some]",
+    ),
+    Mutant(
+        "keys of any kind in a pickle", PICKLES,
+        "any(key is not _KEY for key in values[::2])", "False",
+        "test_pickles.py::test_a_bomb_is_refused_before_it_is_built[key-of-a-tuple]",
+    ),
+    Mutant(
+        "parts of a pickle counted once", PICKLES,
+        "self.parts += sum(value.parts for value in values)", "self.parts += len(values)",
+        "test_pickles.py::test_a_bomb_is_refused_before_it_is_built[60-doubled-tuples]",
+    ),
+    Mutant(
+        "layers of any number", WEIGHTS,
+        "if n_layer > max(tensors // _LEAST_PER_LAYER, _FEW_LAYERS):", "if n_layer > 10**5:",
+        "test_files.py::test_absurd_layers_are_refused_at_once[hf-100000]",
+    ),
+    Mutant(
+        "a pipe as a file", FILES,
+        "    if not stat.S_ISREG(mode):",
+        "    if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):",
+        "test_files.py::test_only_regular_files_are_opened[pipe-meta]",
     ),
     Mutant(
         "memory for what a header says", LLMC,
