@@ -196,7 +196,8 @@ def _check_archive(path: Path) -> set[str]:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("an archive of torch.save is expected, got a compressed one")
-        if sum(entry.file_size for entry in entries) > files.size_of(file):
+        sizes = [max(entry.file_size, entry.compress_size) for entry in entries]
+        if sum(sizes) > files.size_of(file):
             raise ValueError("its parts are larger than the file")
         found = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
         if len(found) != 1:  # PyTorch ignores case

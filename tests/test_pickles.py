@@ -3,6 +3,7 @@
 import io
 import pickle
 import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -129,6 +130,22 @@ def test_a_pickle_that_pytorch_alone_finds_is_not_read(tmp_path):
                 archive.writestr(name, content)
     with pytest.raises(InputError, match="1048576 parts"):
         convert.read(path)
+
+
+@pytest.mark.parametrize("field", [20, 24], ids=["stored", "whole"])
+def test_an_archive_whose_part_is_larger_than_the_file(field, tmp_path):
+    """zipfile took memory for the stored size of a part, whatever the size of the file."""
+    path = write(CONFIG, random_state(), tmp_path, "nanogpt")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\1\2") + field  # of data.pkl, in the table of contents
+    data[at : at + 4] = (2**30).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="parts are larger than the file"):
+        convert.read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 def test_what_pytorch_saves_passes(tmp_path):
