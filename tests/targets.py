@@ -225,7 +225,8 @@ def make_good(folder: Path) -> None:
     best.write(folder / "run", model, char, step=1, val_loss=1.5, measure=[1, "x"])
     options = {"model": {}, "train": vars(TrainConfig())}
     (folder / "config.json").write_text(json.dumps(options))
-    rows = [{"step": step, "loss": 2.5, "lr": 1e-3, "val_loss": 3.5} for step in range(5)]
+    row = {"train_loss": 2.5, "lr": 1e-3, "tokens_per_s": 9.5, "mfu": 0.5, "elapsed_s": 1.5}
+    rows = [{"step": step, **row, "val_loss": 3.5} for step in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "char.json").write_text(tokenizers.char(ALPHABET).to_json())
     (folder / "bpe.json").write_text(bpe.to_json())
