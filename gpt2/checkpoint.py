@@ -22,7 +22,7 @@ from torch import nn
 
 from . import files, weights
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .train_config import check
 from .weights import HEAD, WTE, plain
 
@@ -66,13 +66,11 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
             check("step", progress["step"], (int,), {"at_least": 0})
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(
-                f"checkpoint {str(path)!r} must describe itself ({type(e).__name__}: {brief(e)})"
+                f"checkpoint {quoted(path)} must describe itself ({type(e).__name__}: {brief(e)})"
             ) from e
-        if config.n_layer > len(file.keys()):  # before a list of what is missing becomes absurd
-            raise InputError(
-                f"checkpoint {str(path)!r} must hold the weights of {config.n_layer} layers, "
-                f"got {len(file.keys())} tensors"
-            )
+        tensors, size = len(file.keys()), Path(path).stat().st_size
+        what = f"checkpoint {quoted(path)}"
+        weights.check_layers(what, config.n_layer, tensors=tensors, size=size)
         _keys(path, file, weights.shapes(config))
     return config, progress
 
@@ -107,22 +105,36 @@ def state(path: str | Path, config: Config) -> dict[str, torch.Tensor]:
 @contextmanager
 def _open(path: str | Path) -> Iterator[safe_open]:
     try:
+        files.check_regular(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as e:
-        raise InputError(f"checkpoint {str(path)!r} cannot be read: {brief(e)}") from e
+        reason = getattr(e, "strerror", None) or brief(e)
+        raise InputError(f"checkpoint {quoted(path)} cannot be read: {reason}") from e
 
 
 def _keys(path: str | Path, file: safe_open, shapes: weights.Shapes) -> dict[str, str]:
     """The key in the file of each weight; of the tied one, which may be stored under both of its
     names, the embedding's."""
-    keys = {key: plain(key) for key in sorted(file.keys()) if not key.startswith(_OPTIMIZER)}
-    keys = {key: WTE if name == HEAD else name for key, name in keys.items()}
-    missing = [name for name in shapes if name not in keys.values()]
+    keys: dict[str, str] = {}
+    found: dict[str, str] = {}  # by name
+    for key in sorted(file.keys()):  # lm_head before transformer.wte
+        if key.startswith(_OPTIMIZER):
+            continue
+        name = plain(key)
+        if name in found:
+            raise InputError(
+                f"checkpoint {quoted(path)} must hold {brief(name)} once, "
+                f"got {brief(found[name])} and {brief(key)}"
+            )
+        found[name] = key
+        keys[key] = WTE if name == HEAD else name
+    names = set(keys.values())
+    missing = [name for name in shapes if name not in names]
     unexpected = [key for key, name in keys.items() if name not in shapes]
     if missing or unexpected:
         raise InputError(
-            f"checkpoint {str(path)!r} must hold exactly the model's weights; "
+            f"checkpoint {quoted(path)} must hold exactly the model's weights; "
             f"missing: {weights.some(missing)}; unknown: {weights.some(unexpected)}"
         )
     for key, name in keys.items():
@@ -146,12 +158,12 @@ def _optimizer_state(
         for part, shape in (("step", ()), ("exp_avg", shapes[name]), ("exp_avg_sq", shapes[name])):
             key = keys.pop(f"{_OPTIMIZER}{part}.{name}", None)
             if key is None:
-                raise InputError(f"checkpoint {str(path)!r} must hold {part} of {name}, got none")
+                raise InputError(f"checkpoint {quoted(path)} must hold {part} of {name}, got none")
             _check_tensor(path, file, key, shape)
             state[i][part] = file.get_tensor(key)
         _check_range(path, name, state[i]["step"], state[i]["exp_avg_sq"])
     if keys:
-        raise InputError(f"checkpoint {str(path)!r} holds unknown {weights.some(list(keys))}")
+        raise InputError(f"checkpoint {quoted(path)} holds unknown {weights.some(list(keys))}")
     return state
 
 
@@ -159,13 +171,13 @@ def _check_range(path: str | Path, name: str, step: torch.Tensor, exp_avg_sq: to
     """Raises InputError for state that AdamW cannot have: it would take the root of exp_avg_sq."""
     for part, holds in (("step", step >= 0), ("exp_avg_sq", exp_avg_sq >= 0)):  # NaN is neither
         if not holds.all():
-            raise InputError(f"checkpoint {str(path)!r} must hold {part} of {name} as at least 0")
+            raise InputError(f"checkpoint {quoted(path)} must hold {part} of {name} as at least 0")
 
 
 def _check_tensor(path: str | Path, file: safe_open, key: str, shape: Sequence[int]) -> None:
     stored = file.get_slice(key)
     if tuple(stored.get_shape()) != tuple(shape) or stored.get_dtype() not in _FLOATS:
         raise InputError(
-            f"checkpoint {str(path)!r} must hold {brief(key)} as floats of shape {tuple(shape)}, "
+            f"checkpoint {quoted(path)} must hold {brief(key)} as floats of shape {tuple(shape)}, "
             f"got {stored.get_dtype()} of shape {brief(tuple(stored.get_shape()))}"
         )

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import files
-from .errors import InputError, NonFiniteError, brief
+from .errors import InputError, NonFiniteError, brief, quoted
 from .evaluate import Window, score_all
 from .model import Model
 from .tokenizer import Tokenizer
@@ -89,9 +89,9 @@ def read(path: str | Path, tokenizer: Tokenizer, block_size: int) -> list[Questi
             try:
                 questions.append(_question(line, tokenizer, block_size))
             except ValueError as e:  # InputError is one
-                raise InputError(f"choices {str(path)!r}, line {number}: {brief(e)}") from e
+                raise InputError(f"choices {quoted(path)}, line {number}: {brief(e)}") from e
     if not questions:
-        raise InputError(f"choices {str(path)!r} must hold a question a line, got none")
+        raise InputError(f"choices {quoted(path)} must hold a question a line, got none")
     return questions
 
 

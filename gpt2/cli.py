@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from . import cli_model
-from .errors import InputError, NonFiniteError, WriteError
+from .errors import InputError, NonFiniteError, WriteError, brief
 from .train_config import TrainConfig
 
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if e.filename is None and e.errno in _FULL:  # files are written as WriteError says
             _drop_output()
             return _fail(f"standard output cannot be written: {e.strerror}", 1)
-        return _fail(f"{e.filename or 'file'}: {e.strerror or e}", 2)
+        return _fail(f"{brief(e.filename or 'file')}: {e.strerror or e}", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
@@ -167,6 +167,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
+_TEXT_HELP = "text file, folder, pattern, or - for standard input, also of a pipe: - < <(COMMAND)"
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 _DEFAULTS = {"None": "none", "False": "no"}
 
@@ -236,7 +237,7 @@ def _prepare(flags: argparse.Namespace) -> None:
 
 def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="PATH", help="text file, folder, pattern, or - for standard input")
+    add("source", metavar="PATH", help=_TEXT_HELP)
     add("--out", required=True, metavar="PATH", help="new folder for the shards")
     add("--tokenizer", default="gpt2", metavar="NAME", help=_TOKENIZER_HELP)
     add("--tokenizer-dir", metavar="PATH", help="folder with GPT-2's vocab.bpe and encoder.json")
@@ -273,13 +274,13 @@ def _tokenizer(flags: argparse.Namespace) -> None:
 
 def _add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("source", metavar="TEXT", help="text file, folder, pattern, or - for standard input")
+    add("source", metavar="TEXT", help=_TEXT_HELP)
     add(
         "--vocab-size",
         type=int,
         required=True,
         metavar="N",
-        help="ids: 256 bytes, the merges, and <|endoftext|>; at least 257",
+        help="ids: 256 bytes, the merges, and <|endoftext|>; 257 to 1048576",
     )
     add(
         "--out",

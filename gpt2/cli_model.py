@@ -118,7 +118,8 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
     one_or_several(
         "--prompts",
         metavar="FILE",
-        help='several: a line each, or {"prompt": TEXT} a line in FILE.jsonl; - reads stdin',
+        help='several: a line each, or {"prompt": TEXT} a line in FILE.jsonl; '
+        "- reads stdin, also of a pipe: - < PIPE",
     )
     add("--max-new-tokens", type=int, default=500, metavar="N", help="[default: 500]")
     add(

@@ -10,6 +10,7 @@ hold: the sizes, and dropout (llm.c has none, and reads as 0). An optimizer's st
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from . import checkpoint, files, hf_tokenizer, hub, interop, llmc, nanogpt, weights
 from . import tokenizer as tokenizers
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .weights import State
 
 FORMATS = ("hf", "run", "nanogpt", "llmc")
@@ -67,25 +68,35 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
     name, path = str(source), Path(source)
     if hub.is_published(name):
         path = hub.download(name, interop.FILES)
-    elif (path / checkpoint.FILE).is_file():
+    elif os.path.isfile(path / checkpoint.FILE):
         file = path / checkpoint.FILE
         config, _ = checkpoint.read(file)
         return Source(name, "run", path, config, lambda: checkpoint.state(file, config))
-    elif (path / _CKPT).is_file():
+    elif os.path.isfile(path / _CKPT):
         path = path / _CKPT
-    if path.is_dir():
+    if os.path.isdir(path):
         config = interop.read_config(path, dropout=dropout)
+        interop.check(path, config)
         return Source(name, "hf", path, config, lambda: interop.read_state(path, config))
-    if path.is_file() and llmc.is_one(path):
+    if os.path.isfile(path) and llmc.is_one(path):
         config = llmc.read_config(path)
         return Source(name, "llmc", path, config, lambda: llmc.read_state(path, config))
-    if path.is_file() and nanogpt.is_one(path):
+    if os.path.isfile(path) and nanogpt.is_one(path):
         config, state, gelu = nanogpt.read(path)
         return Source(name, "nanogpt", path, config, lambda: state, gelu)
+    if os.path.exists(path):
+        _check_regular(path)
     raise InputError(
         f"model must be {', '.join(hub.PUBLISHED)}, a folder of Hugging Face's or of a run, "
-        f"nanoGPT's ckpt.pt or llm.c's model.bin, got {name!r}"
+        f"nanoGPT's ckpt.pt or llm.c's model.bin, got {quoted(name)}"
     )
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        files.check_regular(path)
+    except OSError as e:
+        raise InputError(f"model {quoted(path)} cannot be read: {e.strerror}") from e
 
 
 def convert(
@@ -111,9 +122,11 @@ def convert(
     _check_choice("to", to, FORMATS)
     _check_choice("dtype", dtype, (None, *DTYPES))
     if tokenizer is not None and to not in ("hf", "run"):
-        raise InputError(f"tokenizer must be absent: format {to} has none, got {tokenizer!r}")
+        raise InputError(f"tokenizer must be absent: format {to} has none, got {quoted(tokenizer)}")
     if max_shard_size is not None and to != "hf":
-        raise InputError(f"max_shard_size must be absent for format {to}, got {max_shard_size!r}")
+        raise InputError(
+            f"max_shard_size must be absent for format {to}, got {quoted(max_shard_size)}"
+        )
     shard_bytes = interop.parse_bytes(max_shard_size or interop.MAX_SHARD_SIZE)
     (files.check_new_folder if to in ("hf", "run") else files.check_new)("dest", dest)
     model = read(source)
@@ -182,7 +195,7 @@ def _hf_tokenizer(model: Source, config: Config, spec: str | None) -> tokenizers
     except InputError as e:
         if spec is not None:
             raise
-        warnings.warn(f"{model.name!r}: its tokenizer cannot be written: {e}", stacklevel=3)
+        warnings.warn(f"{quoted(model.name)}: its tokenizer cannot be written: {e}", stacklevel=3)
         return None
     if reads.vocab_size > config.vocab_size:
         if spec is None:  # of a run that --vocab-size crops
@@ -204,7 +217,7 @@ def _copy_tokenizer(source: Path, dest: Path) -> None:
 def described(path: str | Path) -> tuple[str, int]:
     """The JSON of a run's tokenizer, and the number of its ids; GPT-2's BPE need not be here."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = files.read_text(path)
         state = files.parse_json(text)
         if isinstance(state, dict) and state.get("name") == "gpt2":
             size = state.get("size", tokenizers.GPT2_SIZE)
@@ -215,12 +228,12 @@ def described(path: str | Path) -> tuple[str, int]:
             return text, size
         return text, tokenizers.from_json(text).vocab_size
     except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+        raise InputError(f"tokenizer {quoted(path)} cannot be read: {e.strerror}") from e
     except ValueError as e:
-        raise InputError(f"tokenizer {str(path)!r}: {brief(e)}") from e
+        raise InputError(f"tokenizer {quoted(path)}: {brief(e)}") from e
 
 
 def _check_choice(name: str, value: str | None, choices: tuple) -> None:
     if value not in choices:
         expected = ", ".join(c for c in choices if c is not None)
-        raise InputError(f"{name} must be one of {expected}, got {value!r}")
+        raise InputError(f"{name} must be one of {expected}, got {brief(repr(value))}")

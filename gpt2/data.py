@@ -5,6 +5,7 @@ a loader to save. Shards stay on disk, memory-mapped; text is tokenised into mem
 id (larger texts: `gpt2 prepare`).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from . import bars, nanogpt_meta, shards, sources
 from . import tokenizer as tokenizers
-from .errors import InputError
+from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 
 
@@ -104,8 +105,9 @@ def load(
         train, val = _cut(_tokenise(texts, tokenizer), val_fraction)
     if max(map(len, train.parts)) <= block_size or max(map(len, val.parts)) < 2:
         raise InputError(
-            f"data {source or 'pydoc_data.topics'!r} must give more than block_size {block_size} "
-            f"training tokens and at least 2 validation tokens, got {len(train)} and {len(val)}"
+            f"data {quoted(source or 'pydoc_data.topics')} must give more than block_size "
+            f"{block_size} training tokens and at least 2 validation tokens, "
+            f"got {len(train)} and {len(val)}"
         )
     return Corpus(tokenizer, train, val)
 
@@ -156,7 +158,7 @@ def _shard_tokenizer(
     if spec is None:
         return (tokenizers.gpt2(folder), False) if beside is None else (beside, True)
     if beside is not None and beside.tokens != spec.tokens:
-        raise InputError(f"data {str(path)!r} must be made with the model's tokenizer")
+        raise InputError(f"data {quoted(path)} must be made with the model's tokenizer")
     return spec, named or beside is not None
 
 
@@ -165,17 +167,17 @@ def _beside(path: Path, folder: str | None, named: bool) -> Tokenizer | None:
 
     A meta.pkl that cannot be read is an error, unless the user named a tokenizer.
     """
-    if path.with_name(tokenizers.FILE).is_file():
+    if os.path.lexists(path.with_name(tokenizers.FILE)):
         return tokenizers.load(path.with_name(tokenizers.FILE), folder)
     meta = path.with_name(nanogpt_meta.FILE)
-    if not meta.is_file():
+    if not os.path.lexists(meta):
         return None
     try:
         return nanogpt_meta.load(meta)
     except InputError as e:
         if named:
             return None
-        raise InputError(f"{e}; --tokenizer names the one that made {path.name!r}") from e
+        raise InputError(f"{e}; --tokenizer names the one that made {quoted(path.name)}") from e
 
 
 # Text of so many tokens has an id in the upper part of a BPE's vocabulary. Ids are in the order of
@@ -197,8 +199,8 @@ def _check_made_with(source: str, tokenizer: Tokenizer, parts: list[np.ndarray])
         bound = int(tokenizer.vocab_size * part)
         if count >= least and not any(shards.reaches(tokens, bound) for tokens in parts):
             raise InputError(
-                f"data {source!r} must be made with the tokenizer {tokenizer.name}, which nobody "
-                f"named, but of its {tokenizer.vocab_size} ids all {count} tokens are below "
+                f"data {quoted(source)} must be made with the tokenizer {tokenizer.name}, which "
+                f"nobody named, but of its {tokenizer.vocab_size} ids all {count} tokens are below "
                 f"{bound}: name the tokenizer that made it with --tokenizer"
             )
 
@@ -213,11 +215,13 @@ def _shard_splits(
     named = {part: [path for path in paths if part in path.name] for part in ("train", "val")}
     for part, found in named.items():
         if not found:
-            raise InputError(f"data {source!r} must hold a shard with {part!r} in its name")
+            raise InputError(f"data {quoted(source)} must hold a shard with {part!r} in its name")
     train, val = ([shards.read(p, vocab_size) for p in named[part]] for part in ("train", "val"))
     return Split(train), Split(val)
 
 
 def _check_shards(source: str, paths: list[Path]) -> None:
     if other := [path for path in paths if path.suffix != ".bin"]:
-        raise InputError(f"data {source!r} must not mix shards with other files: {str(other[0])!r}")
+        raise InputError(
+            f"data {quoted(source)} must not mix shards with other files: {quoted(other[0])}"
+        )

@@ -23,11 +23,18 @@ class WriteError(OSError):
     """
 
     def __init__(self, path: object, reason: str):
-        super().__init__(f"{str(path)!r} cannot be written: {reason}")
+        super().__init__(f"{quoted(path)} cannot be written: {reason}")
         self.path, self.reason = path, reason
 
 
 def brief(thing: object) -> str:
-    """What a message says of something that came from outside: one line, no longer than that."""
+    """External text, shortened to one line of at most 200 characters."""
     text = " ".join(str(thing).split())
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def quoted(name: object) -> str:
+    """A path or another name from outside, in quotes: one line of at most 200 characters, of a
+    longer name both ends."""
+    text = repr(str(name))
+    return text if len(text) <= 200 else f"{text[:60]}…{text[-139:]}"

@@ -11,7 +11,7 @@ from typing import Any
 from . import convert, loading, nanogpt, weights
 from . import tokenizer as tokenizers
 from .convert import Source
-from .errors import InputError
+from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
 from .weights import State
@@ -39,12 +39,12 @@ def start(options: TrainConfig) -> Start:
     for name in _SIZES:
         if getattr(options, name) != getattr(model.config, name):
             raise InputError(
-                f"{name} must be that of init {options.init!r}, {getattr(model.config, name)}, "
-                f"got {getattr(options, name)}"
+                f"{name} must be that of init {quoted(options.init)}, "
+                f"{getattr(model.config, name)}, got {getattr(options, name)}"
             )
     if options.block_size > model.config.block_size:
         raise InputError(
-            f"block_size must be at most that of init {options.init!r}, "
+            f"block_size must be at most that of init {quoted(options.init)}, "
             f"{model.config.block_size}, got {options.block_size}"
         )
     tokenizer = _tokenizer(model, options)
@@ -56,10 +56,19 @@ def start(options: TrainConfig) -> Start:
 def _tokenizer(model: Source, options: TrainConfig) -> Tokenizer:
     spec, folder = options.tokenizer, options.tokenizer_dir
     if spec == "char":  # would be the new text's
-        raise InputError(f"tokenizer must be that of init {options.init!r}, got {spec!r}")
+        raise InputError(
+            f"tokenizer must be that of init {quoted(options.init)}, got {quoted(spec)}"
+        )
     if spec is not None and model.format == "run":
         own = convert.own_tokenizer(model, folder)
         if tokenizers.named(spec, folder).tokens != own.tokens:
-            raise InputError(f"tokenizer must be that of init {options.init!r}, got {spec!r}")
+            raise InputError(
+                f"tokenizer must be that of init {quoted(options.init)}, got {quoted(spec)}"
+            )
         spec = None
     return loading.tokenizer_of(model, spec, folder)
+
+
+def _another_tokenizer(options: TrainConfig) -> InputError:
+    init, spec = quoted(options.init), quoted(options.tokenizer)
+    return InputError(f"tokenizer must be that of init {init}, got {spec}")

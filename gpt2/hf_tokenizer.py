@@ -7,6 +7,7 @@ What is written, AutoTokenizer loads to the same ids.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from . import bytelevel, files
 from .bytelevel import EOT
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .tokenizer import FILE, Tokenizer, characters
 
 VOCAB, MERGES, ADDED, CONFIG = (
@@ -25,7 +26,6 @@ VOCAB, MERGES, ADDED, CONFIG = (
     "tokenizer_config.json",
 )
 FILES = (FILE, CONFIG, VOCAB, MERGES, ADDED, "special_tokens_map.json")
-_MAX_BYTES = 2**26  # GPT-2's has 3.6 MB
 _BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -50,25 +50,26 @@ def is_one(path: Path, found: Any) -> bool:
 
 def is_in(folder: Path) -> bool:
     """Whether a model's folder has a tokenizer."""
-    return any((folder / name).is_file() for name in (FILE, VOCAB))
+    return any(os.path.isfile(folder / name) for name in (FILE, VOCAB))
 
 
-def load(path: Path) -> Tokenizer:
-    """The tokenizer in tokenizer.json or vocab.json, with what its folder says of it.
+def load(path: Path, found: dict[str, Any]) -> Tokenizer:
+    """The tokenizer in tokenizer.json or vocab.json, whose content is found, with what its folder
+    says of it.
 
     Raises InputError, naming file and key, for what would encode a text differently here.
     """
-    config = _read(path.with_name(CONFIG)) if path.with_name(CONFIG).is_file() else {}
+    config = _read(path.with_name(CONFIG)) if os.path.isfile(path.with_name(CONFIG)) else {}
     for key in _SETTINGS:
         if config.get(key) not in (None, False):
             raise InputError(
-                f"tokenizer {str(path.with_name(CONFIG))!r}: {key} must be false, "
+                f"tokenizer {quoted(path.with_name(CONFIG))}: {key} must be false, "
                 f"got {brief(repr(config[key]))}"
             )
     try:
-        return _make(_read(path) if path.name != VOCAB else _of_vocab(path), config)
+        return _make(found if path.name != VOCAB else _of_vocab(path, found), config)
     except InputError as e:
-        raise InputError(f"tokenizer {str(path)!r}: {e}") from e
+        raise InputError(f"tokenizer {quoted(path)}: {e}") from e
 
 
 def from_state(state: Any) -> Tokenizer:
@@ -150,6 +151,8 @@ def _checked(state: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     if not isinstance(merges, list):
         raise InputError("model: merges must be a list")
     added = state.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise InputError(f"added_tokens must be a list, got {brief(repr(added))}")
     return model, {token["content"]: token for token in map(_token, added)}
 
 
@@ -181,17 +184,17 @@ def _object(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _of_vocab(path: Path) -> dict[str, Any]:
+def _of_vocab(path: Path, vocab: dict[str, Any]) -> dict[str, Any]:
     """vocab.json, merges.txt and added_tokens.json as one tokenizer.json."""
     merges = path.with_name(MERGES)
     try:
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = files.read_text(merges).split("\n")
     except OSError as e:
         raise InputError(f"{MERGES} must be beside it: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{MERGES} must be UTF-8: {brief(e)}") from e
-    vocab, added = _read(path), path.with_name(ADDED)
-    extra = _read(added) if added.is_file() else {}
+    except ValueError as e:
+        raise InputError(f"{MERGES} must be a text in UTF-8: {brief(e)}") from e
+    added = path.with_name(ADDED)
+    extra = _read(added) if os.path.isfile(added) else {}
     if EOT in vocab:
         extra = {EOT: vocab[EOT], **extra}
     return {
@@ -251,7 +254,7 @@ def _special(content: str, i: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return files.read_object(f"tokenizer {str(path)!r}", path, _MAX_BYTES)
+    return files.read_object(f"tokenizer {quoted(path)}", path, files.MAX_TEXT_BYTES)
 
 
 # ---- writing

@@ -8,6 +8,7 @@ never a pickle.
 
 import inspect
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import files, hf_tokenizer, weights
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .model import Model
 from .tokenizer import Tokenizer
 from .weights import HEAD, WTE, State
@@ -75,26 +76,33 @@ def read_config(folder: Path, *, dropout: float | None = None) -> Config:
         if not any(type(value) is type(s) and value == s for s in supported):
             expected = " or ".join(map(repr, supported))
             raise InputError(
-                f"{str(folder / CONFIG)!r}: {key} must be {expected}, got {brief(repr(value))}"
+                f"{quoted(folder / CONFIG)}: {key} must be {expected}, got {brief(repr(value))}"
             )
     sizes = {key: _size(folder, found, key) for key in _DEFAULTS}
     if dropout is None:
         dropout, *others = [found.get(key, 0.1) for key in _PDROPS]
         if any(other != dropout for other in others):
             raise InputError(
-                f"{str(folder / CONFIG)!r}: resid_pdrop, embd_pdrop and attn_pdrop must be one "
+                f"{quoted(folder / CONFIG)}: resid_pdrop, embd_pdrop and attn_pdrop must be one "
                 f"dropout, got {brief([dropout, *others])}"
             )
     try:
         config = Config(sizes.pop("n_positions"), **sizes, dropout=dropout)
     except (TypeError, ValueError) as e:
-        raise InputError(f"{str(folder / CONFIG)!r}: {brief(e)}") from e
+        raise InputError(f"{quoted(folder / CONFIG)}: {brief(e)}") from e
     if found.get("n_inner") not in (None, 4 * config.n_embd):
         raise InputError(
-            f"{str(folder / CONFIG)!r}: n_inner must be null or 4 n_embd = {4 * config.n_embd}, "
+            f"{quoted(folder / CONFIG)}: n_inner must be null or 4 n_embd = {4 * config.n_embd}, "
             f"got {brief(repr(found['n_inner']))}"
         )
     return config
+
+
+def check(folder: Path, config: Config) -> None:
+    """Raises InputError, as read_state does, without reading a tensor: a model of this config is
+    then no larger than the files."""
+    with ExitStack() as stack:
+        _checked(folder, config, stack)
 
 
 def read_state(folder: Path, config: Config) -> State:
@@ -103,25 +111,12 @@ def read_state(folder: Path, config: Config) -> State:
     Raises InputError, naming file and tensor, before a tensor is read: for what is missing, or
     unexpected, or has another shape, or is not made of floats.
     """
-    what = repr(str(folder))
     with ExitStack() as stack:
-        stored = _open(folder, stack)
-        keys = _names(what, stored)
-        expected = weights.check_names(what, config, keys.keys() - {HEAD})
-        for name, key in keys.items():
-            shape = expected[WTE if name == HEAD else name]
-            tensor = stored[key].get_slice(key)
-            weights.check_tensor(
-                what,
-                key,
-                shape[::-1] if _TRANSPOSED.search(name) else shape,
-                tuple(tensor.get_shape()),
-                tensor.get_dtype(),
-            )
+        stored, keys = _checked(folder, config, stack)
         state = {name: stored[key].get_tensor(key) for name, key in keys.items()}
     if HEAD in state:
-        weights.check_tied(what, state[WTE], state.pop(HEAD))
-    return {name: turned(name, state[name]) for name in expected}
+        weights.check_tied(quoted(folder), state[WTE], state.pop(HEAD))
+    return {name: turned(name, state[name]) for name in weights.shapes(config)}
 
 
 def turned(name: str, tensor: Tensor) -> Tensor:
@@ -282,7 +277,8 @@ def parse_bytes(size: int | str) -> int:
         size = int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise InputError(
-            f"max_shard_size must be a number of bytes above 0, or such as '5GB', got {size!r}"
+            f"max_shard_size must be a number of bytes above 0, or such as '5GB', "
+            f"got {brief(repr(size))}"
         )
     return size
 
@@ -303,21 +299,43 @@ def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """The file that holds each key: model.safetensors, or the shards that its index names."""
-    if (folder / FILE).is_file():
+def _checked(
+    folder: Path, config: Config, stack: ExitStack
+) -> tuple[dict[str, safe_open], dict[str, str]]:
+    """The file that holds each key, and the key of each of our names: exactly those of config."""
+    what = quoted(folder)
+    stored, size = _open(folder, stack)
+    keys = _names(what, stored)
+    expected = weights.check_names(what, config, keys.keys() - {HEAD}, size)
+    for name, key in keys.items():
+        shape = expected[WTE if name == HEAD else name]
+        tensor = stored[key].get_slice(key)
+        weights.check_tensor(
+            what,
+            key,
+            shape[::-1] if _TRANSPOSED.search(name) else shape,
+            tuple(tensor.get_shape()),
+            tensor.get_dtype(),
+        )
+    return stored, keys
+
+
+def _open(folder: Path, stack: ExitStack) -> tuple[dict[str, safe_open], int]:
+    """The file that holds each key: model.safetensors, or the shards that its index names; and the
+    bytes in all files."""
+    if os.path.lexists(folder / FILE):
         file = _open_file(folder / FILE, stack)
-        return dict.fromkeys(file.keys(), file)
-    if not (folder / INDEX).is_file():
+        return dict.fromkeys(file.keys(), file), (folder / FILE).stat().st_size
+    if not os.path.lexists(folder / INDEX):
         raise InputError(_no_safetensors(folder))
     where = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise InputError(f"{str(folder / INDEX)!r} must hold a weight_map from tensors to files")
+        raise InputError(f"{quoted(folder / INDEX)} must hold a weight_map from tensors to files")
     listed: dict[str, set[str]] = {}
     for key, name in where.items():
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise InputError(
-                f"{str(folder / INDEX)!r} must name .safetensors files in its folder, "
+                f"{quoted(folder / INDEX)} must name .safetensors files in its folder, "
                 f"got {brief(repr(name))}"
             )
         listed.setdefault(name, set()).add(key)
@@ -325,19 +343,22 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
     for name, shard in shards.items():
         if odd := sorted(listed[name] ^ set(shard.keys())):
             raise InputError(
-                f"{str(folder / INDEX)!r} must list exactly the tensors of {name}, "
+                f"{quoted(folder / INDEX)} must list exactly the tensors of {brief(name)}, "
                 f"differs in: {weights.some(odd)}"
             )
-    return {key: shards[name] for key, name in where.items()}
+    size = sum((folder / name).stat().st_size for name in shards)
+    return {key: shards[name] for key, name in where.items()}, size
 
 
 def _open_file(path: Path, stack: ExitStack) -> safe_open:
-    if not path.is_file():
-        raise InputError(f"{str(path)!r} must be a file, got none")
+    if not os.path.lexists(path):
+        raise InputError(f"{quoted(path)} must be a file, got none")
     try:
+        files.check_regular(path)
         return stack.enter_context(safe_open(path, framework="pt"))
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{str(path)!r} cannot be read: {brief(e)}") from e
+        reason = getattr(e, "strerror", None) or brief(e)
+        raise InputError(f"{quoted(path)} cannot be read: {reason}") from e
 
 
 def _no_safetensors(folder: Path) -> str:
@@ -348,10 +369,10 @@ def _no_safetensors(folder: Path) -> str:
             "M.from_pretrained(f).save_pretrained(f)"
         )
         return (
-            f"{str(folder)!r} must hold {FILE}, got a pickle, which is not read here; "
+            f"{quoted(folder)} must hold {FILE}, got a pickle, which is not read here; "
             f"convert it: python -c {shlex.quote(code)}"
         )
-    return f"{str(folder)!r} must hold {FILE} or {INDEX}, got neither"
+    return f"{quoted(folder)} must hold {FILE} or {INDEX}, got neither"
 
 
 def _size(folder: Path, found: dict[str, Any], key: str) -> Any:
@@ -359,14 +380,14 @@ def _size(folder: Path, found: dict[str, Any], key: str) -> Any:
     values = [found[k] for k in (key, _OTHER_NAMES.get(key)) if k in found]
     if len(values) == 2 and values[0] != values[1]:
         raise InputError(
-            f"{str(folder / CONFIG)!r}: {key} and {_OTHER_NAMES[key]} must be the same, "
+            f"{quoted(folder / CONFIG)}: {key} and {_OTHER_NAMES[key]} must be the same, "
             f"got {brief(values)}"
         )
     return values[0] if values else _DEFAULTS[key]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return files.read_object(repr(str(path)), path, _MAX_JSON_BYTES)
+    return files.read_object(quoted(path), path, _MAX_JSON_BYTES)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

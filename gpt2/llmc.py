@@ -9,13 +9,14 @@ no text reaches: zeros when written, left out when read.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from . import files, weights
 from .config import Config
-from .errors import InputError
+from .errors import InputError, quoted
 from .weights import WTE, State
 
 MAGIC, HEADER_BYTES, PADDING = 20240326, 256 * 4, 128
@@ -24,20 +25,22 @@ VERSIONS = {3: torch.float32, 5: torch.bfloat16}
 
 def is_one(path: Path) -> bool:
     """Whether a file begins as llm.c's do."""
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return file.read(4) == MAGIC.to_bytes(4, "little")
 
 
 def read_config(path: Path) -> Config:
     """The configuration in the header. Raises InputError, naming the file, unless the header is
     llm.c's and the file has exactly the size that follows from it."""
-    return _read_header(path)[0]
+    with files.open_regular(path) as file:
+        return _read_header(path, file)[0]
 
 
 def read_state(path: Path, config: Config) -> State:
     """The weights, memory-mapped, in the file's dtype."""
-    _, rows, dtype = _read_header(path)
-    numbers = np.memmap(path, "<f4" if dtype == torch.float32 else "<i2", "c", HEADER_BYTES)
+    with files.open_regular(path) as file:
+        _, rows, dtype = _read_header(path, file)
+        numbers = np.memmap(file, "<f4" if dtype == torch.float32 else "<i2", "c", HEADER_BYTES)
     state, start = {}, 0
     for name, shape in _order(config, rows):
         size = int(np.prod(shape))
@@ -72,12 +75,13 @@ def write(config: Config, state: State, path: Path) -> None:
     files.write_atomic(path, write_file)
 
 
-def _read_header(path: Path) -> tuple[Config, int, torch.dtype]:
+def _read_header(path: Path, file: BinaryIO) -> tuple[Config, int, torch.dtype]:
     """The configuration, the rows of the padded embedding, the dtype."""
-    what = f"llm.c's {str(path)!r}"
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256:
-        raise InputError(f"{what} must have a header of 256 int32, got {len(header)}")
+    what = f"llm.c's {quoted(path)}"
+    start = file.read(HEADER_BYTES)
+    if len(start) < HEADER_BYTES:
+        raise InputError(f"{what} must have a header of 256 int32, got {len(start) // 4}")
+    header = np.frombuffer(start, dtype="<i4")
     magic, version, T, V, L, H, C, rows = map(int, header[:8])
     if magic != MAGIC:
         raise InputError(f"{what} must have the magic {MAGIC}, got {magic}")
@@ -90,9 +94,10 @@ def _read_header(path: Path) -> tuple[Config, int, torch.dtype]:
     if rows < V:
         raise InputError(f"{what} must have a padded vocabulary of at least {V}, got {rows}")
     count = rows * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
-    size, expected = path.stat().st_size, HEADER_BYTES + count * VERSIONS[version].itemsize
+    size, expected = files.size_of(file), HEADER_BYTES + count * VERSIONS[version].itemsize
     if size != expected:
         raise InputError(f"{what} must have {expected} bytes, as its header says, got {size}")
+    weights.check_depth(what, L, size)
     return config, rows, VERSIONS[version]
 
 

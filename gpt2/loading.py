@@ -15,7 +15,7 @@ import torch
 from . import convert, nanogpt, weights
 from . import tokenizer as tokenizers
 from .convert import Source
-from .errors import InputError
+from .errors import InputError, quoted
 from .machine import pick_device
 from .model import Model
 from .tokenizer import Tokenizer
@@ -71,13 +71,13 @@ def tokenizer_of(model: Source, spec: str | None, folder: str | Path | None) -> 
     assumed = own is None and spec is None
     if (exact and reads.vocab_size != size) or (assumed and not _near(reads.vocab_size, size)):
         raise InputError(
-            f"model {model.name!r}: the tokenizer must fit its vocab_size {size}, "
+            f"model {quoted(model.name)}: the tokenizer must fit its vocab_size {size}, "
             f"got {reads.vocab_size} ids{' of GPT-2' if assumed else ''}; {_advice(model)}"
         )
     if not _near(reads.vocab_size, size):
         both = min(reads.vocab_size, size)
         warnings.warn(
-            f"model {model.name!r} has {size} ids and its tokenizer {reads.vocab_size}: "
+            f"model {quoted(model.name)} has {size} ids and its tokenizer {reads.vocab_size}: "
             f"only the first {both} are used",
             stacklevel=3,
         )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 
 try:
     import fcntl
@@ -66,7 +66,7 @@ def _locked(name: str, path: Path) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as e:
             raise InputError(
-                f"{name} must be a folder that can be written, got {str(path.parent)!r} "
+                f"{name} must be a folder that can be written, got {quoted(path.parent)} "
                 f"({e.strerror})"
             ) from e
         try:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from . import bars, kernels
-from .errors import InputError
+from .errors import InputError, quoted
 
 # Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets.
 _BF16_TFLOPS = {
@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:  # a build without CUDA asserts
-        raise InputError(f"device must be auto or one that works here, got {name!r}") from e
+        raise InputError(f"device must be auto or one that works here, got {quoted(name)}") from e
     return device
 
 
@@ -53,7 +53,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products; auto is bfloat16 where tensor cores multiply it. Raises
     InputError for any but auto, float32 and bfloat16."""
     if name not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
+        raise InputError(f"dtype must be auto, float32 or bfloat16, got {quoted(name)}")
     if name == "auto":
         ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if ampere else torch.float32

@@ -116,8 +116,11 @@ def available(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu":
-        return None
+    return free() if device.type == "cpu" else None
+
+
+def free() -> int | None:
+    """The same of the CPU."""
     try:
         kilobytes = {
             name: int(value.split()[0])
@@ -126,13 +129,13 @@ def available(device: torch.device) -> int | None:
             )
         }
         swap = 1024 * kilobytes["SwapFree"]
-        free = 1024 * kilobytes["MemAvailable"]
+        unused = 1024 * kilobytes["MemAvailable"]
     except (OSError, ValueError, KeyError, IndexError):  # not Linux
         try:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
-    return min([free, *_cgroup_rooms()]) + swap
+    return min([unused, *_cgroup_rooms()]) + swap
 
 
 def _cgroup_rooms() -> list[int]:

@@ -12,16 +12,16 @@ do: weights are kept to the bit, the logits differ a little.
 import re
 import warnings
 import zipfile
+from itertools import pairwise
 from pathlib import Path
-from pickletools import genops
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import files, weights
+from . import files, pickles, weights
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .weights import DTYPES, HEAD, WTE, State
 
 _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -36,7 +36,7 @@ _MAX_PICKLE_BYTES = 2**22  # that of gpt2-xl with its optimizer has about 300,00
 
 def is_one(path: Path) -> bool:
     """Whether a file is an archive, as torch.save writes it."""
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return file.read(4) == b"PK\3\4"
 
 
@@ -47,8 +47,8 @@ class _GPTConfig:
 def say(model) -> None:
     """A warning, once per process, where a model (convert.Source) was trained with GELU by erf."""
     if model.gelu == "erf":
-        _say(f"{model.name!r} was trained with GELU by erf, as nanoGPT computes it; here it is "
-             f"tanh, as in GPT-2: logits differ a little")  # fmt: skip
+        _say(f"{quoted(model.name)} was trained with GELU by erf, as nanoGPT computes it; here it "
+             f"is tanh, as in GPT-2: logits differ a little")  # fmt: skip
 
 
 def say_written() -> None:
@@ -72,7 +72,7 @@ def read(path: Path) -> tuple[Config, State, str]:
     Raises InputError, naming the file, where it is broken, asks for more than tensors, or does not
     hold exactly the weights of its configuration.
     """
-    what = f"nanoGPT's {str(path)!r}"
+    what = f"nanoGPT's {quoted(path)}"
     checkpoint = _load(what, path)
     args, gelu = _sizes(checkpoint)
     if args is None or not isinstance(checkpoint.get("model"), dict):
@@ -90,14 +90,13 @@ def read(path: Path) -> tuple[Config, State, str]:
         if name in found:
             raise InputError(f"{what} must hold {brief(name)} once, got it with and without prefix")
         found[name] = tensor
-    expected = weights.check_names(what, config, found.keys() - {HEAD}, biases)
+    size = path.stat().st_size
+    expected = weights.check_names(what, config, found.keys() - {HEAD}, size, biases)
     for name, tensor in found.items():
         shape = expected[WTE if name == HEAD else name]
         dtype = _NAMES.get(tensor.dtype, str(tensor.dtype))
         weights.check_tensor(what, name, shape, tuple(tensor.shape), dtype)
-    stored = sum(tensor.nbytes for name, tensor in found.items() if name != HEAD)
-    if stored > path.stat().st_size or not all(t.is_contiguous() for t in found.values()):
-        raise InputError(f"{what} must hold every weight whole, got views of each other")
+    _check_plain(what, found)
     if HEAD in found:
         weights.check_tied(what, found[WTE], found[HEAD])
     dtype = found[WTE].dtype
@@ -171,6 +170,20 @@ def _config(what: str, args: dict[Any, Any]) -> tuple[Config, bool]:
         raise InputError(f"{what}: {brief(e)}") from e
 
 
+def _check_plain(what: str, found: State) -> None:
+    """Raises InputError unless each tensor is stored as its numbers, in memory that no other has;
+    the head may have that of the embedding."""
+    for name, tensor in found.items():
+        if tensor.is_neg() or tensor.is_conj():
+            raise InputError(
+                f"{what} must hold {brief(name)} as its numbers, got their negative or conjugate"
+            )
+    spans = sorted((t.data_ptr(), t.nbytes) for name, t in found.items() if name != HEAD)
+    shared = any(start + size > after for (start, size), (after, _) in pairwise(spans))
+    if shared or not all(tensor.is_contiguous() for tensor in found.values()):
+        raise InputError(f"{what} must hold every weight whole, got views of each other")
+
+
 def _load(what: str, path: Path) -> Any:
     try:
         stands_for = [(_GPTConfig, f"{module}.GPTConfig") for module in _check_archive(path)]
@@ -186,30 +199,36 @@ def _check_archive(path: Path) -> set[str]:
     Raises ValueError for an archive that is larger than its file, or a pickle that names anything
     else that tensors are not made of.
     """
-    modules: set[str] = set()
-    with zipfile.ZipFile(path) as archive:
+    with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("an archive of torch.save is expected, got a compressed one")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        sizes = [max(entry.file_size, entry.compress_size) for entry in entries]
+        if sum(sizes) > files.size_of(file):
             raise ValueError("its parts are larger than the file")
-        for entry in entries:
-            if entry.filename.endswith("data.pkl"):
-                if entry.file_size > _MAX_PICKLE_BYTES:
-                    raise ValueError(f"its pickle has {entry.file_size} bytes")
-                modules |= _check_pickle(archive.read(entry))
-    return modules
+        found = [entry for entry in entries if entry.filename.lower().endswith("data.pkl")]
+        if len(found) != 1:  # PyTorch ignores case
+            raise ValueError(f"one data.pkl is expected, got {len(found)}")
+        if found[0].file_size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its pickle has {found[0].file_size} bytes")
+        data = archive.read(found[0])
+    if torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") != data:
+        raise ValueError("its table of contents is ambiguous")
+    return _check_pickle(data, len(entries))
 
 
-def _check_pickle(data: bytes) -> set[str]:
-    modules = set()
-    for opcode, argument, _ in genops(data):
-        if opcode.name == "GLOBAL" and (match := _CONFIGS.fullmatch(argument)):
+def _check_pickle(data: bytes, entries: int) -> set[str]:
+    """The modules that data takes GPTConfig from. A tensor takes three objects, one of which is an
+    entry of the archive."""
+    modules: set[str] = set()
+
+    def name(found: str) -> None:
+        if match := _CONFIGS.fullmatch(found):
             modules.add(match[1])
-        elif opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
-            raise ValueError(f"its pickle asks for {argument}")
-        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"its pickle has {opcode.name}, which torch.save does not write")
+        elif not _GLOBALS.fullmatch(found):
+            raise ValueError(f"its pickle asks for {brief(found)}")
+
+    pickles.check(data, name, max_objects=4 * entries + 64)
     return modules
 
 

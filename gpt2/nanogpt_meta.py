@@ -2,37 +2,28 @@
 
     {"vocab_size": 65, "itos": {0: "\\n", 1: " ", …}, "stoi": {"\\n": 0, " ": 1, …}}
 
-It is a pickle. Only the opcodes that build plain containers, texts and numbers are accepted, and no
-class or function is ever looked up.
+It is a pickle. Only the opcodes that build plain containers, texts and numbers are accepted
+(pickles.py), and no class or function is ever looked up.
 """
 
 import io
 import pickle
 from pathlib import Path
-from pickletools import genops
 from typing import Any
 
-from .errors import InputError, brief
+from . import files, pickles
+from .errors import InputError, brief, quoted
 from .tokenizer import Tokenizer, characters
 
 FILE = "meta.pkl"
 _MAX_BYTES = 2**22  # 100,000 characters take less
-_OPCODES = {
-    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-    *("EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
-    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET", "LONG_BINGET"),
-}
 
 
 def is_one(path: Path) -> bool:
     """Whether a file is called so, or begins as a pickle does."""
     if path.suffix == ".pkl":
         return True
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return file.read(1) == b"\x80"
 
 
@@ -42,13 +33,10 @@ def load(path: Path) -> Tokenizer:
     Raises InputError, naming the file, where it is no such pickle, where its tables disagree, and
     where a token is not a single character.
     """
-    what = f"tokenizer {str(path)!r}"
+    what = f"tokenizer {quoted(path)}"
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        _check(data)
+        data = files.read_bytes(path, _MAX_BYTES)
+        pickles.check(data)
         return characters(_alphabet(_Plain(io.BytesIO(data)).load()))
     except OSError as e:
         raise InputError(f"{what} cannot be read: {e.strerror}") from e
@@ -65,18 +53,6 @@ class _Plain(pickle.Unpickler):
 
     def persistent_load(self, key: Any) -> Any:
         raise ValueError("it asks for another object")
-
-
-def _check(data: bytes) -> None:
-    """Raises ValueError for an opcode that does more than build plain things, and for a place in
-    the memo that the file is too small to have filled."""
-    for opcode, argument, _ in genops(data):
-        if opcode.name in ("GLOBAL", "INST"):
-            raise ValueError(f"it asks for {brief(argument)}")
-        if opcode.name not in _OPCODES:
-            raise ValueError(f"its pickle has {opcode.name}")
-        if "PUT" in opcode.name and argument > len(data):
-            raise ValueError(f"its pickle has place {argument} of the memo")
 
 
 def _alphabet(found: Any) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from . import bars, files, shards, sources
 from . import tokenizer as tokenizers
-from .errors import InputError
+from .errors import InputError, quoted
 from .writing import writing
 
 
@@ -37,7 +37,7 @@ def prepare(
     files.check_new("out", out)
     texts = sources.documents(source)
     if any(text.name.endswith(".bin") for text in texts):
-        raise InputError(f"data must be text, got shards of tokens, {source!r}")
+        raise InputError(f"data must be text, got shards of tokens, {quoted(source)}")
     chosen = sources.tokenizer_for(texts, tokenizer, tokenizer_dir)
     if chosen.vocab_size > 65536:
         raise InputError(

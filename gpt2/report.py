@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from . import bars, files
-from .errors import InputError, WriteError, brief
+from .errors import InputError, WriteError, brief, quoted
 from .train_config import check
 from .writing import writing
 
@@ -158,10 +158,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     short is left out. Raises InputError, naming the line, for one that training did not write."""
     if not os.path.lexists(path):
         return []
-    if not path.is_file():
-        raise InputError(f"{str(path)!r} must be a regular file")
     rows, number = [], 0
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         while line := file.readline(_LINE_BYTES + 1):
             number += 1
             try:
@@ -169,7 +167,7 @@ def read(path: Path) -> list[dict[str, Any]]:
             except ValueError as e:  # InputError is one
                 if len(line) <= _LINE_BYTES and not line.endswith(b"\n"):
                     break
-                raise InputError(f"{str(path)!r}, line {number}: {brief(e)}") from e
+                raise InputError(f"{quoted(path)}, line {number}: {brief(e)}") from e
     return rows
 
 

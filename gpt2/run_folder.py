@@ -13,7 +13,7 @@ from typing import Any
 
 from . import best, files
 from .config import Config
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .train_config import TrainConfig, check
 
 _MOST_BYTES = 2**20  # of config.json, which has 2 kB
@@ -37,7 +37,7 @@ def settings(path: Path) -> Settings:
     """What config.json at path holds. Raises InputError, naming the file and the field, for what
     training would not have written there."""
     if not path.is_file():
-        raise InputError(f"resume must be the folder of a run, got {str(path.parent)!r}")
+        raise InputError(f"resume must be the folder of a run, got {quoted(path.parent)}")
     try:
         found = files.read_object(repr(str(path)), path, _MOST_BYTES)
         if found.keys() == {"model"}:
@@ -55,7 +55,7 @@ def settings(path: Path) -> Settings:
         if "peak" in found:  # absent: of an older version
             _check_peak(_object(found, "peak"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:  # InputError is a ValueError
-        raise InputError(f"{str(path)!r} must hold a run's options: {brief(e)}") from e
+        raise InputError(f"{quoted(path)} must hold a run's options: {brief(e)}") from e
     return Settings(options, model)
 
 
@@ -71,11 +71,11 @@ def check_progress(path: Path, progress: Mapping[str, Any], config: Config, mode
         ):
             raise InputError(f"data must be a hash, got {brief(repr(data))}")
     except InputError as e:
-        raise InputError(f"checkpoint {str(path)!r}: {e}") from e
+        raise InputError(f"checkpoint {quoted(path)}: {e}") from e
     for name, theirs in asdict(model).items():
         if (ours := getattr(config, name)) != theirs:
             raise InputError(
-                f"checkpoint {str(path)!r} must hold the model of config.json, "
+                f"checkpoint {quoted(path)} must hold the model of config.json, "
                 f"with {name} {theirs}, got {ours}"
             )
 

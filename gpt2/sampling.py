@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from . import bars, files, generation, picking
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 from .generation import Sampling
 from .model import Model
 from .tokenizer import Tokenizer
@@ -259,7 +259,7 @@ def check_prompts(
             if isinstance(prompt, str):
                 tokenizer.encode(prompt)
         except InputError as e:
-            error = f"prompts {path!r}, line {number}: {e}"
+            error = f"prompts {quoted(path)}, line {number}: {e}"
             if strict:
                 raise InputError(error) from e
             prompt = Refused(prompt.encode(errors="replace").decode(), error)
@@ -275,7 +275,7 @@ def _prompt(path: str, number: int, line: str) -> str:
         return prompt
     except (ValueError, TypeError, KeyError) as e:
         raise InputError(
-            f'prompts {path!r}, line {number} must be {{"prompt": TEXT}} '
+            f'prompts {quoted(path)}, line {number} must be {{"prompt": TEXT}} '
             f"({type(e).__name__}: {brief(e)})"
         ) from e
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from . import files
+from .errors import InputError, quoted
 from .writing import writing
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
@@ -26,17 +27,24 @@ def read(path: Path, vocab_size: int) -> np.ndarray:
     Raises InputError, naming the file, for a header or size that is wrong and for an id that is
     not below vocab_size.
     """
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"data {str(path)!r} is empty")
-    if size % 2:
-        raise InputError(f"data {str(path)!r} must hold uint16 ids, got an odd size, {size} bytes")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
-    has_header = header.size > 0 and header[0] in _FAMILY
-    if has_header:
-        _check_header(path, header, size)
-    with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        file = files.open_regular(path)
+    except OSError as e:
+        raise InputError(f"data {quoted(path)} cannot be read: {e.strerror}") from e
+    with file:
+        size = files.size_of(file)
+        if size == 0:
+            raise InputError(f"data {quoted(path)} is empty")
+        if size % 2:
+            raise InputError(
+                f"data {quoted(path)} must hold uint16 ids, got an odd size, {size} bytes"
+            )
+        start = file.read(HEADER_BYTES)
+        header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
+        has_header = header.size > 0 and header[0] in _FAMILY
+        if has_header:
+            _check_header(path, header, size)
+        memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     tokens = np.frombuffer(memory, dtype="<u2", offset=HEADER_BYTES if has_header else 0)
     if vocab_size < 65536:
         _check_ids(path, tokens, vocab_size)
@@ -65,17 +73,17 @@ def write(path: Path, tokens: np.ndarray) -> None:
 
 
 def _check_header(path: Path, header: np.ndarray, size: int) -> None:
-    name = str(path)
+    name = quoted(path)
     if header[0] != MAGIC:
-        raise InputError(f"data {name!r} must have llm.c's magic {MAGIC}, got {header[0]}")
+        raise InputError(f"data {name} must have llm.c's magic {MAGIC}, got {header[0]}")
     if size < HEADER_BYTES:
-        raise InputError(f"data {name!r} must have a header of {HEADER_BYTES} bytes, got {size}")
+        raise InputError(f"data {name} must have a header of {HEADER_BYTES} bytes, got {size}")
     if header[1] != VERSION:
-        raise InputError(f"data {name!r} must have version {VERSION}, got {header[1]}")
+        raise InputError(f"data {name} must have version {VERSION}, got {header[1]}")
     count = int(header[2])
     if count < 1 or size != HEADER_BYTES + 2 * count:
         raise InputError(
-            f"data {name!r} must hold as many ids as its header says, {count}, "
+            f"data {name} must hold as many ids as its header says, {count}, "
             f"got {(size - HEADER_BYTES) // 2}"
         )
 
@@ -87,6 +95,6 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
         if part.max() >= vocab_size:
             at = int(np.argmax(part >= vocab_size))
             raise InputError(
-                f"data {str(path)!r} must hold ids below vocab_size {vocab_size}, "
+                f"data {quoted(path)} must hold ids below vocab_size {vocab_size}, "
                 f"got {part[at]} at position {start + at}"
             )

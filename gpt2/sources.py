@@ -7,7 +7,8 @@ Between two documents stands `<|endoftext|>` where the tokenizer has it, and a n
 import codecs
 import glob
 import io
-import sys
+import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from . import files as readers
 from . import reference_text
 from . import tokenizer as tokenizers
-from .errors import InputError
+from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 
 BLOCK_BYTES = 2**18  # of text decoded at a time
+_EXCERPT_LINES = 100_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Document:
                     text = decoder.decode(block, final=not block)
                 except UnicodeDecodeError as e:
                     raise InputError(
-                        f"data {self.name!r} must be UTF-8, "
+                        f"data {quoted(self.name)} must be UTF-8, "
                         f"got {e.object[e.start]:#04x} at byte {offset - held + e.start}"
                     ) from None
                 if not block:
@@ -61,23 +64,46 @@ def files(source: str) -> list[Path]:
 
     Of a folder: its `.bin` files; or, where it has none, every file below it that is not hidden.
     """
+    readers.check_name("data", source)
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob("*.bin")) or sorted(
-            p
-            for p in path.rglob("*")
-            if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
-        )
+        found = sorted(path.glob("*.bin")) or sorted(_below(path))
     elif path.exists():
         found = [path]
     else:
-        found = [p for p in map(Path, sorted(glob.glob(source, recursive=True))) if p.is_file()]
+        found = [p for p in map(Path, _matches(source)) if p.is_file()]
     if not found:
         raise InputError(
             f"data must be a file, a folder with files, a pattern that matches some, or - for "
-            f"standard input, got {source!r}"
+            f"standard input, got {quoted(source)}"
         )
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file at any depth below folder; hidden ones and those in hidden folders are left out,
+    and links to folders are not followed."""
+    left = [str(folder)]
+    while left:
+        try:
+            with os.scandir(left.pop()) as found:
+                entries = list(found)
+        except OSError as e:
+            raise InputError(f"data {quoted(e.filename)} cannot be read: {e.strerror}") from e
+        for entry in entries:
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                left.append(entry.path)
+            elif entry.is_file():
+                yield Path(entry.path)
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        return sorted(glob.glob(pattern, recursive=True))
+    except RecursionError:  # glob takes a level of the stack for a level of folders
+        raise InputError(f"data {quoted(pattern)} matches folders that nest too deeply") from None
 
 
 def documents(source: str | None) -> list[Document]:
@@ -85,12 +111,12 @@ def documents(source: str | None) -> list[Document]:
     if source is None:
         found = _python_reference()
     elif source == "-":
-        found = [_in_memory("-", sys.stdin.buffer.read())]
+        found = [_in_memory("-", readers.read_stdin("data"))]
     else:
         found = [_document(path) for path in files(source)]
     texts = [document for document in found if document.size]
     if not texts:
-        raise InputError(f"data {source!r} is empty")
+        raise InputError(f"data {quoted(source)} is empty")
     return texts
 
 
@@ -122,30 +148,41 @@ def encode(
             try:
                 ids = tokenizer.encode(text)
             except InputError as e:
-                raise InputError(f"data {document.name!r}: {e}") from e
+                raise InputError(f"data {quoted(document.name)}: {e}") from e
             yield ids
 
 
 def excerpt(source: str | None, tokenizer: Tokenizer, size: int) -> np.ndarray:
-    """The first `size` ids of a source's texts, without the lines that tokenizer cannot encode."""
-    found, total = [], 0
+    """The first `size` ids of a source's texts, without the lines that tokenizer cannot encode; of
+    the first 100,000 lines at most."""
+    found, total = [np.array([], dtype=np.uint32)], 0
+    for line in itertools.islice(_lines(source), _EXCERPT_LINES):
+        try:
+            found.append(tokenizer.encode(line))
+        except InputError:
+            continue
+        total += len(found[-1])
+        if total >= size:
+            break
+    return np.concatenate(found)[:size]
+
+
+def _lines(source: str | None) -> Iterator[str]:
+    """The lines of a source's texts with their ends; one that two blocks share comes in two."""
     for document in documents(source):
         for text in document.blocks():
-            for line in text.splitlines(keepends=True):
-                try:
-                    found.append(tokenizer.encode(line))
-                except InputError:
-                    continue
-                total += len(found[-1])
-                if total >= size:
-                    return np.concatenate(found)[:size]
-    return np.concatenate([np.array([], dtype=np.uint32), *found])
+            yield from text.splitlines(keepends=True)
 
 
 def _document(path: Path) -> Document:
-    if path.is_file():
-        return Document(str(path), lambda: path.open("rb"), path.stat().st_size)
-    return _in_memory(str(path), path.read_bytes())  # a pipe can be read only once
+    try:
+        with readers.open_regular(path) as file:
+            size = readers.size_of(file)
+    except OSError as e:
+        raise InputError(
+            f"data {quoted(path)} cannot be read: {e.strerror}{readers.hint(e)}"
+        ) from e
+    return Document(str(path), lambda: readers.open_regular(path), size)
 
 
 def _in_memory(name: str, text: bytes) -> Document:

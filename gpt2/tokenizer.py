@@ -12,6 +12,7 @@ ordinary characters, unless encode is asked to see it as the token.
 import base64
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy as np
 
 from . import bytelevel, files
 from .bytelevel import EOT, GPT2_SIZE
-from .errors import InputError, brief
+from .errors import InputError, brief, quoted
 
 FILE = "tokenizer.json"  # in the folder of a run, of shards, or of a Hugging Face model
 
@@ -30,6 +31,10 @@ FILE = "tokenizer.json"  # in the folder of a run, of shards, or of a Hugging Fa
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
+
+MAX_ALPHABET = 2**18  # characters; Unicode 16 has named 155,000
+MAX_VOCAB_SIZE = 2**20  # of a BPE to learn; the largest in use have 2^18
+_LONGEST_PIECE = 256  # bytes of a piece that is learned from as a whole
 
 # No piece of GPT2_PATTERN goes on from a non-space into a space: a text may be cut there.
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
@@ -137,6 +142,12 @@ def characters(alphabet: Sequence[str]) -> Tokenizer:
     """One id for each character of alphabet, in this order."""
     if not alphabet:
         raise InputError("alphabet must hold at least one character, got none")
+    if len(alphabet) > MAX_ALPHABET:
+        raise InputError(
+            f"alphabet must hold at most {MAX_ALPHABET} characters, got {len(alphabet)}"
+        )
+    if odd := [c for c in alphabet if len(c) != 1 or "\ud800" <= c <= "\udfff"]:
+        raise InputError(f"alphabet must hold single characters, got {brief(ascii(odd[0]))}")
     if len(set(alphabet)) < len(alphabet):
         raise InputError("alphabet must hold no character twice")
     codes = np.array([ord(c) for c in alphabet])
@@ -214,14 +225,21 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Hugging Face's tokenizers picks the merges. A merge is learned after the merges that made its
     two halves, so its rank alone tells when it applies, and tiktoken encodes as the trainer does.
+    The trainer's time is quadratic in the length of a piece, so it learns from parts of at most
+    256 bytes. Raises InputError for a vocab_size outside 257 to 2^20.
     """
-    if vocab_size < 257:
-        raise InputError(f"vocab_size must be at least 257 (256 bytes and {EOT}), got {vocab_size}")
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"vocab_size must be at least 257 (256 bytes and {EOT}) and at most {MAX_VOCAB_SIZE}, "
+            f"got {vocab_size}"
+        )
+    from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Trainee
-    from tokenizers import models, pre_tokenizers, trainers
 
     trainee = Trainee(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{1,{_LONGEST_PIECE}}}"), "isolated")
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([pieces, parts])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
@@ -249,7 +267,16 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 def from_json(text: str, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer that to_json described. Raises InputError for anything else."""
     try:
-        return _from_state(files.parse_json(text), folder)
+        found = files.parse_json(text)
+    except ValueError as e:
+        raise InputError(f"a tokenizer is expected, got {brief(e)}") from e
+    return _from_content(found, folder)
+
+
+def _from_content(found: Any, folder: str | Path | None) -> Tokenizer:
+    """The tokenizer of such a content."""
+    try:
+        return _from_state(found, folder)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as e:
@@ -301,9 +328,11 @@ def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
         return byte()
     if spec == "gpt2":
         return gpt2(folder)
-    if spec != "char" and Path(spec).exists():
+    if spec != "char" and os.path.exists(spec):
         return load(spec, folder)
-    raise InputError(f"tokenizer must be byte, gpt2, a file, or (for text) char, got {spec!r}")
+    raise InputError(
+        f"tokenizer must be byte, gpt2, a file, or (for text) char, got {quoted(spec)}"
+    )
 
 
 def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
@@ -316,21 +345,22 @@ def load(path: str | Path, folder: str | Path | None = None) -> Tokenizer:
 
     path = Path(path)
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return _of_folder(path, folder)
         if nanogpt_meta.is_one(path):
             return nanogpt_meta.load(path)
-        text = path.read_text(encoding="utf-8")
+        text = files.read_text(path)
         if not text.startswith("{"):
             return tiktoken_file.from_text(text)
-        if hf_tokenizer.is_one(path, files.parse_json(text)):
-            return hf_tokenizer.load(path)
-        return from_json(text, folder)
+        found = files.parse_json(text)
+        if hf_tokenizer.is_one(path, found):
+            return hf_tokenizer.load(path, found)
+        return _from_content(found, folder)
     except OSError as e:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read: {e.strerror}") from e
+        raise InputError(f"tokenizer {quoted(path)} cannot be read: {e.strerror}") from e
     except ValueError as e:  # InputError and UnicodeDecodeError are ValueErrors
         message = str(e)
-        prefix = "" if message.startswith("tokenizer ") else f"tokenizer {str(path)!r}: "
+        prefix = "" if message.startswith("tokenizer ") else f"tokenizer {quoted(path)}: "
         raise InputError(prefix + message) from e
 
 
@@ -338,7 +368,7 @@ def _of_folder(path: Path, folder: str | Path | None) -> Tokenizer:
     from . import hf_tokenizer, nanogpt_meta
 
     names = (FILE, hf_tokenizer.VOCAB, nanogpt_meta.FILE)
-    found = [name for name in names if (path / name).is_file()]
+    found = [name for name in names if os.path.isfile(path / name)]
     if not found:
         raise InputError(f"a folder must hold {', '.join(names[:-1])} or {names[-1]}, got none")
     return load(path / found[0], folder)

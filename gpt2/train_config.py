@@ -36,7 +36,8 @@ class TrainConfig:
 
     data: str | None = _data(
         None,
-        "text file, folder of text, pattern, - for standard input, or token shards (.bin) "
+        "text file, folder of text, pattern, - for standard input (also of a pipe: - < PIPE), or "
+        "token shards (.bin) "
         "[default: Python's own language reference]",
         metavar="PATH",
     )

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from . import best, checkpoint, data, files, finetune, memory, optim, report, sampling
 from .config import Config
 from .digest import digest
-from .errors import InputError, NonFiniteError, brief
+from .errors import InputError, NonFiniteError, brief, quoted
 from .machine import Peak, describe, peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
@@ -287,7 +287,7 @@ class Trainer:
         except Exception as e:
             if not self._plot_failed:
                 kind = type(e).__name__
-                told = f"{str(path)!r} cannot be drawn, training goes on ({kind}: {brief(e)})"
+                told = f"{quoted(path)} cannot be drawn, training goes on ({kind}: {brief(e)})"
                 tqdm.write(told, file=sys.stderr)  # above the bar
             self._plot_failed = True
 
@@ -352,7 +352,7 @@ def _kept_peak(path: Path, machine: str) -> Peak | None:
     """The peak that the run has counted by so far, where it goes on on the same machine: measured
     again, it would be another, and the same speed another part of it."""
     try:
-        found = Peak(**files.parse_json(path.read_text(encoding="utf-8"))["peak"])
+        found = Peak(**files.parse_json(files.read_text(path))["peak"])
         usable = found.machine == machine and 0 < found.flops < math.inf
         return found if usable and isinstance(found.source, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -32,6 +32,10 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|module)\."
 )  # torch.compile's and DDP's, at any depth
 TENSORS_PER_LAYER, TENSORS_OUTSIDE = 12, 4
+_LEAST_PER_LAYER = 6  # without biases
+_FEW_LAYERS = 100
+MAX_SMALL_LAYERS = 1000  # of any width; more are read where each has as many bytes as these:
+_BYTES_PER_LAYER = 2**15  # of float32, a width of 27
 
 
 def plain(name: str) -> str:
@@ -62,14 +66,33 @@ def shapes(config: Config) -> Shapes:
     return {**found, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
 
 
-def check_names(what: str, config: Config, names: Iterable[str], biases: bool = True) -> Shapes:
-    """The shapes of the weights that a file must hold. Raises InputError, beginning with `what`,
-    unless names are exactly theirs (without biases: those that do not end in `.bias`)."""
+def check_layers(what: str, n_layer: int, *, tensors: int, size: int) -> None:
+    """Raises InputError where a file of so many tensors and of `size` bytes cannot hold n_layer
+    layers. Called before anything is made for each layer.
+
+    A few layers too many pass: the list of what is missing tells more.
+    """
+    if n_layer > max(tensors // _LEAST_PER_LAYER, _FEW_LAYERS):
+        raise InputError(f"{what} must hold the weights of {n_layer} layers, got {tensors} tensors")
+    check_depth(what, n_layer, size)
+
+
+def check_depth(what: str, n_layer: int, size: int) -> None:
+    """Raises InputError where a file of `size` bytes is small for n_layer layers: as Python's
+    objects, they take more memory than their weights."""
+    most = max(MAX_SMALL_LAYERS, size // _BYTES_PER_LAYER)
+    if n_layer > most:
+        raise InputError(f"{what} must have at most {most} layers in {size} bytes, got {n_layer}")
+
+
+def check_names(
+    what: str, config: Config, names: Iterable[str], size: int, biases: bool = True
+) -> Shapes:
+    """The shapes of the weights that a file of `size` bytes must hold. Raises InputError, beginning
+    with `what`, unless names are exactly theirs (without biases: those that do not end in
+    `.bias`)."""
     found = set(names)
-    if config.n_layer > len(found):  # before a list of what is missing becomes absurdly long
-        raise InputError(
-            f"{what} must hold the weights of {config.n_layer} layers, got {len(found)} tensors"
-        )
+    check_layers(what, config.n_layer, tensors=len(found), size=size)
     expected = shapes(config)
     if not biases:
         expected = {name: s for name, s in expected.items() if not name.endswith(".bias")}

@@ -5,9 +5,12 @@ A mutation takes bytes and gives bytes. Those of JSON work on what it says, so t
 files get past the parser; those of bytes do not care what they hit.
 """
 
+import io
 import json
 import random
 import struct
+import warnings
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +200,57 @@ def of_lines(data: bytes, rng: random.Random) -> bytes:
         case 5:
             lines[at] = b" ".join(reversed(lines[at].split(b" ")))
     return b"\n".join(lines)
+
+
+def splice(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """The beginning of one file and the end of another, cut anywhere or at the same place."""
+    at = place(len(data) + 1, rng)
+    return data[:at] + other[at if rng.random() < 0.5 else place(len(other) + 1, rng) :]
+
+
+PICKLED = [
+    *(b"}", b"]", b")", b"(", b"N", b"0", b"2", b"t", b"u", b"s", b"e", b"a", b"R", b"b", b"Q"),
+    *(b"\x85", b"\x86", b"\x87", b"\x81", b"\x93", b"q\0", b"h\0", b"j\0\0\0\0", b"r\0\0\0\x7f"),
+    *(b"cos\nsystem\n", b"ctorch\nload\n", b"c__main__\nGPTConfig\n", b"X\1\0\0\0k"),
+    *(b"\x8a\x08" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"B\xff\xff\xff\x7f", b"I1\n", b"L9L\n"),
+]
+
+
+def of_pickle(data: bytes, rng: random.Random) -> bytes:
+    """Opcodes put in, doubled many times or left out; or bytes changed."""
+    if rng.random() < 0.5:
+        return of_bytes(data, rng)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1)
+        code = b"".join(rng.choices(PICKLED, k=rng.choice((1, 2, 3))))
+        data = data[:at] + code * rng.choice((1, 1, 1, 2, 50, 20_000)) + data[at:]
+    return data
+
+
+def of_archive(data: bytes, rng: random.Random) -> bytes:
+    """The pickle in an archive of torch.save, with its checksum, or another part; or bytes."""
+    if rng.random() < 0.4:
+        return of_bytes(data, rng)
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        parts = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    at = rng.randrange(len(parts))
+    if rng.random() < 0.8:
+        at = next(i for i, (name, _) in enumerate(parts) if name.endswith("data.pkl"))
+    name, content = parts[at]
+    match rng.randrange(12):
+        case 0:
+            del parts[at]
+        case 1:
+            parts.append((name.upper(), content))
+        case 2:
+            parts[at] = (rng.choice(parts)[0], content)
+        case _:
+            parts[at] = (name, of_pickle(content, rng))
+    with io.BytesIO() as file, warnings.catch_warnings(action="ignore"):  # a name may stand twice
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in parts:
+                archive.writestr(name, content)
+        return file.getvalue()
 
 
 Mutation = Callable[[bytes, random.Random], bytes]

@@ -263,18 +263,6 @@ def test_standard_input(monkeypatch):
     assert corpus.tokenizer.decode(corpus.train.parts[0]) == text[:550]
 
 
-def test_a_pipe_is_read_once(tmp_path):
-    import threading
-
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    writer = threading.Thread(target=lambda: path.write_text("abc" * 50))
-    writer.start()
-    corpus = data.load(str(path), block_size=8)
-    writer.join()
-    assert len(corpus.train) == 135
-
-
 def test_text_is_the_same_in_any_blocks(monkeypatch, tmp_path):
     """A character and a BPE piece may lie across the blocks in which a file is read."""
     text = "日本語 😀 naïve don't  \r\n\r\n " * 20

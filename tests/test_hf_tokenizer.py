@@ -325,7 +325,7 @@ def test_what_transformers_have_saved_again_is_read(trained, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     theirs.add_special_tokens({"pad_token": "<pad>"})
     theirs.save_pretrained(tmp_path / "again")
-    found = hf_tokenizer.load(tmp_path / "again" / "tokenizer.json")
+    found = tk.load(tmp_path / "again" / "tokenizer.json")
     assert found.encode(LINES).tolist() == theirs.encode(LINES) == trained.encode(LINES).tolist()
     assert found.vocab_size == trained.vocab_size + 1 and found.eot == trained.eot
     assert found.tokens[theirs.pad_token_id] == b"<pad>"

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import time
 from base64 import b64encode
 from pathlib import Path
 
@@ -300,3 +301,22 @@ def test_names():
     for spec in ("char", "gpt3", "/no/such/file"):
         with pytest.raises(InputError, match=f"tokenizer must be .* got '{spec}'"):
             tk.named(spec)
+
+
+# ---- learning in time
+
+
+def test_a_long_piece_is_learned_from_in_time():
+    """The trainer is quadratic in a piece: 400 KB of one letter took 240 s, 4 MB hours."""
+    start = time.perf_counter()
+    learned = tk.train_bpe(["a" * 2**18] * 4, 300)
+    assert time.perf_counter() - start < 10.0
+    assert learned.vocab_size == 256 + 8 + 1  # a b c: 2, 4, … 256 letters
+    assert len(learned.encode("a" * 1000)) < 10
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 256, 2**20 + 1, 2**31, 2**64])
+def test_a_vocabulary_of_any_size_is_not_learned(vocab_size):
+    """2^31 ids were memory for as many, before a letter was read."""
+    with pytest.raises(InputError, match=r"vocab_size must be at .* most 1048576, got"):
+        tk.train_bpe(iter(()), vocab_size)

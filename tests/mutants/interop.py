@@ -8,7 +8,7 @@ NANOGPT = "gpt2/nanogpt.py"
 LLMC = "gpt2/llmc.py"
 CONVERT = "gpt2/convert.py"
 FINETUNE = "gpt2/finetune.py"
-FILES = "gpt2/files.py"
+FILES, PICKLES = "gpt2/files.py", "gpt2/pickles.py"
 
 INTEROP_MUTANTS = [
     # Hugging Face's folders
@@ -24,7 +24,8 @@ INTEROP_MUTANTS = [
     ),
     Mutant(
         "every shard the first", INTEROP,
-        "for key, name in where.items()}\n", "for key in where for name in list(shards)[:1]}\n",
+        "for key, name in where.items()}, size\n",
+        "for key in where for name in list(shards)[:1]}, size\n",
         "test_interop.py::test_loads_what_transformers_save[shards-small]",
     ),
     Mutant(
@@ -119,12 +120,12 @@ INTEROP_MUTANTS = [
     # nanoGPT
     Mutant(
         "pickles run as they are", NANOGPT,
-        "                modules |= _check_pickle(archive.read(entry))\n", "                pass\n",
+        "    return _check_pickle(data, len(entries))\n", "    return set()\n",
         "test_nanogpt_file.py::test_a_pickle_that_asks_for_more_than_tensors_is_not_run[call0-2]",
     ),
     Mutant(
         "views taken for weights", NANOGPT,
-        "or not all(t.is_contiguous() for t in found.values())", "",
+        "or not all(tensor.is_contiguous() for tensor in found.values())", "",
         "test_nanogpt_file.py::test_a_ckpt_that_does_not_fit_is_refused_by_name[view]",
     ),
     Mutant(
@@ -194,8 +195,30 @@ INTEROP_MUTANTS = [
     # hostile files
     Mutant(
         "JSON of any depth", FILES,
-        "except RecursionError:", "except ZeroDivisionError:",
+        "except RecursionError:\n        raise ValueError",
+        "except ZeroDivisionError:\n        raise ValueError",
         "test_hostile.py::test_hostile_files[config-some]",
+    ),
+    Mutant(
+        "keys of any kind in a pickle", PICKLES,
+        "any(key is not _KEY for key in values[::2])", "False",
+        "test_pickles.py::test_a_bomb_is_refused_before_it_is_built[key-of-a-tuple]",
+    ),
+    Mutant(
+        "parts of a pickle counted once", PICKLES,
+        "self.parts += sum(value.parts for value in values)", "self.parts += len(values)",
+        "test_pickles.py::test_a_bomb_is_refused_before_it_is_built[60-doubled-tuples]",
+    ),
+    Mutant(
+        "layers of any number", WEIGHTS,
+        "if n_layer > max(tensors // _LEAST_PER_LAYER, _FEW_LAYERS):", "if n_layer > 10**5:",
+        "test_files.py::test_absurd_layers_are_refused_at_once[hf-100000]",
+    ),
+    Mutant(
+        "a pipe as a file", FILES,
+        "    if not stat.S_ISREG(mode):",
+        "    if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):",
+        "test_files.py::test_only_regular_files_are_opened[pipe-meta]",
     ),
     Mutant(
         "memory for what a header says", LLMC,
