@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 from test_checkpoint import rewritten
-from test_train import TEXT, Trainer, options, rows
+from test_train import Trainer, rows, train_once
 
 from gpt2 import checkpoint
 from gpt2.cli import main
-from gpt2.train import resume, train
+from gpt2.train import resume
 
 pytestmark = pytest.mark.usefixtures("without_the_interpreter")
 
@@ -21,12 +21,7 @@ HUGE = 10**30
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one-run")
-    (folder / "text.txt").write_text(TEXT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train(options("text.txt", out="run", sample_tokens=0))
-    return folder
+    return train_once(tmp_path_factory.mktemp("one-run"))
 
 
 @pytest.fixture

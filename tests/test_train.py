@@ -50,7 +50,10 @@ def text(tmp_path):
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
     """A finished run and its text, made once."""
-    folder = tmp_path_factory.mktemp("one-run")
+    return train_once(tmp_path_factory.mktemp("one-run"))
+
+
+def train_once(folder):
     (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
