@@ -28,9 +28,10 @@ _SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")  # buffers, where attention is not fused
 _GLOBALS = re.compile(
-    r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch \w+Storage"
+    r"collections OrderedDict|torch._utils _rebuild_tensor_v2"
+    r"|torch (Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool)Storage"
 )  # what the pickle of tensors, numbers and texts names
-_CONFIGS = re.compile(r"([\w.]+) GPTConfig")  # and the class of build-nanogpt's config
+_CONFIGS = re.compile(r"([\w.]{1,200}) GPTConfig")  # and the class of build-nanogpt's config
 _MAX_PICKLE_BYTES = 2**22  # that of gpt2-xl with its optimizer has about 300,000
 
 

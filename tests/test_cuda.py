@@ -62,10 +62,11 @@ def test_misaligned_views_are_copied(offset, dtype, kernel_backend):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU would not recover from it")
 def test_a_failed_launch_is_an_error(kernel_backend):
-    """The kernel is named, and what the emulator found: here a length that the cache does not have,
-    which kernels.decode_attention would have refused."""
+    """The kernel is named, and what the emulator found: here a cache whose memory is shorter than
+    its shape, as FSDP leaves a parameter that it has freed."""
     q, cache = torch.randn(1, 1, 1, 32), torch.randn(1, 5, 1, 32)
-    lengths = torch.tensor([6])
+    cache.untyped_storage().resize_(4 * 32 * cache.element_size())
+    lengths = torch.tensor([5])
     with pytest.raises(RuntimeError, match=r"^decode: .*\[bounds\] .*decode_kernel"):
         torch.ops.gpt2_kernels_cuda.decode_attention(q, cache, cache, lengths, 1.0)
 

@@ -104,6 +104,17 @@ def test_a_bomb_in_a_ckpt_is_refused(name, tmp_path):
     assert time.perf_counter() - start < 2.0
 
 
+def test_a_storage_that_pytorch_does_not_know_is_refused(tmp_path):
+    """PyTorch searches its own refusal by a regular expression: a long name took it seconds."""
+    path = write(CONFIG, random_state(), tmp_path, "nanogpt")
+    name = b"ctorch\nFl" + b"2" * 20_000 + b"Storage\n"
+    replaced(path, lambda _: b"\x80\2" + name + b".")
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="its pickle asks for torch Fl22"):
+        convert.read(path)
+    assert time.perf_counter() - start < 2.0
+
+
 def test_more_tensors_than_the_file_holds_are_not_made(tmp_path):
     """A hundred thousand tensors of one storage, each in a few bytes, took 60 MB of objects."""
     path = write(CONFIG, random_state(), tmp_path, "nanogpt")
@@ -189,7 +200,7 @@ def test_a_tensor_that_is_not_its_numbers_is_refused(dtype, tmp_path):
     for name in (weights.WTE, "lm_head.weight"):
         held["model"][name] = odd
     torch.save(held, path)
-    with pytest.raises(InputError, match=r"negative or conjugate|got torch.complex64"):
+    with pytest.raises(InputError, match=r"negative or conjugate|asks for torch ComplexFloatStorage"):
         convert.read(path).state()
 
 
