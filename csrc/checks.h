@@ -8,6 +8,8 @@
 #include <initializer_list>
 #include <sstream>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include "ops.h"
 
 namespace gpt2 {
@@ -29,8 +31,21 @@ inline bool is_half(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
+// Whether x's storage reaches to its last element: FSDP, for one, leaves a parameter's shape and
+// frees its storage.
+inline void check_memory(const char* name, const Tensor& x) {
+  if (x.numel() == 0) return;
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t end = x.storage_offset() + 1, bytes = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) end += (sizes[i] - 1) * strides[i];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  STD_TORCH_CHECK(end * int64_t(x.element_size()) <= bytes, name, " of shape ", text(sizes),
+                  " must lie in its storage, which has ", bytes, " bytes");
+}
+
 inline void check_dim(const char* name, const Tensor& x, int64_t dim) {
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, got ", text(x.sizes()));
+  check_memory(name, x);
 }
 
 // x on the device of `like`, of a dtype and a shape. Without a dtype any floating one will do.
@@ -44,6 +59,7 @@ void check_tensor(const char* name, const Tensor& x, const Tensor& like,
   const auto sizes = x.sizes();
   STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name,
                   " must have shape ", text(shape), ", got ", text(sizes));
+  check_memory(name, x);
 }
 
 inline void check_tensor(const char* name, const Tensor& x, const Tensor& like,
@@ -66,6 +82,7 @@ inline void check_like(const char* name, const Tensor& x, const Tensor& other) {
 // A row of parameters for the last dimension of x.
 inline void check_row(const char* name, const Tensor& row, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() > 0, "x must have a last dimension");
+  check_memory("x", x);
   check_tensor(name, row, x, std::nullopt, {x.size(x.dim() - 1)});
 }
 
@@ -86,6 +103,10 @@ inline void check_rows_in_place(const char* name, const Tensor& x) {
   STD_TORCH_CHECK((columns <= 1 || x.stride(1) == 1) && (rows <= 1 || x.stride(0) >= columns), name,
                   " must have contiguous rows that do not overlap, got strides ",
                   text(x.strides()));
+  if (x.numel() > 0) {
+    const int64_t elements = (rows - 1) * x.stride(0) + columns;
+    check_writable(name, x.mutable_data_ptr(), elements * int64_t(x.element_size()));
+  }
 }
 
 }  // namespace gpt2

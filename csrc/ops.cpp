@@ -53,6 +53,7 @@ Tensor contiguous_rows(const Tensor& logits) {
 }
 
 Tensor gelu_fwd(Tensor x_) {
+  check_memory("x", x_);
   const Tensor x = as_contiguous(x_);
   Tensor y = contiguous_like(x);
   ops_for(x).gelu_fwd(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), here(x));
@@ -60,6 +61,7 @@ Tensor gelu_fwd(Tensor x_) {
 }
 
 Tensor gelu_bwd(Tensor dy_, Tensor x_) {
+  check_memory("x", x_);
   check_like("dy", dy_, x_);
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_);
   Tensor dx = contiguous_like(x);

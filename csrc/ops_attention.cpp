@@ -123,6 +123,7 @@ std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
                                    std::vector<int64_t> shape) {
   Tensor o = gpt2::new_empty(like, shape);
   Tensor lse = gpt2::new_empty(like, {x.B, x.H, x.Tq}, accumulator(like));
+  if (x.Tq == 0) return {o, lse};  // however many sequences there are
   with_workspace(like, [&](void* workspace) {
     return ops_for(like).attention_fwd(x, o.mutable_data_ptr(), lse.mutable_data_ptr(), workspace,
                                        here(like));
@@ -166,6 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k
   Tensor dq = gpt2::new_empty(q, {x.B, x.Tq, x.H, x.D});
   Tensor dk = gpt2::new_empty(k, {x.B, x.Tk, x.H, x.D});
   Tensor dv = gpt2::new_empty(v, {x.B, x.Tk, x.H, x.D});
+  if (x.Tk == 0) return {dq, dk, dv};
   with_workspace(q, [&](void* workspace) {
     return ops_for(q).attention_bwd(x, view_of(dout), o.const_data_ptr(), lse.const_data_ptr(),
                                     out_view_of(dq), out_view_of(dk), out_view_of(dv), workspace,
@@ -188,6 +190,7 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o_, Tensor lse_, int64_
   const Attention x = problem(qkv, n_head, options);
   const int64_t C = x.H * x.D;
   Tensor dqkv = gpt2::new_empty(qkv, {x.B, x.Tq, 3 * C});
+  if (x.Tq == 0) return dqkv;
   with_workspace(qkv, [&](void* workspace) {
     return ops_for(qkv).attention_bwd(x, view_of(dout, 0, C, x.D), o.const_data_ptr(),
                                       lse.const_data_ptr(), out_view_of(dqkv, 0, C, x.D),

@@ -4,17 +4,15 @@ argument, what was given and what was expected.
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   V vocabulary
 """
 
-import ctypes
 import math
 import operator
-import os
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from .product import is_autocasting
-from .raw_ops import has_no_values, look_at_ids, raw
+from .raw_ops import look_at_ids, raw
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -45,34 +43,6 @@ def check_tensor(name: str, x, *, like: Tensor, dtype: bool = True) -> None:
         raise ValueError(f"{name} must be on {like.device}, got {x.device}")
     if dtype and x.dtype != like.dtype and not autocasting(like):
         raise TypeError(f"{name} must have dtype {like.dtype}, got {x.dtype}")
-
-
-def check_writable(name: str, x: Tensor) -> None:
-    """Raises ValueError if x lies in memory that is mapped read-only, such as np.memmap(mode="r"):
-    writing to it ends the process.
-
-    The kernel answers for the first and the last byte: reading one into its own place fails there,
-    as no signal does. Memory of a GPU is always writable.
-    """
-    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
-        return
-    if has_no_values(x):
-        return
-    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
-    size = x.element_size()
-    for address in (x.data_ptr(), x.data_ptr() + (last + 1) * size - 1):
-        byte = (ctypes.c_char * 1).from_address(address)
-        reader, writer = os.pipe()
-        try:
-            os.write(writer, byte)
-            os.readv(reader, [byte])
-        except OSError:
-            raise ValueError(
-                f"{name} must be writable, got memory that is mapped read-only"
-            ) from None
-        finally:
-            os.close(reader)
-            os.close(writer)
 
 
 def check_row(name: str, row, x: Tensor) -> None:
@@ -138,6 +108,10 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
 def check_number(name: str, value) -> None:
     if type(value) is not float and not isinstance(value, Real):  # the latter takes 0.3 µs
         raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float holds, got a larger one") from None
 
 
 def check_integer(name: str, value) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .checks import check_ids, check_tensor, check_writable
+from .checks import check_ids, check_tensor
 from .linear import BLOCK, FEW
 from .raw_ops import raw
 
@@ -49,7 +49,8 @@ class DecodeLayers:
     tokens' keys and values are written to the next. Inference only.
 
     Raises TypeError or ValueError, naming the argument, where a tensor's shape, dtype or device is
-    not that of a GPT-2 whose dtype and device are those of layers[0].qkv.bias.
+    not that of a GPT-2 whose dtype and device are those of layers[0].qkv.bias; BackendUnavailable
+    where the CPU has no kernels.
     """
 
     Linear, Norm, Layer = Linear, Norm, Layer
@@ -65,6 +66,9 @@ class DecodeLayers:
             raise ValueError(f"n_head must be an int that divides C = {self.C}, got {n_head!r}")
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
+        reason = dispatch.why_not("cpu", "gemv", self.device, self.dtype)
+        if reason is not None:
+            raise dispatch.BackendUnavailable(f"cpu cannot serve DecodeLayers: {reason}")
         self.n_head, self.eps = n_head, eps
         sums = torch.promote_types(self.dtype, torch.float32)
         self._check_norm("norm", norm)
@@ -134,7 +138,6 @@ class DecodeLayers:
         if not kv.is_contiguous():
             raise ValueError(f"kv must be contiguous, got strides {kv.stride()}")
         check_ids("lengths", lengths, T)
-        check_writable("kv", kv)
         return raw.decode_layers(
             x.contiguous(), self.params, self.scales, *self.norm, kv, lengths.contiguous(),
             self.n_head, self.eps, "cpu",

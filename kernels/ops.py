@@ -21,7 +21,6 @@ from .checks import (
     check_row,
     check_targets,
     check_tensor,
-    check_writable,
 )
 from .raw_ops import raw
 
@@ -231,14 +230,13 @@ def cross_entropy(
 
     The forward keeps two floats per row. With inplace_backward the gradient overwrites logits, so
     that no second tensor of their size ever exists; nobody may read them afterwards. Raises
-    ValueError naming the first target outside [0, V), and logits that cannot be written to. A
-    target that leaves [0, V) after that makes its row's loss and gradient NaN.
+    ValueError naming the first target outside [0, V). A target that leaves [0, V) after that makes
+    its row's loss and gradient NaN. On a CPU, an in-place backward raises RuntimeError for logits
+    that are mapped read-only.
     """
     check_loss(reduction, label_smoothing)
     check_tensor("logits", logits, like=logits)
     check_targets(targets, logits, logits.shape[-1], ignore_index)
-    if inplace_backward:
-        check_writable("logits", logits)
     backend = dispatch.choose("cross_entropy", logits.device, logits.dtype)
     if backend == "reference":
         return reference.cross_entropy(

@@ -291,7 +291,7 @@ _register(
 def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
     """Raises ValueError with the first id outside [0, size) that is not ignore_index; ids without
     values pass."""
-    if has_no_values(ids):
+    if _has_no_values(ids):
         return
     bad = (ids < 0) | (ids >= size)
     if ignore_index is not None:
@@ -300,7 +300,7 @@ def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> 
         raise ValueError(f"{name} must lie in [0, {size}), got {ids[bad][0].item()}")
 
 
-def has_no_values(x: Tensor) -> bool:
+def _has_no_values(x: Tensor) -> bool:
     """Whether nobody can read x now: shapes alone, a batch inside vmap, or a graph's capture."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return True

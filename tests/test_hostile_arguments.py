@@ -131,13 +131,17 @@ def raw_decode_layers(x, kv, lengths, norm, norm_bias, n_head, eps, *params):
     )
 
 
-def hostile(value, rng):
-    """Another value in place of one argument."""
+def hostile(value, rng, more=()):
+    """Another value in place of one argument. more: kinds that PyTorch's own operators crash by."""
     if not isinstance(value, torch.Tensor):
         return rng.choice(NUMBERS[type(value)])
     x = value.clone()
     axis = rng.randrange(x.dim()) if x.dim() else 0
-    kind = rng.choice(("dtype", "size", "size", "rank", "strides", "strides", "other", "ids"))
+    kinds = ("dtype", "size", "size", "rank", "strides", "strides", "other", "ids", *more)
+    kind = rng.choice(kinds)
+    if kind == "storage":
+        x.untyped_storage().resize_(rng.choice((0, x.untyped_storage().nbytes() // 2)))
+        return x
     if kind == "dtype":
         return x.to(rng.choice(DTYPES))
     if kind == "size" and x.dim():
@@ -162,13 +166,13 @@ def hostile(value, rng):
     )  # fmt: skip
 
 
-def attack(function, args, rng, count):
+def attack(function, args, rng, count, more=()):
     """count hostile variants of a call; returns how many were refused."""
     refused = 0
     for _ in range(count):
         changed = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
         for at in rng.sample(range(len(args)), min(len(args), rng.choice((1, 1, 2)))):
-            changed[at] = hostile(changed[at], rng)
+            changed[at] = hostile(changed[at], rng, more)
         try:
             function(*changed)
         except REFUSALS as error:
@@ -194,7 +198,7 @@ def test_raw_operators(cpu_backend, request):
     for name, args in [*raw_calls(), *cpu_calls()]:
         function = raw_decode_layers if name == "decode_layers" else getattr(library, name)
         function(*(x.clone() if isinstance(x, torch.Tensor) else x for x in args))
-        assert attack(function, args, rng, count_of(request, 300, 30)) > 0, name
+        assert attack(function, args, rng, count_of(request, 300, 30), ("storage",)) > 0, name
 
 
 @pytest.mark.cuda_kernels
@@ -232,21 +236,59 @@ def read_only(path, *shape):
         return torch.from_numpy(np.memmap(path, np.float32, "r", shape=shape))
 
 
+@pytest.mark.cpu_kernels
 def test_a_gradient_in_place_of_memory_that_is_mapped_read_only(tmp_path):
     """The backward ended the process with a segmentation fault. Read, such memory is fine."""
-    logits = read_only(tmp_path / "logits", N, V).requires_grad_()
-    with pytest.raises(ValueError, match="logits must be writable, got memory that is mapped read"):
-        kernels.cross_entropy(logits, ids(N), inplace_backward=True)
-    kernels.cross_entropy(logits, ids(N)).backward()
-    assert logits.grad.isfinite().all()
+    mapped = read_only(tmp_path / "logits", N, V)
+    refused = pytest.raises(RuntimeError, match="logits must be writable, got memory that is")
+    with kernels.use("cpu"):
+        for logits in (mapped.clone().requires_grad_(), f(N, V).requires_grad_()):
+            loss = kernels.cross_entropy(logits, ids(N), inplace_backward=True)
+            logits.data = mapped
+            with refused:
+                loss.backward()
+        logits = mapped.clone().requires_grad_()
+        kernels.cross_entropy(logits, ids(N)).backward()
+        assert logits.grad.isfinite().all()
 
 
 @pytest.mark.cpu_kernels
 def test_a_cache_that_is_mapped_read_only(tmp_path):
     (x, kv, *rest), params = decode_layers_parts(layers=1)
     kv = read_only(tmp_path / "kv", *kv.shape)
-    with pytest.raises(ValueError, match="kv must be writable"):
+    with pytest.raises(RuntimeError, match="kv must be writable"):
         decode(x, kv, *rest, H, 1e-5, *params)
+
+
+@pytest.mark.parametrize("Tk", [0, 3])
+def test_a_trillion_sequences_of_no_queries_take_no_time(Tk, cpu_backend):
+    q, k = torch.empty(2**40 if Tk == 0 else 2, 0, 2, 8), torch.randn(2, Tk, 2, 8)
+    k = q if Tk == 0 else k.requires_grad_()
+    with kernels.use("cpu"):
+        o = kernels.causal_attention(q, k, k)
+    assert o.shape == q.shape
+    if Tk:
+        o.sum().backward()
+        assert not k.grad.any()
+
+
+def test_numbers_that_no_float_holds():
+    q = f(1, 1, 1, 8)
+    with pytest.raises(ValueError, match="softmax_scale must be a number that a float holds"):
+        kernels.causal_attention(q, q, q, softmax_scale=10**400)
+    with pytest.raises(ValueError, match="eps must be a number that a float holds"):
+        kernels.layer_norm(q, eps=10**400)
+
+
+@pytest.mark.cpu_kernels
+def test_lengths_that_lie_in_the_cache():
+    """The first layer's keys overwrote them, and the second wrote wherever they said then."""
+    (x, _, _, *norm), params = decode_layers_parts()
+    kv = torch.zeros(2, 1, T, 2, H, D)
+    lengths = kv.view(-1).view(torch.int64)[:1]
+    x = x[:1]
+    want = decode(x, kv.clone(), torch.tensor([0]), *norm, H, 1e-5, *params)
+    assert torch.equal(decode(x, kv, lengths, *norm, H, 1e-5, *params), want)
 
 
 def test_every_raw_operator_is_called():

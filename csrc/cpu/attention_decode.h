@@ -49,8 +49,9 @@ struct AttentionDecode {
     for (int i = 0; i < N; ++i) sum[i].store(acc + d + i * V::W);
   }
 
-  void piece(int64_t bh, int64_t j0, S* to) const {
-    const int64_t b = bh / x.H, h = bh % x.H, n = at_most(kPiece, x.keys(b) - j0);
+  // Of n keys from j0 on.
+  void piece(int64_t bh, int64_t j0, int64_t n, S* to) const {
+    const int64_t b = bh / x.H, h = bh % x.H;
     const T* k = head_of<T>(x.k, b, h) + j0 * x.k.time;
     const T* v = head_of<T>(x.v, b, h) + j0 * x.v.time;
     alignas(64) S q[kMaxHead], s[kPiece];
@@ -109,7 +110,8 @@ int64_t attention_decode(const Decode& x, void* o, void* workspace, const Thread
   parallel_workers(threads, heads * f.pieces, [&](int64_t, Queue& pieces) {
     for (int64_t n; (n = pieces.next()) >= 0;) {
       const int64_t bh = n / f.pieces, j0 = n % f.pieces * F::kPiece;
-      if (j0 < x.keys(bh / x.H)) f.piece(bh, j0, f.parts + n * f.part);
+      const int64_t keys = x.keys(bh / x.H);  // read once: another thread may change it
+      if (j0 < keys) f.piece(bh, j0, at_most(F::kPiece, keys - j0), f.parts + n * f.part);
     }
   });
   parallel_ranges(threads, heads, 64, [&](int64_t bh, int64_t end) {

@@ -2,8 +2,10 @@
 #include "../ops.h"
 
 #ifdef __linux__
+#include <errno.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <atomic>
@@ -130,6 +132,33 @@ void advise_huge_pages(Tensor& x) {
   const uint64_t first = (begin + kHuge - 1) / kHuge * kHuge,
                  last = (begin + bytes) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+#ifdef __linux__
+namespace {
+
+// Whether the page of a byte can be made writable, as the first write to it would. Nothing changes.
+bool is_writable(const char* byte) {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack
+  const uint64_t page = sysconf(_SC_PAGESIZE);
+  const uint64_t start = reinterpret_cast<uint64_t>(byte) / page * page;
+  const int result = madvise(reinterpret_cast<void*>(start), page, kPopulateWrite);
+  return result == 0 || (errno != EINVAL && errno != EFAULT);
+}
+
+}  // namespace
+#endif
+
+void check_writable(const char* name, void* begin, int64_t bytes) {
+#ifdef __linux__
+  static const bool known = [] {
+    const char own = 0;
+    return is_writable(&own);
+  }();
+  const char* first = static_cast<const char*>(begin);
+  STD_TORCH_CHECK(!known || (is_writable(first) && is_writable(first + bytes - 1)), name,
+                  " must be writable, got memory that is mapped read-only");
 #endif
 }
 

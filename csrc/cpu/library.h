@@ -21,4 +21,9 @@ Executor here(const torch::stable::Tensor& x);
 // faults. No more than a hint.
 void advise_huge_pages(torch::stable::Tensor& x);
 
+// Throws where memory is mapped read-only, such as np.memmap(mode="r"): writing to it would end the
+// process. Asks for the first and the last page, of Linux from 5.14 on; elsewhere nothing is
+// checked.
+void check_writable(const char* name, void* begin, int64_t bytes);
+
 }  // namespace gpt2

@@ -108,8 +108,7 @@ struct Step {
     ops.attention_decode(problem, o.mutable_data_ptr(), workspace.mutable_data_ptr(), executor);
   }
 
-  Tensor run(const Tensor& lengths_, const Tensor& norm, const Tensor& norm_bias) {
-    const int64_t* lengths = lengths_.const_data_ptr<int64_t>();
+  Tensor run(const int64_t* lengths, const Tensor& norm, const Tensor& norm_bias) {
     for (int64_t b = 0; b < B; ++b) seen.mutable_data_ptr<int64_t>()[b] = lengths[b] + 1;
     Tensor workspace = gpt2::new_empty(x, {1}, ScalarType::Byte);
     const int64_t layers = kv.size(0);
@@ -129,8 +128,7 @@ struct Step {
   }
 };
 
-void check_arguments(const Step& step, const Tensor& norm, const Tensor& norm_bias,
-                     const Tensor& lengths) {
+void check_arguments(const Step& step, const Tensor& norm, const Tensor& norm_bias) {
   const Tensor& x = step.x;
   const int64_t B = step.B, C = step.C, layers = step.kv.size(0);
   const ScalarType dtype = x.scalar_type(), sums = accumulator(x);
@@ -160,12 +158,23 @@ void check_arguments(const Step& step, const Tensor& norm, const Tensor& norm_bi
   }
   check_contiguous("norm", norm, x, sums, {C});
   check_contiguous("norm_bias", norm_bias, x, sums, {C});
-  check_contiguous("lengths", lengths, x, ScalarType::Long, {B});
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t length = lengths.const_data_ptr<int64_t>()[b];
+}
+
+// Copies: lengths may lie in the cache, which is written to, or change meanwhile.
+std::vector<int64_t> checked_lengths(const Step& step, const Tensor& lengths) {
+  check_contiguous("lengths", lengths, step.x, ScalarType::Long, {step.B});
+  const int64_t* from = lengths.const_data_ptr<int64_t>();
+  std::vector<int64_t> copies(from, from + step.B);
+  for (const int64_t length : copies) {
     STD_TORCH_CHECK(length >= 0 && length < step.T, "lengths must lie in [0, ", step.T, "), got ",
                     length);
   }
+  const int64_t row = 2 * step.C * step.x.element_size();
+  char* cache = static_cast<char*>(step.kv.mutable_data_ptr());
+  for (int64_t i = 0; i < step.kv.size(0) * step.B; ++i) {
+    check_writable("kv", cache + (i * step.T + copies[i % step.B]) * row, row);
+  }
+  return copies;
 }
 
 Tensor decode_layers(Tensor x_, std::vector<Tensor> params, std::vector<Tensor> scales, Tensor norm,
@@ -174,8 +183,8 @@ Tensor decode_layers(Tensor x_, std::vector<Tensor> params, std::vector<Tensor> 
   check_dim("kv", kv, 6);
   const Tensor x = as_contiguous(x_);
   Step step{.x = x, .params = params, .scales = scales, .kv = kv, .n_head = n_head, .eps = eps};
-  check_arguments(step, norm, norm_bias, lengths);
-  return step.run(lengths, norm, norm_bias);
+  check_arguments(step, norm, norm_bias);
+  return step.run(checked_lengths(step, lengths).data(), norm, norm_bias);
 }
 
 }  // namespace
