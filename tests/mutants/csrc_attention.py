@@ -273,7 +273,7 @@ ATTENTION_MUTANTS = [
     # one token per sequence
     Mutant(
         "keys beyond a length", DECODE_H,
-        "n = at_most(kPiece, x.keys(b) - j0);", "n = at_most(kPiece, x.T - j0);",
+        "at_most(F::kPiece, keys - j0)", "at_most(F::kPiece, x.T - j0)",
         "test_decode_attention.py::test_several_pieces[cpu-avx2-D64-fp32]",
     ),
     Mutant(
