@@ -21,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 RECORD_BYTES, LOG_BYTES = 2**12, 2**24  # most that is read of a library's .json, of failed.log
+_locks: set[int] = set()  # descriptors of the locks that this process holds
 
 
 def find_root(*, create: bool = False) -> Path:
@@ -136,6 +137,7 @@ def work_folder(name: str, title: str) -> Iterator[Path]:
 def locked(path: Path, title: str) -> Iterator[None]:
     """Holds the lock; the system takes it back from a process that dies."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | _private.NO_LINK, 0o600)
+    _locks.add(handle)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,9 +145,21 @@ def locked(path: Path, title: str) -> Iterator[None]:
             _build.say(f"another process is building {title}; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-        fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
+        fcntl.flock(handle, fcntl.LOCK_UN)
     finally:
+        _locks.discard(handle)
         os.close(handle)
+
+
+def _drop_locks() -> None:
+    """A forked child holds no lock of its parent's: it would outlive a parent that is killed."""
+    for handle in _locks:
+        os.close(handle)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def forget_oldest(folder: Path, keep: int) -> None:

@@ -40,7 +40,12 @@ _FILE = NO_LINK | _flags("O_NONBLOCK")  # without it, a FIFO would wait for a wr
 
 _loads = itertools.count()
 _loaded: set[tuple[int, int]] = set()  # device and inode, which no other file gets meanwhile
-_loading = threading.Lock()
+_loading = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A fork waits for the load of another thread, some milliseconds: half a library is of no use.
+    os.register_at_fork(
+        before=_loading.acquire, after_in_parent=_loading.release, after_in_child=_loading.release
+    )
 
 
 def resolve(path: str) -> Path:

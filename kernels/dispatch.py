@@ -11,6 +11,7 @@ rest. Both choices are made in the forward: its own backend, and the backward's.
 """
 
 import contextlib
+import os
 import threading
 import warnings
 from typing import NamedTuple
@@ -99,7 +100,8 @@ def use(backend: str):
     """Force `backend`, one of BACKENDS, for every op called inside the with block.
 
     It holds for the thread that enters the block, and for threads that are in no block of their
-    own, such as those in which autograd runs a backward; of several blocks the newest counts.
+    own, such as those in which autograd runs a backward; of several blocks the newest counts. A
+    forked child keeps the blocks of the thread that forked, and no others.
     Raises ValueError for an unknown name; an op that the backend cannot serve raises
     BackendUnavailable with the reason instead of falling back.
     """
@@ -118,6 +120,19 @@ def use(backend: str):
             for stack in stacks:  # blocks may end in another order than they began
                 stack[:] = [other for other in stack if other is not entry]
             _newest = _all[-1][0] if _all else None
+
+
+def _forget_other_threads() -> None:
+    """A forked child has only the thread that forked: the blocks of others never end there, and a
+    lock that another held is never released."""
+    global _entering, _newest
+    _entering = threading.Lock()
+    _all[:] = _own.entries
+    _newest = _all[-1][0] if _all else None
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def forced() -> str | None:

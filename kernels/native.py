@@ -40,6 +40,16 @@ _reasons: dict[str, str | None] = {}
 _loading = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """A forked child lacks the thread that may have held the lock: it would wait for ever."""
+    global _loading
+    _loading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def load(name: str = "cpu") -> str | None:
     """None once the library is loaded, built first if need be; else the reason in one line.
 

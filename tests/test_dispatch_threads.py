@@ -1,5 +1,9 @@
 """use() in several threads: each has its own choice, and no block leaves another's behind."""
 
+import ast
+import os
+import select
+import signal
 import threading
 
 import pytest
@@ -11,6 +15,8 @@ from gpt2.kernels import dispatch
 
 ASKED = torch.device("cpu"), torch.float32, 64
 THREADS, ENTRIES = 32, 100
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
 
 def in_threads(function, count):
@@ -88,6 +94,55 @@ def test_a_choice_is_read_once(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not", slow)
     block.__enter__()
     assert dispatch.choose("gelu", *ASKED) == "cpu"
+    assert dispatch.forced() is None
+
+
+def in_fork(function):
+    """What function() returns in a forked child; None where it does not end."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, repr(function()).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        answered = select.select([pipe], [], [], 10)[0]
+        if not answered:
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return ast.literal_eval(pipe.read().decode()) if answered else None
+
+
+@needs_fork
+def test_a_child_forked_while_a_thread_enters_a_block():
+    """It had a copy of a lock that nobody in it would release: its first block hung."""
+
+    def enter():
+        with kernels.use("cpu"):
+            return dispatch.forced()
+
+    with dispatch._entering:
+        assert in_fork(enter) == "cpu"
+
+
+@needs_fork
+def test_a_child_keeps_the_blocks_of_the_thread_that_forked():
+    """Another thread's block never ended in the child: its backend stayed forced."""
+
+    def choices():
+        with kernels.use("triton"):
+            inside = dispatch.forced()
+        return inside, dispatch.forced(), len(dispatch._all)
+
+    seen = []
+    with kernels.use("reference"):
+        in_threads(lambda i: seen.append(in_fork(choices)), 1)
+        seen.append(in_fork(choices))
+    with kernels.use("cpu"), kernels.use("reference"):
+        seen.append(in_fork(choices))
+    assert seen == [
+        ("triton", None, 0), ("triton", "reference", 1), ("triton", "reference", 2),
+    ]  # fmt: skip
     assert dispatch.forced() is None
 
 

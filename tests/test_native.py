@@ -237,6 +237,66 @@ def test_ninja_ends_with_its_builder(toy):
     assert native.load() is None
 
 
+def test_a_child_forked_while_a_thread_builds(toy):
+    """It had a copy of a lock that nobody in it would release, and waited for ever."""
+    toy.hold.touch()
+    builder = threading.Thread(target=native.load)
+    builder.start()
+    wait_for(lambda: toy.compiled() == 1)
+    child = in_child(load_or_fail)
+    toy.hold.unlink()
+    builder.join()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0 and toy.compiled() == 1
+
+
+def test_a_child_forked_while_a_thread_loads(toy, monkeypatch):
+    """It waits until the library is there as a whole."""
+    native.build()
+    started, loads, cdll = threading.Event(), [], _private.ctypes.CDLL
+
+    def slow(name):
+        started.set()
+        time.sleep(0.3)
+        loads.append(name)
+        return cdll(name)
+
+    monkeypatch.setattr(_private.ctypes, "CDLL", slow)
+    loader = threading.Thread(target=native.load)
+    loader.start()
+    started.wait(20)
+    child = in_child(lambda: sys.exit(native.load() or len(loads) - 1))
+    loader.join()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0
+
+
+def test_a_child_outlives_the_builder_that_it_was_forked_from(toy, tmp_path):
+    """It kept the killed builder's lock, and waited for itself."""
+    forked, loaded = tmp_path / "forked", tmp_path / "loaded"
+
+    def load():
+        signal.alarm(30)  # one that hangs has no parent that would end it
+        forked.touch()
+        loaded.write_text(str(native.load()))
+
+    def build_and_fork():
+        threading.Thread(target=native.load, daemon=True).start()
+        wait_for(lambda: toy.compiled() == 1)
+        in_child(load).join()
+
+    toy.hold.touch()
+    builder = in_child(build_and_fork)
+    wait_for(forked.exists)
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    toy.hold.unlink()
+    wait_for(lambda: loaded.exists() and loaded.read_text(), seconds=20)
+    assert loaded.read_text() == "None"
+
+
 def test_an_interrupted_build_is_not_a_failed_one(toy, monkeypatch):
     """Ctrl-C ends the compiler, leaves no file, and the next start builds."""
     toy.hold.touch()
