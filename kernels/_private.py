@@ -6,7 +6,8 @@ descriptor and without following links, and is checked while it is open:
   - it belongs to this user or to root;
   - nobody else can write to it; above the root of the cache a sticky folder such as /tmp may be
     written by all, because only its owner can rename what lies in it. A group of this user alone,
-    whose umask is 002 on many systems, is nobody else.
+    whose umask is 002 on many systems, is nobody else, unless an access control list is there:
+    the group's bits are then the most that any user of the list has.
 
 A file is checked, read and loaded through one descriptor, so what runs is what was checked.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from ._build import BuildError
 
 MOST_BYTES = 2**30  # of a library: a larger file is none
+ACCOUNTS = Path("/etc/passwd")
 
 _HINT = "set GPT2_KERNELS_CACHE to a folder of your own"
 
@@ -153,7 +155,7 @@ def open_file(path: Path, folder: int | None = None) -> File:
         if folder is not None:
             if status.st_uid not in (0, os.geteuid()):
                 raise BuildError(f"{path} belongs to user {status.st_uid}")
-            if others_can_write(status):
+            if others_can_write(handle):
                 raise BuildError(f"others can write to {path}")
     except BaseException:
         os.close(handle)
@@ -161,10 +163,24 @@ def open_file(path: Path, folder: int | None = None) -> File:
     return File(path, handle)
 
 
-def others_can_write(status: os.stat_result) -> bool:
+def others_can_write(handle: int) -> bool:
+    status = os.fstat(handle)
     if status.st_mode & stat.S_IWOTH:
         return True
-    return bool(status.st_mode & stat.S_IWGRP) and not _is_own_group(status.st_gid)
+    if not status.st_mode & stat.S_IWGRP:
+        return False
+    return _has_access_list(handle) or not _is_own_group(status.st_gid)
+
+
+def _has_access_list(handle: int) -> bool:
+    """Whether a POSIX access control list is there, or cannot be ruled out."""
+    if not hasattr(os, "getxattr"):
+        return False  # macOS: its lists leave the mode as it is
+    try:
+        os.getxattr(f"/proc/self/fd/{handle}", "system.posix_acl_access")  # also with O_PATH
+    except OSError as error:
+        return error.errno not in (errno.ENODATA, errno.ENOTSUP)
+    return True
 
 
 def _is_own_group(gid: int) -> bool:
@@ -177,8 +193,22 @@ def _is_own_group(gid: int) -> bool:
     except (ImportError, KeyError):
         return False
     return (
-        user.pw_gid == gid and group.gr_name == user.pw_name and {*group.gr_mem} <= {user.pw_name}
+        user.pw_gid == gid
+        and group.gr_name == user.pw_name
+        and {*group.gr_mem} <= {user.pw_name}
+        and not _is_group_of_others(gid)
     )
+
+
+def _is_group_of_others(gid: int) -> bool:
+    """Whether another account of this machine has the group as its first: the group does not list
+    those. Accounts of a directory service are not asked for; to list them may take minutes."""
+    try:
+        accounts = [line.split(":") for line in ACCOUNTS.read_text(errors="replace").splitlines()]
+    except OSError:
+        return False
+    own = str(os.geteuid())
+    return any(len(a) > 3 and a[3] == str(gid) and a[2] != own for a in accounts)
 
 
 def _open_below(folder: int, name: str, level: Path, root: Path, *, create: bool) -> int | None:
@@ -214,7 +244,7 @@ def _check_folder(handle: int, level: Path, root: Path) -> None:
             f"not to {os.geteuid()} who runs this; {_HINT}"
         )
     sticky = above and status.st_mode & stat.S_ISVTX
-    if others_can_write(status) and not sticky:
+    if not sticky and others_can_write(handle):
         raise BuildError(f"others can write to {which}; chmod go-w {level}")
 
 

@@ -7,6 +7,7 @@ import os
 import pwd
 import shutil
 import stat
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -217,11 +218,59 @@ def test_a_group_of_this_user_alone_is_nobody_else(group, members, trusted, toy,
     """Many systems have a group for each user and a umask of 002: ~/.cache is writable by it."""
     native.build()
     gid = toy.cache.stat().st_gid
+    monkeypatch.setattr(_private, "ACCOUNTS", toy.csrc / "none")  # not this machine's
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=gid, pw_name="ann"))
     monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=group, gr_mem=members))
     toy.cache.chmod(0o770)
     reason = toy.start_again()
     assert reason is None if trusted else reason.startswith("others can write to the cache")
+
+
+@pytest.fixture
+def own_group(monkeypatch, toy, tmp_path):
+    """The group of the cache seems to be this user's alone."""
+    gid, accounts = toy.csrc.stat().st_gid, tmp_path / "passwd"
+    accounts.write_text(f"ann:x:{os.geteuid()}:{gid}:Ann:/home/ann:/bin/sh\n\nodd\n")
+    monkeypatch.setattr(_private, "ACCOUNTS", accounts)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=gid, pw_name="ann"))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name="ann", gr_mem=[]))
+    return accounts
+
+
+@pytest.mark.parametrize("level", ["folder", "file"])
+def test_an_access_list_lets_others_write(level, toy, own_group, capfd):
+    """It shows as the write bit of the group, which was this user's own."""
+    library = native.build()
+    path = toy.cache if level == "folder" else library
+    path.chmod(0o770)
+    assert toy.start_again() is None, "the group alone is trusted"
+    none = 2**32 - 1
+    entries = [(1, 7, none), (2, 7, STRANGER), (4, 7, none), (16, 7, none), (32, 0, none)]
+    packed = b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"no access lists here: {error}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o770
+    lines(capfd)
+    reason = toy.start_again()
+    if level == "folder":
+        assert reason == f"others can write to the cache {path}; chmod go-w {path}"
+    else:
+        assert reason is None and lines(capfd)[0].endswith(f"others can write to {path}; not used")
+    path.chmod(0o700)  # what the message says to do takes the right from the whole list
+    assert toy.start_again() is None
+
+
+def test_a_group_that_is_another_accounts_first(toy, own_group):
+    """Its own list of members does not name those."""
+    native.build()
+    toy.cache.chmod(0o770)
+    assert toy.start_again() is None
+    gid = toy.cache.stat().st_gid
+    with own_group.open("a") as file:
+        file.write(f"bob:x:{STRANGER}:{gid}:Bob:/home/bob:/bin/sh\n")
+    assert toy.start_again().startswith("others can write to the cache")
 
 
 def owned_by(monkeypatch, path: Path, user: int) -> None:
