@@ -6,6 +6,7 @@ torch is in it. Only the sources named for an instruction set get its flags; cpu
 the processor at run time. To build the CUDA library takes nvcc, but no GPU, and no torch for one.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -214,8 +215,21 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
 
 def say(text: str, end: str = "\n") -> None:
     """One line for the person at the terminal."""
-    if sys.stderr is not None:
-        print(f"gpt2-kernels: {text}", end=end, file=sys.stderr, flush=True)
+    _show(f"gpt2-kernels: {text}{end}")
+
+
+def _show(text: str) -> None:
+    """Writes to stderr, where that is possible: no build fails because nobody can watch it."""
+    with contextlib.suppress(OSError, ValueError):  # full or broken; closed
+        if sys.stderr is not None:
+            print(text, end="", file=sys.stderr, flush=True)
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
 
 
 def _files(pattern: str) -> list[str]:
@@ -314,7 +328,7 @@ def _escape_path(path: str) -> str:
 
 def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
     """Reads ninja's output to its end; a terminal shows each second how far it is."""
-    live = sys.stderr is not None and sys.stderr.isatty()
+    live = _is_terminal()
     files, log = len(_sources(library)), b""
     if not live:
         say(f"building {library.title}, once ({files} files)…")
@@ -331,5 +345,5 @@ def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
     process.wait()
     process.stdout.close()
     if live:
-        print("\x1b[K", end="", file=sys.stderr)
+        _show("\x1b[K")
     return log.decode(errors="replace")

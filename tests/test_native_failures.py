@@ -2,6 +2,7 @@
 next start works. On a small library in place of csrc (toy.py)."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -142,6 +143,39 @@ def test_a_full_disk(toy, monkeypatch):
     monkeypatch.setattr(_cache, "flush", full)
     assert "No space left on device" in native.load()
     monkeypatch.undo()
+
+
+class Broken(io.StringIO):
+    """A terminal that has gone."""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+STDERRS = {"no space": Full, "closed": closed, "broken": Broken, "none": lambda: None}
+
+
+@pytest.mark.parametrize("stderr", STDERRS.values(), ids=STDERRS)
+def test_a_stderr_that_takes_nothing(toy, stderr, monkeypatch):
+    """The kernels were refused, because of "No space left on device"."""
+    monkeypatch.setattr(sys, "stderr", stderr())
+    assert native.load() is None and toy.compiled() == 1
+    lose_the_checksum(native.build())
+    assert toy.start_again() is None and toy.compiled() == 2, "no word of the damage"
 
 
 def test_the_cache_is_private(toy, monkeypatch):
