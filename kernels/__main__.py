@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import native, report
+from . import _cache, native, report
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     except native.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{library} ({time.perf_counter() - start:.1f} s)")
+    print(f"{_cache.one_line(library)} ({time.perf_counter() - start:.1f} s)")
     return 0
 
 

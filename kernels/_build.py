@@ -187,7 +187,8 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
     Returns the log; CompilerError has it where the compiler fails.
     """
     ninja = _find_ninja()
-    (work / "build.ninja").write_text(_ninja_file(library, tools, work, output))
+    commands = _ninja_file(library, tools, work, output)
+    (work / "build.ninja").write_bytes(os.fsencode(commands))  # paths need not be UTF-8
     before, start = recipe(library), time.monotonic()
     # Compilers need neither a taste in progress lines nor a sanitizer's runtime.
     inherited = {k: v for k, v in os.environ.items() if k not in ("NINJA_STATUS", "LD_PRELOAD")}

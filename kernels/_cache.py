@@ -5,6 +5,7 @@ written it; a file that is damaged, or that cannot be trusted, counts as missing
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -39,8 +40,9 @@ def find_root(*, create: bool = False) -> Path:
     return root
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def one_line(said: object) -> str:
+    """Its text in one line that can be printed: a path need not be UTF-8."""
+    return " ".join(str(said).encode(errors="backslashreplace").decode().split())
 
 
 def sound(library: Path, recipe: str, folder: int | None = None) -> _private.File | None:
@@ -122,7 +124,8 @@ def work_folder(name: str, title: str) -> Iterator[Path]:
             folder = root / name
             stack.enter_context(locked(folder / "lock", title))
             for stray in folder.glob("tmp-*"):
-                shutil.rmtree(stray, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove(stray)
             work = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder))
         except OSError as error:
             raise BuildError(
@@ -171,10 +174,29 @@ def forget_oldest(folder: Path, keep: int) -> None:
 
 def remove(entry: Path) -> None:
     """Removes an entry of the cache, or whatever has its name."""
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
+    if not entry.is_dir() or entry.is_symlink():
         entry.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(entry)
+    except RecursionError:
+        _remove_deep(entry)
+
+
+def _remove_deep(entry: Path) -> None:
+    """Removes a folder whose folders nest too deeply for shutil.rmtree: each is moved up first."""
+    top = Path(tempfile.mkdtemp(prefix="tmp-", dir=entry.parent))
+    names = map(str, itertools.count())
+    folders = [entry.rename(top / next(names))]
+    while folders:
+        folder = folders.pop()
+        for path in list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                folders.append(path.rename(top / next(names)))
+            else:
+                path.unlink()
+        folder.rmdir()
+    top.rmdir()
 
 
 def write(path: Path, text: str) -> None:

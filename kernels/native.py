@@ -72,6 +72,11 @@ def build(name: str = "cpu", *, out: Path | None = None, force: bool = False) ->
     """
     _check(name)
     try:
+        if b"\0" in os.fsencode(out or ""):
+            raise BuildError(f"out must be the path of a folder, got {str(out)!r:.200}")
+    except UnicodeEncodeError as error:
+        raise BuildError(f"out must be the path of a folder, got {str(out)!a:.200}") from error
+    try:
         cached = None if force else _cached(name)
         if cached is None:
             library = _build_into_cache(name, force=force, retry=True)

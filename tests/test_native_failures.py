@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from toy import COMPILER, change_compiler, lines, needs_compiler, sanitize
 
+from gpt2.kernels import __main__ as command_line
 from gpt2.kernels import _build, _cache, native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,6 +224,55 @@ def test_windows(toy, monkeypatch):
 def test_a_source_is_missing(toy):
     toy.source.unlink()
     assert native.load() == f"the source file {toy.source} is missing"
+
+
+def test_a_path_that_is_not_utf_8(toy, monkeypatch, tmp_path, capfd):
+    """Linux takes any bytes: it was a UnicodeEncodeError."""
+    cache = os.fsdecode(os.fsencode(tmp_path) + b"/not-\xff-utf-8")
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", cache)
+    try:
+        os.makedirs(cache, mode=0o700)
+    except OSError as error:
+        pytest.skip(f"not on this file system: {error}")
+    assert native.load() is None and str(native.build()).startswith(cache)
+    monkeypatch.setattr(sys, "argv", ["kernels", "build"])
+    lines(capfd)
+    assert command_line.main() == 0
+    assert "/not-\\udcff-utf-8/cpu/" in capfd.readouterr().out
+    toy.source.write_text("int x = nonsense;\n")
+    reason = toy.start_again()
+    assert reason.isprintable() and "nonsense" in reason and "/not-\\udcff-utf-8/" in reason
+
+
+@pytest.mark.parametrize("out", ["/a\0", "a\ud800"], ids=["NUL", "surrogate"])
+def test_an_out_that_is_no_path(toy, out):
+    with pytest.raises(native.BuildError, match="out must be the path of a folder, got '") as told:
+        native.build(out=Path(out))
+    assert str(told.value).isprintable() and not toy.compiled()
+
+
+@pytest.mark.parametrize("place", ["stray", "entry"])
+def test_a_folder_that_nests_too_deeply_to_be_removed(toy, place):
+    """It was a RecursionError out of load()."""
+    entry = native.build().parent
+    native._reasons.clear()
+    deep = entry if place == "entry" else entry.with_name("tmp-x")
+    if place == "entry":
+        shutil.rmtree(entry)
+    deep.mkdir(mode=0o700)
+    (deep / "file").touch()
+    (deep / "link").symlink_to(toy.csrc)
+    handle = os.open(deep, os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=handle)
+        below = os.open("d", os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = below
+    os.close(handle)
+    if place == "stray":
+        shutil.rmtree(entry)
+    assert native.load() is None and toy.source.exists()
+    assert sorted(path.name for path in entry.parent.iterdir()) == sorted([entry.name, "lock"])
 
 
 def test_an_unknown_library():
