@@ -112,9 +112,14 @@ class BuildError(RuntimeError):
 class CompilerError(BuildError):
     """The compiler has failed. lasting: it will again with the same sources and flags."""
 
-    def __init__(self, message: str, log: str):
+    def __init__(self, message: str, log: str, cache: Path):
         super().__init__(message)
-        self.log, self.lasting = log, _log.is_lasting(log)
+        self.log, self.lasting = log, is_lasting(log, cache)
+
+
+def is_lasting(log: str, cache: Path) -> bool:
+    """Whether the compiler will fail again; cache is the library's folder there."""
+    return _log.is_lasting(log, cache, CSRC, Path(torch.__file__).parent)
 
 
 def recipe(library: Library) -> str:
@@ -207,7 +212,7 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
         raise
     if process.returncode != 0 or not output.exists():
         compiler = "nvcc" if library.nvcc else "the C++ compiler"
-        raise CompilerError(f"{compiler} failed: {_log.first_error(log)}", log)
+        raise CompilerError(f"{compiler} failed: {_log.first_error(log)}", log, work.parent)
     if recipe(library) != before:
         raise BuildError("the sources changed while they were compiled; start again")
     say(f"built {library.title} in {time.monotonic() - start:.0f} s")

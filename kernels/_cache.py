@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import _build, _log, _private
+from . import _build, _private
 from ._build import BuildError
 
 try:
@@ -110,8 +110,8 @@ def failure(log: Path) -> str | None:
                 content = file.read(LOG_BYTES).decode(errors="replace")
         except (BuildError, OSError, ValueError):
             return None
-    told, _, log = content.partition("\n")
-    return told if _log.is_lasting(log) else None
+    told, _, said = content.partition("\n")
+    return told if _build.is_lasting(said, log.parents[1]) else None
 
 
 @contextlib.contextmanager
@@ -167,9 +167,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 def forget_oldest(folder: Path, keep: int) -> None:
     """Removes all entries of a library but the newest."""
-    entries = sorted(folder.glob("*-torch*"), key=lambda entry: entry.stat().st_mtime)
+    entries = sorted(folder.glob("*-torch*"), key=lambda entry: entry.lstat().st_mtime)
     for entry in entries[:-keep]:
-        shutil.rmtree(entry, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(entry)
 
 
 def remove(entry: Path) -> None:

@@ -154,6 +154,18 @@ def test_the_cache_keeps_so_many(toy, monkeypatch):
     assert len(toy.built()) == 2 and newest in toy.built()
 
 
+def test_a_link_that_leads_nowhere_is_no_failed_build(toy, monkeypatch):
+    """The first build succeeded, but load() gave "No such file or directory"."""
+    (toy.cache / "cpu").mkdir(parents=True, mode=0o700)
+    link = toy.cache / "cpu" / "x-torchy"
+    link.symlink_to(toy.cache / "nowhere")
+    os.utime(link, ns=(1, 1), follow_symlinks=False)
+    assert native.load() is None
+    monkeypatch.setattr(native, "KEEP", 1)
+    newest = native.build(force=True)
+    assert toy.built() == [newest] and not link.is_symlink()
+
+
 def test_sources_that_change_meanwhile_are_not_cached(toy):
     toy.hold.touch()
     builder = threading.Thread(target=lambda: reasons.append(native.load()))

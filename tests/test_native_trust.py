@@ -466,6 +466,20 @@ def test_a_compilers_own_error_is_kept(said, toy):
     assert toy.start_again() == reason
 
 
+@pytest.mark.parametrize("folder", ["timeout", "a killed disk"])
+def test_a_path_is_no_sign_of_a_failure_that_passes(folder, toy, tmp_path, monkeypatch):
+    """The compiler's own error was not kept, and every start compiled again."""
+    cache = tmp_path / folder
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", str(cache))
+    said = f"{cache}/cpu/toy.o: in x.cpp: (/opt/truncated/x.h): undefined reference to x"
+    toy.compiler.write_text(f'#!/bin/sh\necho "{said}"\nexit 1\n')
+    reason = native.load()
+    assert "to try again: python -m gpt2.kernels build" in reason
+    calls = []
+    monkeypatch.setattr(_build, "run", lambda *args: calls.append(args))
+    assert toy.start_again() == reason and not calls
+
+
 def test_a_failure_that_an_older_version_kept_is_tried_again(toy):
     toy.source.write_text("int x = nonsense;\n")
     native.load()
