@@ -33,7 +33,10 @@ def find_root(*, create: bool = False) -> Path:
     base = xdg if os.path.isabs(xdg) else os.path.expanduser("~/.cache")
     if not chosen and not os.path.isabs(base):
         raise BuildError("there is no home folder for a cache; set GPT2_KERNELS_CACHE")
-    root = _private.resolve(chosen or f"{base}/gpt2-kernels")
+    path = os.path.expanduser(chosen or f"{base}/gpt2-kernels")
+    if path.startswith("~"):
+        raise BuildError(f"the cache {path!r:.200} is in no known home; set GPT2_KERNELS_CACHE")
+    root = _private.resolve(path)
     handle = _private.open_folder(root, create=create)
     if handle is not None:
         os.close(handle)

@@ -27,6 +27,7 @@ from pathlib import Path
 from ._build import BuildError
 
 MOST_BYTES = 2**30  # of a library: a larger file is none
+PATH_BYTES = 3000  # of the cache; the system takes 4096, the names of what is built among them
 ACCOUNTS = Path("/etc/passwd")
 
 _HINT = "set GPT2_KERNELS_CACHE to a folder of your own"
@@ -53,13 +54,20 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def resolve(path: str) -> Path:
     """The absolute path of the cache without links. BuildError where no build could use it."""
     if any(sign in path for sign in "|\n\r"):
-        raise BuildError(f"the cache {path!r} has | or a line break in its path; {_HINT}")
+        raise BuildError(f"the cache {path!r:.200} has | or a line break in its path; {_HINT}")
     try:
         resolved = Path(os.path.realpath(path, strict=False))
     except (OSError, ValueError) as error:
-        raise BuildError(f"the cache {path!r} cannot be used ({error}); {_HINT}") from error
+        raise BuildError(f"the cache {path!r:.200} cannot be used ({error}); {_HINT}") from error
     if any(sign in str(resolved) for sign in "|\n\r"):
-        raise BuildError(f"the cache {path!r} leads to {str(resolved)!r}, with | or a line break")
+        raise BuildError(
+            f"the cache {path!r:.200} leads to {str(resolved)!r:.200}, with | or a line break"
+        )
+    if (length := len(os.fsencode(resolved))) > PATH_BYTES:
+        raise BuildError(
+            f"the cache {path[:60]!r}... has a path of {length} bytes, "
+            f"more than {PATH_BYTES}; {_HINT}"
+        )
     return resolved
 
 

@@ -16,7 +16,7 @@ import torch
 from toy import COMPILER, change_compiler, lines, needs_compiler, sanitize
 
 from gpt2.kernels import __main__ as command_line
-from gpt2.kernels import _build, _cache, native
+from gpt2.kernels import _build, _cache, _private, native
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -212,6 +212,39 @@ def test_a_user_without_a_home(toy, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert native.load() == "there is no home folder for a cache; set GPT2_KERNELS_CACHE"
     assert not (tmp_path / "~").exists()
+
+
+def test_a_cache_below_the_home_folder(toy, monkeypatch, tmp_path):
+    """Docker and .env files expand no ~: a folder of that name was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", "~/x")
+    assert native.build().is_relative_to(tmp_path / "home/x")
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", "~nobody-of-this-name/x")
+    reason = "the cache '~nobody-of-this-name/x' is in no known home; set GPT2_KERNELS_CACHE"
+    assert toy.start_again() == reason
+    assert not list(tmp_path.glob("~*"))
+
+
+@pytest.mark.parametrize("levels", [20, 30])
+def test_a_cache_whose_path_is_too_long(toy, levels, monkeypatch, tmp_path):
+    """The compiler failed on 4,000 bytes, without a message."""
+    cache = str(tmp_path) + ("/" + "a" * 150) * levels
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", cache)
+    reason = native.load()
+    assert reason == (
+        f"the cache {cache[:60]!r}... has a path of {len(cache)} bytes, more than 3000; "
+        f"set GPT2_KERNELS_CACHE to a folder of your own"
+    )
+    assert not list(tmp_path.glob("a*")) and not toy.compiled()
+
+
+def test_a_cache_of_a_long_path(toy, monkeypatch, tmp_path):
+    cache = str(tmp_path)
+    while len(cache) + 200 <= _private.PATH_BYTES:
+        cache += "/" + "a" * 199
+    monkeypatch.setenv("GPT2_KERNELS_CACHE", cache)
+    assert native.load() is None
 
 
 def test_windows(toy, monkeypatch):
