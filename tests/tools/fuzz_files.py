@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 import tiktoken
 import torch
-from targets import TARGETS, make_good, spoilt
+from targets import TARGETS, make_good, no_encoding, spoilt
 
 from gpt2.errors import InputError
 
@@ -210,11 +210,6 @@ def chunks(files: int, start: int = 0, targets=TARGETS) -> Iterator[tuple[str, i
                 at[name] = end
 
 
-def _no_encoding(name: str) -> None:
-    """A spoilt file may name GPT-2's tokenizer, which is no part of it."""
-    raise OSError(f"{name} is not read here")
-
-
 def summary(counts: Counter[str], seconds: float) -> str:
     total = sum(counts.values())
     offences = ", ".join(f"{counts[name]:,} {name}" for name in OFFENCES)
@@ -236,7 +231,7 @@ def main() -> int:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    tiktoken.get_encoding = _no_encoding
+    tiktoken.get_encoding = no_encoding
     if flags.keep is not None:
         flags.keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fuzz-good-", dir=_fast_folder()) as folder:
