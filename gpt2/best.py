@@ -15,6 +15,7 @@ from torch import nn
 
 from . import checkpoint, files
 from . import tokenizer as tokenizers
+from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 
 FOLDER = "best"  # in the folder of a run
@@ -35,10 +36,23 @@ def read(run: Path) -> dict[str, Any] | None:
     return found
 
 
+def check_own(run: Path) -> None:
+    """Raises InputError where the best checkpoint of a run would be written into another folder, or
+    where it cannot be one."""
+    path = run / FOLDER
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        kind = "a link" if path.is_symlink() else "no folder"
+        raise InputError(
+            f"keep_best needs {quoted(path)} as a folder or absent, got {kind}; remove it"
+        )
+
+
 def write(
     run: Path, model: nn.Module, tokenizer: Tokenizer, *, step: int, val_loss: float, measure: Any
 ) -> None:
-    """Replaces the best checkpoint of a run in one step, and makes the folder whole at first."""
+    """Replaces the best checkpoint of a run in one step, and makes the folder whole at first.
+    Raises InputError as check_own does."""
+    check_own(run)
     tensors = {checkpoint.plain(name): p.detach() for name, p in model.named_parameters()}
 
     def fill(folder: Path) -> None:

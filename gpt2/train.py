@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files, finetune, lock, report, run_folder
+from . import best, checkpoint, files, finetune, lock, report, run_folder
 from . import tokenizer as tokenizers
 from .errors import InputError
 from .train_config import FIXED, TrainConfig
@@ -53,6 +53,8 @@ def resume(folder: str | Path, **changes: Any) -> int:
     progress = None if at_start else _progress(folder, settings)
     report.read(folder / METRICS)
     options = replace(options, **changes)
+    if options.keep_best:
+        best.check_own(folder)
     tokenizer = tokenizers.load(folder / tokenizers.FILE, options.tokenizer_dir)
     if tokenizer.vocab_size != settings.model.vocab_size:
         raise InputError(

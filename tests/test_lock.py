@@ -10,7 +10,7 @@ import time
 import pytest
 from test_train import TEXT, Trainer, options, rows
 
-from gpt2 import checkpoint, files, lock
+from gpt2 import best, checkpoint, files, lock
 from gpt2.cli import main
 from gpt2.errors import InputError
 from gpt2.train import resume, train
@@ -225,3 +225,45 @@ def test_torchrun_is_refused(command, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
     shutil.rmtree(tmp_path / "run")
     assert train(options(text, out="run", sample_tokens=0)) == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard-link", "pipe"])
+def test_a_lock_that_is_no_file_of_the_folder(kind, tmp_path):
+    """A link was followed, and the file behind it was emptied."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    path = folder / lock.FILE
+    if kind != "dangling":
+        other.write_text("the user's")
+    if kind == "hard-link":
+        os.link(other, path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    for refuses in (lock.check_free, lambda *args: lock.held(*args).__enter__()):
+        with pytest.raises(InputError, match=r"^out must be a folder with a \.lock of its own"):
+            refuses("out", folder)
+    assert os.path.lexists(path)
+    assert other.read_text() == "the user's" if kind != "dangling" else not other.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_best_that_is_no_folder_of_the_run(kind, text, tmp_path, capsys):
+    """A link was followed: a resume replaced the checkpoint of another run."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    train(options(text, out=str(folder), steps=2, sample_tokens=0))
+    shutil.copytree(folder, other)
+    if kind == "link":
+        (folder / "best").symlink_to("../other")
+    else:
+        (folder / "best").write_text("the user's")
+    before = contents(folder), contents(other)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(folder), "--keep-best", "--steps", "4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpt2: error: keep_best needs {str(folder / 'best')!r} as a folder or ")
+    with pytest.raises(InputError, match="keep_best needs"):
+        best.write(folder, None, None, step=1, val_loss=1.0, measure=None)
+    assert (contents(folder), contents(other)) == before
+    assert resume(folder, steps=3) == 0, "without keep_best nothing is written there"
