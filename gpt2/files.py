@@ -12,7 +12,6 @@ import codecs
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -33,6 +32,7 @@ MAX_LINES_BYTES = 2**28  # of a file of prompts or questions: HellaSwag's larges
 _MAX_STREAM_BYTES = 2**32  # of standard input, where memory has room for it twice
 _MAX_VALUES = 2**22  # of JSON: a tokenizer.json of 128,000 tokens has a million
 _MAX_LINES = 2**20  # of a file of prompts or questions
+_MAX_HEADER_BYTES = 2**23  # of safetensors: gpt2-xl's with optimizer state has 230,000
 _MAX_DEPTH = 100  # of what JSON nests: tokenizer.json and config.json stay below 10
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -210,6 +210,16 @@ def check_regular(path: str | Path) -> None:
     open_regular(path).close()
 
 
+def check_safetensors(path: str | Path) -> None:
+    """Raises OSError, as open_regular does, and where the header is too long for the tensors of a
+    model: the library takes 20 times its size in memory."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        most = max(_MAX_HEADER_BYTES, size_of(file) // 16)
+    if length > most:
+        raise OSError(errno.EFBIG, f"a header of at most {most} bytes is read, got {length}")
+
+
 def size_of(file: BinaryIO) -> int:
     """Bytes in an open file."""
     return os.fstat(file.fileno()).st_size
@@ -272,7 +282,7 @@ def parse_json(text: str) -> Any:
         found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if opened > _MAX_DEPTH and not _is_flat(text):
+    if opened > _MAX_DEPTH and not _is_flat(found):
         raise ValueError("nested too deeply")
     return found
 
@@ -291,18 +301,13 @@ def read_object(what: str, path: Path, most: int) -> dict[str, Any]:
         raise InputError(f"{what} must be JSON: {brief(e)}") from e
 
 
-_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+')  # texts, and what is between them
-
-
-def _is_flat(text: str) -> bool:
-    """Whether a text that was read as JSON nests at most 100 deep: each round takes off the
-    innermost brackets."""
-    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+def _is_flat(found: Any) -> bool:
+    """Whether a value of JSON nests at most 100 deep: each round goes one level deeper."""
+    level = [found]
     for _ in range(_MAX_DEPTH):
-        if not brackets:
-            return True
-        brackets = brackets.replace("[]", "")
-    return not brackets
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return not level
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

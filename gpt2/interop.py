@@ -354,7 +354,7 @@ def _open_file(path: Path, stack: ExitStack) -> safe_open:
     if not os.path.lexists(path):
         raise InputError(f"{quoted(path)} must be a file, got none")
     try:
-        files.check_regular(path)
+        files.check_safetensors(path)
         return stack.enter_context(safe_open(path, framework="pt"))
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or brief(e)

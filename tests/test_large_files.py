@@ -1,0 +1,65 @@
+"""Large inputs that say little: the memory and the time that they take follow their size."""
+
+import json
+import time
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+from test_convert import CONFIG, random_state, write
+from test_files import header_of
+
+from gpt2 import checkpoint, convert, files
+from gpt2.errors import InputError
+
+
+@contextmanager
+def taking(most: int):
+    """Inside, Python takes at most so many bytes of memory, and two seconds."""
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        yield
+        took, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= most, f"{peak} bytes"
+    assert took < 2.0, f"{took:.1f} s"
+
+
+def test_brackets_beside_a_long_text():
+    """The search for brackets outside of texts took 100 bytes for each character of a text."""
+    text = json.dumps({"a": "a" * 2**20, "b": "[" * 200})
+    with taking(3 * len(text)):
+        files.parse_json(text)
+    with taking(3 * len(text)), pytest.raises(ValueError, match="nested too deeply"):
+        files.parse_json(text.replace('"b": "' + "[" * 200 + '"', '"b": ' + "[" * 101 + "]" * 101))
+
+
+def long_metadata(header):
+    described = json.loads(header["__metadata__"]["gpt2"])
+    described["note"] = "a" * 2**20
+    return {**header, "__metadata__": {"gpt2": json.dumps(described)}}
+
+
+def empty_tensors(header):
+    at = max(part["data_offsets"][1] for part in header.values() if "data_offsets" in part)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [at, at]}
+    return {**header, **{f"x{i}": empty for i in range(140_000)}}
+
+
+def test_metadata_of_a_megabyte(tmp_path):
+    path = write(CONFIG, random_state(), tmp_path, "run") / checkpoint.FILE
+    header_of(path, long_metadata)
+    with taking(2**22), pytest.raises(InputError, match=r"at most 1048576 characters, got 10\d+"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("format", ["run", "hf"])
+def test_a_header_longer_than_any_model_s(format, tmp_path):
+    """A million empty tensors took ten seconds and 1.2 GB to be refused."""
+    folder = write(CONFIG, random_state(), tmp_path, format)
+    header_of(next(folder.glob("*.safetensors")), empty_tensors)
+    told = "cannot be read: a header of at most 8388608 bytes is read, got "
+    with taking(2**20), pytest.raises(InputError, match=told):
+        convert.read(folder).state()
