@@ -78,6 +78,15 @@ def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> Non
     _flush(path.parent)
 
 
+def identity(folder: str | Path) -> tuple[int, int] | None:
+    """What tells a folder from another one under its name; None where there is no folder."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+
+
 def sweep(folder: str | Path) -> None:
     """Removes what killed writers left behind in folder."""
     for stray in Path(folder).glob(f".*{_MARK}*"):

@@ -44,7 +44,8 @@ def held(name: str, folder: str | Path) -> Iterator[None]:
         os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is ours: see _is_still
+        if _is_still(path, handle):  # the folder may have been moved, and another have its name
+            path.unlink(missing_ok=True)  # while it is ours
         os.close(handle)
 
 
@@ -110,7 +111,7 @@ def _is_still(path: Path, handle: int) -> bool:
     """Whether path is the file that was locked, not another one: its last holder removed it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

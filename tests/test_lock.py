@@ -267,3 +267,37 @@ def test_best_that_is_no_folder_of_the_run(kind, text, tmp_path, capsys):
         best.write(folder, None, None, step=1, val_loss=1.0, measure=None)
     assert (contents(folder), contents(other)) == before
     assert resume(folder, steps=3) == 0, "without keep_best nothing is written there"
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_folder_that_goes_while_its_run_trains(how, text, tmp_path, monkeypatch, capsys):
+    """Its name was made anew with a checkpoint alone, and the exit code was 0."""
+    monkeypatch.chdir(tmp_path)
+    train(options(text, out="run", steps=2, sample_tokens=0))
+    shutil.copytree("run", "copy")
+
+    def go():
+        if how == "removed":
+            shutil.rmtree("run")
+        else:
+            os.rename("run", "run2")
+        if how == "replaced":
+            os.rename("copy", "run")
+            (tmp_path / "run" / lock.FILE).write_text("another's")
+
+    in_step(monkeypatch, 3, go)
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--steps", "6"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    told = "gpt2: error: 'run' cannot be written: it was moved or removed while the run trained"
+    assert line == told
+    if how == "replaced":
+        kept = contents(tmp_path / "run")
+        assert kept.pop(lock.FILE) == b"another's" and kept
+        assert checkpoint.read(tmp_path / "run" / checkpoint.FILE)[1]["step"] == 2
+    else:
+        assert not (tmp_path / "run").exists()
+    if how == "moved":
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert resume("run2", steps=6) == 0
