@@ -5,7 +5,6 @@ is imported by the commands that need it, so that --help answers at once.
 """
 
 import argparse
-import contextlib
 import errno
 import os
 import signal
@@ -15,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from . import cli_model
+from . import cli_model, streams
 from .errors import InputError, NonFiniteError, WriteError, brief
 from .train_config import TrainConfig
 
@@ -23,11 +22,16 @@ from .train_config import TrainConfig
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; its exit code: 0, 1 (not finite, full disk), 2 (wrong input), 128 +
     signal."""
+    with streams.checked():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     # OpenMP's threads spin while they wait for each other. Where another program wants the cores,
     # that made training 20 times slower (two EPYC cores); it is read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure") and not stream.closed:
             stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
@@ -48,11 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteError, WriteError) as e:
         return _fail(str(e), 1)
     except BrokenPipeError:  # gpt2 sample … | head
-        _drop_output()
+        streams.drop(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as e:
         if e.filename is None and e.errno in _FULL:  # files are written as WriteError says
-            _drop_output()
+            streams.drop(sys.stdout)
             return _fail(f"standard output cannot be written: {e.strerror}", 1)
         return _fail(f"{brief(e.filename or 'file')}: {e.strerror or e}", 2)
     except KeyboardInterrupt:
@@ -67,18 +71,11 @@ def _warn(message: Warning | str, *where) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be on the disk that is full
-        print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
-
-def _drop_output() -> None:
-    """What is still to be written goes nowhere: Python would fail again when it exits."""
-    with contextlib.suppress(OSError):  # where stdout is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 class _Parser(argparse.ArgumentParser):

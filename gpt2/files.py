@@ -257,7 +257,7 @@ def read_stdin(name: str, most: int = _MAX_STREAM_BYTES) -> bytes:
     """Standard input to its end. Raises InputError, beginning with name, where that is longer than
     `most` bytes, or half of the memory."""
     held, block = BytesIO(), 2**20
-    while chunk := sys.stdin.buffer.read(block):
+    while chunk := _of_stdin(name, block):
         held.write(chunk)
         if held.tell() > 2**28 and block < 2**24:  # importing PyTorch for a short text is slow
             from . import memory
@@ -267,6 +267,14 @@ def read_stdin(name: str, most: int = _MAX_STREAM_BYTES) -> bytes:
         if held.tell() > most:
             raise InputError(f"{name}: at most {most} bytes of standard input are read, got more")
     return held.getvalue()
+
+
+def _of_stdin(name: str, most: int) -> bytes:
+    try:
+        return sys.stdin.buffer.read(most)
+    except (OSError, ValueError, AttributeError) as e:  # a folder, or closed: then it is None
+        reason = getattr(e, "strerror", None) or "it is closed"
+        raise InputError(f"{name}: standard input cannot be read: {reason}") from e
 
 
 def _check_kind(path: str | Path, mode: int) -> None:
