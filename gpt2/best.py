@@ -28,7 +28,7 @@ def read(run: Path) -> dict[str, Any] | None:
     Raises InputError, naming the file, where it is broken.
     """
     path = run / FOLDER / checkpoint.FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     _, found = checkpoint.read(path)
     if not isinstance(found.get("val_loss"), float):
