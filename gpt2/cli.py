@@ -20,8 +20,8 @@ from .train_config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 (not finite, full disk), 2 (wrong input), 128 +
-    signal."""
+    """Runs one command; its exit code: 0, 1 (not finite, full disk or memory), 2 (wrong input),
+    128 + signal."""
     with streams.checked():
         return _main(arguments)
 
@@ -51,6 +51,11 @@ def _main(arguments: list[str] | None) -> int:
         return _fail(str(e), 2)
     except (NonFiniteError, WriteError) as e:
         return _fail(str(e), 1)
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        reason = f" ({brief(e)})" if str(e) else ""
+        return _fail(f"memory has no room for this{reason}; less data or smaller sizes may fit", 1)
     except BrokenPipeError:  # gpt2 sample … | head
         streams.drop(sys.stdout)
         return 128 + signal.SIGPIPE
@@ -63,6 +68,12 @@ def _main(arguments: list[str] | None) -> int:
         return 128 + signal.SIGINT
     finally:
         warnings.showwarning = shown
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has an error of its own for a GPU, and none for a CPU."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or of_torch
 
 
 def _warn(message: Warning | str, *where) -> None:
