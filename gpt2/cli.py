@@ -96,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(brief(message))
 
 
 class _Version(argparse.Action):

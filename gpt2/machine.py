@@ -44,7 +44,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:  # a build without CUDA asserts
+    except Exception as e:  # each device that this build lacks has an error of its own
         raise InputError(f"device must be auto or one that works here, got {quoted(name)}") from e
     return device
 
