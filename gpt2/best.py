@@ -6,6 +6,7 @@ stand in the header of the file that holds the weights, so that they never disag
 """
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,8 @@ def read(run: Path) -> dict[str, Any] | None:
     if not os.path.lexists(path):
         return None
     _, found = checkpoint.read(path)
-    if not isinstance(found.get("val_loss"), float):
+    loss = found.get("val_loss")
+    if not (isinstance(loss, float) and 0 <= loss < math.inf):
         found["measure"] = None  # of no use: it is measured anew
     return found
 

@@ -60,6 +60,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+LEAST_PEAK = 1.0  # FLOP/s: 5e-324 of them made an MFU that is infinite
+
+
 class Peak(NamedTuple):
     """FLOP/s of matrix products."""
 

@@ -27,7 +27,7 @@ from . import best, checkpoint, data, files, finetune, memory, optim, report, sa
 from .config import Config
 from .digest import digest
 from .errors import InputError, NonFiniteError, WriteError, brief, quoted
-from .machine import Peak, describe, peak_flops, pick_device, pick_dtype
+from .machine import LEAST_PEAK, Peak, describe, peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
@@ -362,7 +362,7 @@ def _kept_peak(path: Path, machine: str) -> Peak | None:
     again, it would be another, and the same speed another part of it."""
     try:
         found = Peak(**files.parse_json(files.read_text(path))["peak"])
-        usable = found.machine == machine and 0 < found.flops < math.inf
+        usable = found.machine == machine and LEAST_PEAK <= found.flops < math.inf
         return found if usable and isinstance(found.source, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
