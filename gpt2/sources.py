@@ -116,7 +116,9 @@ def encode(
         if i:
             eot = tokenizer.eot  # 0 is an id, too
             yield tokenizer.encode("\n") if eot is None else np.array([eot])
-        for text in tokenizers.cut(document.blocks(progress)):
+        blocks = document.blocks(progress)
+        anywhere = tokenizer.name in ("char", "byte")  # no id crosses the end of a block
+        for text in blocks if anywhere else tokenizers.cut(blocks):
             try:
                 ids = tokenizer.encode(text)
             except InputError as e:

@@ -5,11 +5,12 @@ import time
 import tracemalloc
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from test_convert import CONFIG, random_state, write
 from test_files import header_of
 
-from gpt2 import checkpoint, convert, files
+from gpt2 import checkpoint, convert, files, sources
 from gpt2.errors import InputError
 
 
@@ -63,3 +64,15 @@ def test_a_header_longer_than_any_model_s(format, tmp_path):
     told = "cannot be read: a header of at most 8388608 bytes is read, got "
     with taking(2**20), pytest.raises(InputError, match=told):
         convert.read(folder).state()
+
+
+@pytest.mark.parametrize("name", ["byte", "char"])
+def test_a_text_without_spaces_is_encoded_block_by_block(name, tmp_path):
+    """300 MB of ACGT were kept as a whole, several times."""
+    path = tmp_path / "dna.txt"
+    path.write_bytes(b"ACG\xc3\xa9" * (2**20 // 5))  # blocks end within characters
+    texts = sources.documents(str(path))
+    tokenizer = sources.tokenizer_for(texts, name, None)
+    parts = list(sources.encode(texts, tokenizer))
+    assert len(parts) > 2 and max(map(len, parts)) <= sources.BLOCK_BYTES + 3
+    assert np.array_equal(np.concatenate(parts), tokenizer.encode(path.read_text()))
