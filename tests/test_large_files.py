@@ -3,6 +3,7 @@
 import json
 import time
 import tracemalloc
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from test_convert import CONFIG, random_state, write
 from test_files import header_of
 
-from gpt2 import checkpoint, convert, files, sources
+from gpt2 import checkpoint, choices, convert, files, sources
 from gpt2.errors import InputError
+from gpt2.tokenizer import byte
 
 
 @contextmanager
@@ -76,3 +78,26 @@ def test_a_text_without_spaces_is_encoded_block_by_block(name, tmp_path):
     parts = list(sources.encode(texts, tokenizer))
     assert len(parts) > 2 and max(map(len, parts)) <= sources.BLOCK_BYTES + 3
     assert np.array_equal(np.concatenate(parts), tokenizer.encode(path.read_text()))
+
+
+def test_an_archive_of_many_entries(tmp_path):
+    """A million entries of nothing took seven seconds to be refused."""
+    write(CONFIG, random_state(), tmp_path, "nanogpt")
+    with zipfile.ZipFile(tmp_path / "ckpt.pt", "a") as archive:
+        for i in range(2000):
+            entry = zipfile.ZipInfo(f"archive/{i}")
+            entry.comment = bytes(2**12)
+            archive.writestr(entry, b"")
+    with (
+        taking(2**21),
+        pytest.raises(InputError, match="at most 4194304 bytes of a table are read"),
+    ):
+        convert.read(tmp_path / "ckpt.pt")
+
+
+def test_a_question_of_many_endings(tmp_path):
+    """100,000 endings took 20 seconds."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"ctx": "a" * 100, "endings": ["b"] * 20_000, "label": 0}))
+    with taking(2**24), pytest.raises(InputError, match=r"endings must be .* at most 1000"):
+        choices.read(path, byte(), 200)
