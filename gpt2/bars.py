@@ -7,6 +7,9 @@ from tqdm import tqdm
 
 def bar(**options) -> tqdm:
     """A progress bar, which a terminal sees five times a second and a file every ten seconds."""
+    if sys.stderr is None:  # it is closed
+        options["disable"] = True
+        return tqdm(**options)
     return tqdm(mininterval=0.2 if sys.stderr.isatty() else 10.0, **options)
 
 

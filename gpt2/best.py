@@ -6,6 +6,7 @@ stand in the header of the file that holds the weights, so that they never disag
 """
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import checkpoint, files
 from . import tokenizer as tokenizers
+from .errors import InputError, quoted
 from .tokenizer import Tokenizer
 
 FOLDER = "best"  # in the folder of a run
@@ -27,18 +29,32 @@ def read(run: Path) -> dict[str, Any] | None:
     Raises InputError, naming the file, where it is broken.
     """
     path = run / FOLDER / checkpoint.FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     _, found = checkpoint.read(path)
-    if not isinstance(found.get("val_loss"), float):
+    loss = found.get("val_loss")
+    if not (isinstance(loss, float) and 0 <= loss < math.inf):
         found["measure"] = None  # of no use: it is measured anew
     return found
+
+
+def check_own(run: Path) -> None:
+    """Raises InputError where the best checkpoint of a run would be written into another folder, or
+    where it cannot be one."""
+    path = run / FOLDER
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        kind = "a link" if path.is_symlink() else "no folder"
+        raise InputError(
+            f"keep_best needs {quoted(path)} as a folder or absent, got {kind}; remove it"
+        )
 
 
 def write(
     run: Path, model: nn.Module, tokenizer: Tokenizer, *, step: int, val_loss: float, measure: Any
 ) -> None:
-    """Replaces the best checkpoint of a run in one step, and makes the folder whole at first."""
+    """Replaces the best checkpoint of a run in one step, and makes the folder whole at first.
+    Raises InputError as check_own does."""
+    check_own(run)
     tensors = {checkpoint.plain(name): p.detach() for name, p in model.named_parameters()}
 
     def fill(folder: Path) -> None:

@@ -28,6 +28,7 @@ from .weights import HEAD, WTE, plain
 
 FILE = "checkpoint.safetensors"  # in the folder of a run
 _OPTIMIZER = "optimizer."
+_MAX_METADATA = 2**20  # characters of JSON, which has 300
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -61,7 +62,10 @@ def read(path: str | Path) -> tuple[Config, dict[str, Any]]:
     """
     with _open(path) as file:
         try:
-            progress = files.parse_json((file.metadata() or {})["gpt2"])
+            described = (file.metadata() or {})["gpt2"]
+            if len(described) > _MAX_METADATA:
+                raise InputError(f"at most {_MAX_METADATA} characters, got {len(described)}")
+            progress = files.parse_json(described)
             config = Config(**progress.pop("config"))
             check("step", progress["step"], (int,), {"at_least": 0})
         except (KeyError, TypeError, ValueError, AttributeError) as e:
@@ -105,7 +109,7 @@ def state(path: str | Path, config: Config) -> dict[str, torch.Tensor]:
 @contextmanager
 def _open(path: str | Path) -> Iterator[safe_open]:
     try:
-        files.check_regular(path)
+        files.check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as e:

@@ -32,6 +32,7 @@ from .evaluate import Window, score_all
 from .model import Model
 from .tokenizer import Tokenizer
 
+_MAX_ENDINGS = 1000  # of a question; HellaSwag has 4
 WAYS = ("acc", "acc_norm", "acc_token")
 
 
@@ -132,11 +133,12 @@ def _question(line: str, tokenizer: Tokenizer, block_size: int) -> Question:
         raise InputError(f"ctx must be a string, got {_shown(found, 'ctx')}")
     if not (
         isinstance(endings, list)
-        and len(endings) >= 2
+        and 2 <= len(endings) <= _MAX_ENDINGS
         and all(isinstance(e, str) and e for e in endings)
     ):
         raise InputError(
-            f"endings must be at least 2 strings, none empty, got {_shown(found, 'endings')}"
+            f"endings must be at least 2 strings and at most {_MAX_ENDINGS}, none empty, "
+            f"got {_shown(found, 'endings')}"
         )
     label = _label(found, len(endings))
     prompt = _encode("ctx", ctx, tokenizer).tolist()

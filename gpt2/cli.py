@@ -5,7 +5,6 @@ is imported by the commands that need it, so that --help answers at once.
 """
 
 import argparse
-import contextlib
 import errno
 import os
 import signal
@@ -15,19 +14,24 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from . import cli_model
+from . import cli_model, streams
 from .errors import InputError, NonFiniteError, WriteError, brief
 from .train_config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 (not finite, full disk), 2 (wrong input), 128 +
-    signal."""
+    """Runs one command; its exit code: 0, 1 (not finite, full disk or memory), 2 (wrong input),
+    128 + signal."""
+    with streams.checked():
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     # OpenMP's threads spin while they wait for each other. Where another program wants the cores,
     # that made training 20 times slower (two EPYC cores); it is read when PyTorch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure") and not stream.closed:
             stream.reconfigure(errors="replace")  # a sample may hold what the terminal cannot
     shown, warnings.showwarning = warnings.showwarning, _warn
     try:
@@ -47,12 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(e), 2)
     except (NonFiniteError, WriteError) as e:
         return _fail(str(e), 1)
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        reason = f" ({brief(e)})" if str(e) else ""
+        return _fail(f"memory has no room for this{reason}; less data or smaller sizes may fit", 1)
     except BrokenPipeError:  # gpt2 sample … | head
-        _drop_output()
+        streams.drop(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as e:
         if e.filename is None and e.errno in _FULL:  # files are written as WriteError says
-            _drop_output()
+            streams.drop(sys.stdout)
             return _fail(f"standard output cannot be written: {e.strerror}", 1)
         return _fail(f"{brief(e.filename or 'file')}: {e.strerror or e}", 2)
     except KeyboardInterrupt:
@@ -61,24 +70,23 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = shown
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has an error of its own for a GPU, and none for a CPU."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or of_torch
+
+
 def _warn(message: Warning | str, *where) -> None:
     """A warning as one line, without the place in the code that it came from."""
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be on the disk that is full
-        print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"gpt2: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
-
-def _drop_output() -> None:
-    """What is still to be written goes nowhere: Python would fail again when it exits."""
-    with contextlib.suppress(OSError):  # where stdout is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +96,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(brief(message))
 
 
 class _Version(argparse.Action):

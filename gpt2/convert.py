@@ -68,11 +68,11 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
     name, path = str(source), Path(source)
     if hub.is_published(name):
         path = hub.download(name, interop.FILES)
-    elif os.path.isfile(path / checkpoint.FILE):
+    elif os.path.lexists(path / checkpoint.FILE):
         file = path / checkpoint.FILE
         config, _ = checkpoint.read(file)
         return Source(name, "run", path, config, lambda: checkpoint.state(file, config))
-    elif os.path.isfile(path / _CKPT):
+    elif os.path.lexists(path / _CKPT):
         path = path / _CKPT
     if os.path.isdir(path):
         config = interop.read_config(path, dropout=dropout)
@@ -84,19 +84,19 @@ def read(source: str | Path, *, dropout: float | None = None) -> Source:
     if os.path.isfile(path) and nanogpt.is_one(path):
         config, state, gelu = nanogpt.read(path)
         return Source(name, "nanogpt", path, config, lambda: state, gelu)
-    if os.path.exists(path):
-        _check_regular(path)
+    if os.path.lexists(path):
+        _check_regular("model", path)
     raise InputError(
         f"model must be {', '.join(hub.PUBLISHED)}, a folder of Hugging Face's or of a run, "
         f"nanoGPT's ckpt.pt or llm.c's model.bin, got {quoted(name)}"
     )
 
 
-def _check_regular(path: Path) -> None:
+def _check_regular(what: str, path: Path) -> None:
     try:
         files.check_regular(path)
     except OSError as e:
-        raise InputError(f"model {quoted(path)} cannot be read: {e.strerror}") from e
+        raise InputError(f"{what} {quoted(path)} cannot be read: {e.strerror}") from e
 
 
 def convert(
@@ -184,6 +184,8 @@ def _tokenizer_json(model: Source, config: Config, spec: str | None) -> str:
 def _hf_tokenizer(model: Source, config: Config, spec: str | None) -> tokenizers.Tokenizer | None:
     """What is written for transformers; None where nothing is known, or a folder's is copied."""
     if spec is None and model.format == "hf":
+        for path in _tokenizer_files(model.path):
+            _check_regular("tokenizer", path)
         return None
     try:
         if spec is not None:
@@ -209,9 +211,13 @@ def _hf_tokenizer(model: Source, config: Config, spec: str | None) -> tokenizers
 
 def _copy_tokenizer(source: Path, dest: Path) -> None:
     """The tokenizer of a Hugging Face folder, file by file, as it is."""
-    for name in hf_tokenizer.FILES:
-        if (source / name).is_file():
-            files.write_atomic(dest / name, partial(shutil.copyfile, source / name))
+    for path in _tokenizer_files(source):
+        files.write_atomic(dest / path.name, partial(shutil.copyfile, path))
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    paths = [folder / name for name in hf_tokenizer.FILES]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def described(path: str | Path) -> tuple[str, int]:

@@ -15,6 +15,7 @@ L - S + 1 tokens before it, or all of them where there are fewer. Nothing predic
 
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -186,7 +187,7 @@ def score(model: Model, windows: Iterable[Window], batch_size: int) -> Iterator[
     The model is in eval mode meanwhile. Raises ValueError for a window that does not fit it.
     """
     windows = iter(windows)
-    while batch := list(itertools.islice(windows, batch_size)):
+    while batch := list(itertools.islice(windows, min(batch_size, sys.maxsize))):
         for window in batch:
             _check(window, model.config.block_size)
         with _evaluating(model):

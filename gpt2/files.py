@@ -12,7 +12,6 @@ import codecs
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import sys
@@ -33,6 +32,7 @@ MAX_LINES_BYTES = 2**28  # of a file of prompts or questions: HellaSwag's larges
 _MAX_STREAM_BYTES = 2**32  # of standard input, where memory has room for it twice
 _MAX_VALUES = 2**22  # of JSON: a tokenizer.json of 128,000 tokens has a million
 _MAX_LINES = 2**20  # of a file of prompts or questions
+_MAX_HEADER_BYTES = 2**23  # of safetensors: gpt2-xl's with optimizer state has 230,000
 _MAX_DEPTH = 100  # of what JSON nests: tokenizer.json and config.json stay below 10
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -76,6 +76,15 @@ def write_atomic(path: str | Path, content: str | Callable[[Path], None]) -> Non
         _flush(temporary)
         os.replace(temporary, path)
     _flush(path.parent)
+
+
+def identity(folder: str | Path) -> tuple[int, int] | None:
+    """What tells a folder from another one under its name; None where there is no folder."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
 
 
 def sweep(folder: str | Path) -> None:
@@ -210,6 +219,16 @@ def check_regular(path: str | Path) -> None:
     open_regular(path).close()
 
 
+def check_safetensors(path: str | Path) -> None:
+    """Raises OSError, as open_regular does, and where the header is too long for the tensors of a
+    model: the library takes 20 times its size in memory."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        most = max(_MAX_HEADER_BYTES, size_of(file) // 16)
+    if length > most:
+        raise OSError(errno.EFBIG, f"a header of at most {most} bytes is read, got {length}")
+
+
 def size_of(file: BinaryIO) -> int:
     """Bytes in an open file."""
     return os.fstat(file.fileno()).st_size
@@ -238,7 +257,7 @@ def read_stdin(name: str, most: int = _MAX_STREAM_BYTES) -> bytes:
     """Standard input to its end. Raises InputError, beginning with name, where that is longer than
     `most` bytes, or half of the memory."""
     held, block = BytesIO(), 2**20
-    while chunk := sys.stdin.buffer.read(block):
+    while chunk := _of_stdin(name, block):
         held.write(chunk)
         if held.tell() > 2**28 and block < 2**24:  # importing PyTorch for a short text is slow
             from . import memory
@@ -248,6 +267,14 @@ def read_stdin(name: str, most: int = _MAX_STREAM_BYTES) -> bytes:
         if held.tell() > most:
             raise InputError(f"{name}: at most {most} bytes of standard input are read, got more")
     return held.getvalue()
+
+
+def _of_stdin(name: str, most: int) -> bytes:
+    try:
+        return sys.stdin.buffer.read(most)
+    except (OSError, ValueError, AttributeError) as e:  # a folder, or closed: then it is None
+        reason = getattr(e, "strerror", None) or "it is closed"
+        raise InputError(f"{name}: standard input cannot be read: {reason}") from e
 
 
 def _check_kind(path: str | Path, mode: int) -> None:
@@ -272,7 +299,7 @@ def parse_json(text: str) -> Any:
         found = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if opened > _MAX_DEPTH and not _is_flat(text):
+    if opened > _MAX_DEPTH and not _is_flat(found):
         raise ValueError("nested too deeply")
     return found
 
@@ -291,18 +318,13 @@ def read_object(what: str, path: Path, most: int) -> dict[str, Any]:
         raise InputError(f"{what} must be JSON: {brief(e)}") from e
 
 
-_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+')  # texts, and what is between them
-
-
-def _is_flat(text: str) -> bool:
-    """Whether a text that was read as JSON nests at most 100 deep: each round takes off the
-    innermost brackets."""
-    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+def _is_flat(found: Any) -> bool:
+    """Whether a value of JSON nests at most 100 deep: each round goes one level deeper."""
+    level = [found]
     for _ in range(_MAX_DEPTH):
-        if not brackets:
-            return True
-        brackets = brackets.replace("[]", "")
-    return not brackets
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    return not level
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def is_one(path: Path, found: Any) -> bool:
 
 
 def is_in(folder: Path) -> bool:
-    """Whether a model's folder has a tokenizer."""
-    return any(os.path.isfile(folder / name) for name in (FILE, VOCAB))
+    """Whether a model's folder has a tokenizer, also one that cannot be read."""
+    return any(os.path.lexists(folder / name) for name in (FILE, VOCAB))
 
 
 def load(path: Path, found: dict[str, Any]) -> Tokenizer:
@@ -59,7 +59,7 @@ def load(path: Path, found: dict[str, Any]) -> Tokenizer:
 
     Raises InputError, naming file and key, for what would encode a text differently here.
     """
-    config = _read(path.with_name(CONFIG)) if os.path.isfile(path.with_name(CONFIG)) else {}
+    config = _read(path.with_name(CONFIG)) if os.path.lexists(path.with_name(CONFIG)) else {}
     for key in _SETTINGS:
         if config.get(key) not in (None, False):
             raise InputError(
@@ -194,7 +194,7 @@ def _of_vocab(path: Path, vocab: dict[str, Any]) -> dict[str, Any]:
     except ValueError as e:
         raise InputError(f"{MERGES} must be a text in UTF-8: {brief(e)}") from e
     added = path.with_name(ADDED)
-    extra = _read(added) if os.path.isfile(added) else {}
+    extra = _read(added) if os.path.lexists(added) else {}
     if EOT in vocab:
         extra = {EOT: vocab[EOT], **extra}
     return {

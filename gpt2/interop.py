@@ -272,7 +272,7 @@ def _shards(state: State, limit: int) -> list[State]:
 
 def parse_bytes(size: int | str) -> int:
     """A number of bytes: itself, or as transformers write it, such as "5GB" (powers of ten)."""
-    match = re.fullmatch(r"(\d+)(KB|MB|GB)", size) if isinstance(size, str) else None
+    match = re.fullmatch(r"(\d{1,20})(KB|MB|GB)", size) if isinstance(size, str) else None
     if match:
         size = int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -354,7 +354,7 @@ def _open_file(path: Path, stack: ExitStack) -> safe_open:
     if not os.path.lexists(path):
         raise InputError(f"{quoted(path)} must be a file, got none")
     try:
-        files.check_regular(path)
+        files.check_safetensors(path)
         return stack.enter_context(safe_open(path, framework="pt"))
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or brief(e)

@@ -1,12 +1,14 @@
 """One process at a time writes the folder of a run.
 
 The lock is the system's own (flock) on the file .lock in the folder. It ends with the process that
-holds it, whatever ends that: a .lock that a killed process left behind locks nothing.
+holds it, whatever ends that: a .lock that a killed process left behind locks nothing. What is no
+file of the folder's own, such as a link to another file, is refused and left as it is.
 """
 
 import errno
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
 FILE = ".lock"
+_ONLY_HERE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 _said: set[str] = set()
 
@@ -41,20 +44,23 @@ def held(name: str, folder: str | Path) -> Iterator[None]:
         os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is ours: see _is_still
+        if _is_still(path, handle):  # the folder may have been moved, and another have its name
+            path.unlink(missing_ok=True)  # while it is ours
         os.close(handle)
 
 
 def check_free(name: str, folder: str | Path) -> None:
     """Raises InputError as held does, where another process has the folder now. Writes nothing."""
     path = Path(folder) / FILE
-    if fcntl is None or not path.is_file():
+    if fcntl is None or not os.path.lexists(path):
         return
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
+        handle = os.open(path, os.O_RDONLY | _ONLY_HERE)
+    except OSError as e:
+        _check_no_link(name, path, e)
         return  # it has just been removed, or held will say what is wrong
     try:
+        _check_own(name, path, os.fstat(handle))
         _lock(name, path, handle, fcntl.LOCK_SH)
     finally:
         os.close(handle)
@@ -63,13 +69,15 @@ def check_free(name: str, folder: str | Path) -> None:
 def _locked(name: str, path: Path) -> int:
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _ONLY_HERE, 0o666)
         except OSError as e:
+            _check_no_link(name, path, e)
             raise InputError(
                 f"{name} must be a folder that can be written, got {quoted(path.parent)} "
                 f"({e.strerror})"
             ) from e
         try:
+            _check_own(name, path, os.fstat(handle))
             _lock(name, path, handle, fcntl.LOCK_EX)
             if _is_still(path, handle):
                 return handle
@@ -79,11 +87,31 @@ def _locked(name: str, path: Path) -> int:
         os.close(handle)
 
 
+def _check_no_link(name: str, path: Path, error: OSError) -> None:
+    if error.errno == errno.ELOOP:
+        _refuse(name, path, "a link")
+
+
+def _check_own(name: str, path: Path, found: os.stat_result) -> None:
+    """Raises InputError where writing the file would change something elsewhere."""
+    if not stat.S_ISREG(found.st_mode):
+        _refuse(name, path, "no regular file")
+    if found.st_nlink > 1:
+        _refuse(name, path, "a second name of another file")
+
+
+def _refuse(name: str, path: Path, kind: str) -> None:
+    raise InputError(
+        f"{name} must be a folder with a {FILE} of its own or none, got {quoted(path)}, "
+        f"which is {kind}; remove it"
+    )
+
+
 def _is_still(path: Path, handle: int) -> bool:
     """Whether path is the file that was locked, not another one: its last holder removed it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

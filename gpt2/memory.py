@@ -5,15 +5,22 @@ The figures are lower bounds, so that nothing is refused which would have fitted
     P parameters   L layers   B windows   T tokens   C features   V vocabulary
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows: no such limits
+    resource = None
+
 from .config import Config
 from .errors import InputError
 
 _MEMINFO = Path("/proc/meminfo")
+_PAGES = Path("/proc/self/statm")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -112,7 +119,7 @@ def activations(config: Config, *, fast: bool, itemsize: int) -> int:
 
 def available(device: torch.device) -> int | None:
     """Bytes that device has free, or None where that is not known. Of the CPU: swap counts, and
-    what other processes leave; within a container, its limit does."""
+    what other processes leave; within a container, its limit does, and ulimit -v."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -135,7 +142,18 @@ def free() -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
-    return min([unused, *_cgroup_rooms()]) + swap
+    return min([min([unused, *_cgroup_rooms()]) + swap, *_address_rooms()])
+
+
+def _address_rooms() -> list[int]:
+    """Bytes that the limit on this process's addresses (ulimit -v) leaves, where there is one."""
+    rooms = []
+    with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(_PAGES.read_text().split()[0]) * resource.getpagesize()
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(max(limit - used, 0))
+    return rooms
 
 
 def _cgroup_rooms() -> list[int]:

@@ -9,12 +9,13 @@ with biases of zero. nanoGPT computes GELU by erf, this model by tanh, as GPT-2 
 do: weights are kept to the bit, the logits differ a little.
 """
 
+import io
 import re
 import warnings
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -194,13 +195,31 @@ def _load(what: str, path: Path) -> Any:
         raise InputError(f"{what} cannot be read: {brief(e) or type(e).__name__}") from e
 
 
+class _InParts(io.BufferedReader):
+    """A file of which only so much is read at a time: zipfile reads a table of contents at once,
+    and takes ten times its size in memory."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file.raw)
+        self._most = max(_MAX_PICKLE_BYTES, files.size_of(self) // 16)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > self._most:
+            raise ValueError(f"at most {self._most} bytes of a table are read, got {size}")
+        return super().read(size)
+
+
 def _check_archive(path: Path) -> set[str]:
     """The modules that a pickle takes GPTConfig from.
 
     Raises ValueError for an archive that is larger than its file, or a pickle that names anything
     else that tensors are not made of.
     """
-    with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    with (
+        files.open_regular(path) as opened,
+        _InParts(opened) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("an archive of torch.save is expected, got a compressed one")

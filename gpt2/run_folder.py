@@ -14,12 +14,13 @@ from typing import Any
 from . import best, files
 from .config import Config
 from .errors import InputError, brief, quoted
+from .machine import LEAST_PEAK
 from .train_config import TrainConfig, check
 
 _MOST_BYTES = 2**20  # of config.json, which has 2 kB
 _MODEL = ("block_size", "n_layer", "n_head", "n_embd", "dropout")  # fields of model and of train
 _PEAK = {
-    "flops": ((float, NoneType), {"above": 0}),
+    "flops": ((float, NoneType), {"at_least": LEAST_PEAK}),
     "source": ((str,), {}),
     "machine": ((str,), {}),
 }

@@ -5,10 +5,8 @@ Between two documents stands `<|endoftext|>` where the tokenizer has it, and a n
 """
 
 import codecs
-import glob
 import io
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from . import files as readers
-from . import reference_text
+from . import folders, reference_text
 from . import tokenizer as tokenizers
 from .errors import InputError, quoted
 from .tokenizer import Tokenizer
@@ -67,43 +65,17 @@ def files(source: str) -> list[Path]:
     readers.check_name("data", source)
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob("*.bin")) or sorted(_below(path))
+        found = sorted(path.glob("*.bin")) or sorted(folders.below(source))
     elif path.exists():
         found = [path]
     else:
-        found = [p for p in map(Path, _matches(source)) if p.is_file()]
+        found = list(map(Path, folders.matching(source)))
     if not found:
         raise InputError(
             f"data must be a file, a folder with files, a pattern that matches some, or - for "
             f"standard input, got {quoted(source)}"
         )
     return found
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Every file at any depth below folder; hidden ones and those in hidden folders are left out,
-    and links to folders are not followed."""
-    left = [str(folder)]
-    while left:
-        try:
-            with os.scandir(left.pop()) as found:
-                entries = list(found)
-        except OSError as e:
-            raise InputError(f"data {quoted(e.filename)} cannot be read: {e.strerror}") from e
-        for entry in entries:
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                left.append(entry.path)
-            elif entry.is_file():
-                yield Path(entry.path)
-
-
-def _matches(pattern: str) -> list[str]:
-    try:
-        return sorted(glob.glob(pattern, recursive=True))
-    except RecursionError:  # glob takes a level of the stack for a level of folders
-        raise InputError(f"data {quoted(pattern)} matches folders that nest too deeply") from None
 
 
 def documents(source: str | None) -> list[Document]:
@@ -144,7 +116,9 @@ def encode(
         if i:
             eot = tokenizer.eot  # 0 is an id, too
             yield tokenizer.encode("\n") if eot is None else np.array([eot])
-        for text in tokenizers.cut(document.blocks(progress)):
+        blocks = document.blocks(progress)
+        anywhere = tokenizer.name in ("char", "byte")  # no id crosses the end of a block
+        for text in blocks if anywhere else tokenizers.cut(blocks):
             try:
                 ids = tokenizer.encode(text)
             except InputError as e:

@@ -328,7 +328,7 @@ def named(spec: str, folder: str | Path | None = None) -> Tokenizer:
         return byte()
     if spec == "gpt2":
         return gpt2(folder)
-    if spec != "char" and os.path.exists(spec):
+    if spec != "char" and os.path.lexists(spec):
         return load(spec, folder)
     raise InputError(
         f"tokenizer must be byte, gpt2, a file, or (for text) char, got {quoted(spec)}"
@@ -368,7 +368,12 @@ def _of_folder(path: Path, folder: str | Path | None) -> Tokenizer:
     from . import hf_tokenizer, nanogpt_meta
 
     names = (FILE, hf_tokenizer.VOCAB, nanogpt_meta.FILE)
-    found = [name for name in names if os.path.isfile(path / name)]
+    found = [name for name in names if os.path.lexists(path / name)]
     if not found:
         raise InputError(f"a folder must hold {', '.join(names[:-1])} or {names[-1]}, got none")
-    return load(path / found[0], folder)
+    path = path / found[0]
+    try:
+        files.check_regular(path)  # no folder in a folder, and so on
+    except OSError as e:
+        raise InputError(f"tokenizer {quoted(path)} cannot be read: {e.strerror}") from e
+    return load(path, folder)

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files, finetune, lock, report, run_folder
+from . import best, checkpoint, files, finetune, lock, report, run_folder, streams
 from . import tokenizer as tokenizers
 from .errors import InputError
 from .train_config import FIXED, TrainConfig
 from .trainer import CONFIG, METRICS, Trainer, say
 
 
+@streams.lossy_stderr()
 def train(options: TrainConfig) -> int:
     """A new run; the exit code is 0, or 128 and the number of the signal that stopped it.
 
@@ -33,6 +34,7 @@ def train(options: TrainConfig) -> int:
         return trainer.run(folder)
 
 
+@streams.lossy_stderr()
 def resume(folder: str | Path, **changes: Any) -> int:
     """Goes on with the run in folder, with some options changed; the exit code is that of train.
 
@@ -53,6 +55,8 @@ def resume(folder: str | Path, **changes: Any) -> int:
     progress = None if at_start else _progress(folder, settings)
     report.read(folder / METRICS)
     options = replace(options, **changes)
+    if options.keep_best:
+        best.check_own(folder)
     tokenizer = tokenizers.load(folder / tokenizers.FILE, options.tokenizer_dir)
     if tokenizer.vocab_size != settings.model.vocab_size:
         raise InputError(

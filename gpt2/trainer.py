@@ -26,8 +26,8 @@ from tqdm import tqdm
 from . import best, checkpoint, data, files, finetune, memory, optim, report, sampling
 from .config import Config
 from .digest import digest
-from .errors import InputError, NonFiniteError, brief, quoted
-from .machine import Peak, describe, peak_flops, pick_device, pick_dtype
+from .errors import InputError, NonFiniteError, WriteError, brief, quoted
+from .machine import LEAST_PEAK, Peak, describe, peak_flops, pick_device, pick_dtype
 from .model import Model
 from .tokenizer import Tokenizer
 from .train_config import TrainConfig
@@ -79,6 +79,7 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.elapsed_s = 0.0  # by the processes before this one
         self._plot_failed = False
+        self._identity: tuple[int, int] | None = None  # of the folder, while it runs
         self.best = math.inf, 0  # the lowest validation loss, and its step: see _keep_if_best
 
     @functools.cached_property
@@ -115,6 +116,7 @@ class Trainer:
 
     def _run(self, folder: Path, stop: list[int]) -> int:
         o = self.options
+        self._identity = files.identity(folder)
         peak = _kept_peak(folder / CONFIG, describe(self.device, self.dtype))
         peak = peak or peak_flops(self.device, self.dtype)
         config = asdict(self.model.config)
@@ -225,6 +227,7 @@ class Trainer:
         limit = self.options.eval_batches
         loss = self.evaluate(limit) if last and limit else val_loss
         if loss < self.best[0]:
+            self._check_there(folder)
             best.write(
                 folder,
                 self.model,
@@ -267,6 +270,7 @@ class Trainer:
 
     def save(self, folder: Path, progress: report.Progress) -> None:
         """The checkpoint, and the plot up to it."""
+        self._check_there(folder)
         checkpoint.save(
             folder / checkpoint.FILE,
             self.model,
@@ -278,6 +282,11 @@ class Trainer:
         )
         if progress.rows:
             self._plot(folder, progress.rows)
+
+    def _check_there(self, folder: Path) -> None:
+        """Raises WriteError where another folder has the name of the run's, or none."""
+        if files.identity(folder) != self._identity:
+            raise WriteError(folder, "it was moved or removed while the run trained")
 
     def _plot(self, folder: Path, rows: list[dict[str, Any]]) -> None:
         """Draws the curves. Whatever that raises, training goes on: metrics.jsonl has them."""
@@ -353,7 +362,7 @@ def _kept_peak(path: Path, machine: str) -> Peak | None:
     again, it would be another, and the same speed another part of it."""
     try:
         found = Peak(**files.parse_json(files.read_text(path))["peak"])
-        usable = found.machine == machine and 0 < found.flops < math.inf
+        usable = found.machine == machine and LEAST_PEAK <= found.flops < math.inf
         return found if usable and isinstance(found.source, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

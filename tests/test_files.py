@@ -166,7 +166,7 @@ def test_long_names_are_shortened():
 
 
 def test_a_folder_1200_deep(tmp_path, monkeypatch):
-    """Path.rglob went one call deeper for each level: RecursionError."""
+    """Path.rglob and glob go one call deeper for each level: RecursionError."""
     monkeypatch.chdir(tmp_path)
     for _ in range(1200):
         os.mkdir("d")
@@ -175,8 +175,7 @@ def test_a_folder_1200_deep(tmp_path, monkeypatch):
     os.chdir(tmp_path)
     try:
         assert sum(document.size for document in sources.documents(str(tmp_path))) == 240
-        with pytest.raises(InputError, match="nest too deeply"):
-            sources.documents("**/*.txt")
+        assert sum(document.size for document in sources.documents("**/*.txt")) == 240
         os.rename("d", ".d.tmp-1")
         with pytest.raises(InputError, match="nests too deeply"):
             files.sweep(tmp_path)

@@ -1,5 +1,7 @@
 """gpt2.load and Model.from_pretrained: every format, vocabularies of every size, GELU named."""
 
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -10,7 +12,7 @@ from test_interop import random_model
 from util import bits_equal
 
 import gpt2
-from gpt2 import Config, Model, convert, llmc, loading, nanogpt, sampling, weights
+from gpt2 import Config, Model, bytelevel, convert, llmc, loading, nanogpt, sampling, weights
 from gpt2 import tokenizer as tokenizers
 from gpt2.cli import main
 from gpt2.errors import InputError
@@ -225,3 +227,45 @@ def test_gelu_is_said_from_python_once_and_of_nanogpt_alone(tmp_path):
     with warnings.catch_warnings(action="error"):
         gpt2.load(path, tokenizer="byte")
         convert.convert(path, tmp_path / "copy.pt", "nanogpt")
+
+
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "folder"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_tokenizer_that_cannot_be_read_is_not_absent(kind, name, tmp_path):
+    """GPT-2's was taken in its place, or none written, without a word."""
+    folder = write(random_model(BYTES), tmp_path, "hf")
+    if kind == "dangling":
+        (folder / name).symlink_to("none")
+    elif kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).mkdir()
+    told = f"tokenizer {str(folder / name)!r} cannot be read: "
+    for read in (
+        lambda: loading.load(folder),
+        lambda: tokenizers.load(folder),
+        lambda: convert.convert(folder, tmp_path / "out", "hf"),
+        lambda: convert.convert(folder, tmp_path / "out", "run"),
+    ):
+        with pytest.raises(InputError, match=told):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json"])
+def test_what_belongs_to_a_tokenizer_is_not_absent_either(name, tmp_path):
+    vocab = {c: i for i, c in enumerate(bytelevel.BYTE_OF_CHAR)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert tokenizers.load(tmp_path).vocab_size == 256
+    (tmp_path / name).symlink_to("none")
+    with pytest.raises(InputError, match=f"{name}' cannot be read: "):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "ckpt.pt"])
+def test_a_model_that_is_a_dangling_link_is_named(name, tmp_path):
+    (tmp_path / name).symlink_to("none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=f"{name}' cannot be read: No such file"):
+        loading.load(tmp_path)

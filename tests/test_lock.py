@@ -10,7 +10,7 @@ import time
 import pytest
 from test_train import TEXT, Trainer, options, rows
 
-from gpt2 import checkpoint, files, lock
+from gpt2 import best, checkpoint, files, lock
 from gpt2.cli import main
 from gpt2.errors import InputError
 from gpt2.train import resume, train
@@ -225,3 +225,79 @@ def test_torchrun_is_refused(command, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
     shutil.rmtree(tmp_path / "run")
     assert train(options(text, out="run", sample_tokens=0)) == 0
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard-link", "pipe"])
+def test_a_lock_that_is_no_file_of_the_folder(kind, tmp_path):
+    """A link was followed, and the file behind it was emptied."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    folder.mkdir()
+    path = folder / lock.FILE
+    if kind != "dangling":
+        other.write_text("the user's")
+    if kind == "hard-link":
+        os.link(other, path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    for refuses in (lock.check_free, lambda *args: lock.held(*args).__enter__()):
+        with pytest.raises(InputError, match=r"^out must be a folder with a \.lock of its own"):
+            refuses("out", folder)
+    assert os.path.lexists(path)
+    assert other.read_text() == "the user's" if kind != "dangling" else not other.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_best_that_is_no_folder_of_the_run(kind, text, tmp_path, capsys):
+    """A link was followed: a resume replaced the checkpoint of another run."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    train(options(text, out=str(folder), steps=2, sample_tokens=0))
+    shutil.copytree(folder, other)
+    if kind == "link":
+        (folder / "best").symlink_to("../other")
+    else:
+        (folder / "best").write_text("the user's")
+    before = contents(folder), contents(other)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(folder), "--keep-best", "--steps", "4"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"gpt2: error: keep_best needs {str(folder / 'best')!r} as a folder or ")
+    with pytest.raises(InputError, match="keep_best needs"):
+        best.write(folder, None, None, step=1, val_loss=1.0, measure=None)
+    assert (contents(folder), contents(other)) == before
+    assert resume(folder, steps=3) == 0, "without keep_best nothing is written there"
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_folder_that_goes_while_its_run_trains(how, text, tmp_path, monkeypatch, capsys):
+    """Its name was made anew with a checkpoint alone, and the exit code was 0."""
+    monkeypatch.chdir(tmp_path)
+    train(options(text, out="run", steps=2, sample_tokens=0))
+    shutil.copytree("run", "copy")
+
+    def go():
+        if how == "removed":
+            shutil.rmtree("run")
+        else:
+            os.rename("run", "run2")
+        if how == "replaced":
+            os.rename("copy", "run")
+            (tmp_path / "run" / lock.FILE).write_text("another's")
+
+    in_step(monkeypatch, 3, go)
+    capsys.readouterr()
+    assert main(["train", "--resume", "run", "--steps", "6"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    told = "gpt2: error: 'run' cannot be written: it was moved or removed while the run trained"
+    assert line == told
+    if how == "replaced":
+        kept = contents(tmp_path / "run")
+        assert kept.pop(lock.FILE) == b"another's" and kept
+        assert checkpoint.read(tmp_path / "run" / checkpoint.FILE)[1]["step"] == 2
+    else:
+        assert not (tmp_path / "run").exists()
+    if how == "moved":
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert resume("run2", steps=6) == 0

@@ -1,11 +1,13 @@
 """Sizes that cannot fit are refused before memory is taken; those that fit never are."""
 
+import numpy as np
 import pytest
 import torch
 from test_model import SMALL, ids, model_in
 from util import DEVICE
 
-from gpt2 import Config, Model, evaluate, memory, sampling
+from gpt2 import Config, Model, evaluate, memory, prepare, sampling
+from gpt2.cli import main
 from gpt2.errors import InputError
 from gpt2.evaluate import Window
 from gpt2.tokenizer import byte
@@ -170,3 +172,43 @@ def test_a_gpu_has_what_pytorch_keeps_unused_too(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, n=n: n)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
     assert memory.available(torch.device("cuda")) == 510
+
+
+def test_the_limit_on_addresses_counts(machine, monkeypatch):
+    """ulimit -v: standard input was read until it ended in a MemoryError."""
+    resource = pytest.importorskip("resource")
+    (machine / "statm").write_text("2 1 1 1 0 1 0\n")
+    monkeypatch.setattr(memory, "_PAGES", machine / "statm")
+    limit = 2 * resource.getpagesize() + 100
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, -1))
+    assert memory.free() == 100
+    (machine / "statm").write_text("99 1 1 1 0 1 0\n")
+    assert memory.free() == 0
+
+
+def array_memory_error():
+    with pytest.raises(MemoryError) as found:
+        np.empty(2**62, dtype=np.uint8)
+    return found.value
+
+
+def test_memory_that_ends_is_one_line(monkeypatch, capsys):
+    """Of Python, NumPy and PyTorch: each has an error of its own."""
+    errors = [
+        (MemoryError(), ""),
+        (array_memory_error(), " (Unable to allocate "),
+        (RuntimeError("[…] DefaultCPUAllocator: can't allocate memory"), " ([…] DefaultCPU"),
+        (torch.OutOfMemoryError("CUDA out of memory."), " (CUDA out of memory.)"),
+    ]
+    for error, reason in errors:
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(prepare, "prepare", fail)
+        assert main(["prepare", "x", "--out", "y"]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"gpt2: error: memory has no room for this{reason}")
+    monkeypatch.setattr(prepare, "prepare", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["prepare", "x", "--out", "y"])

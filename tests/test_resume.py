@@ -190,7 +190,7 @@ def test_the_best_so_far_survives_a_resume(text, tmp_path, monkeypatch, kill_at)
     assert len(list((tmp_path / "run" / "best").iterdir())) == 3
 
 
-@pytest.mark.parametrize("broken", [None, "x"], ids=str)
+@pytest.mark.parametrize("broken", [None, "x", -1.0], ids=str)
 def test_the_best_is_measured_anew_where_the_batches_are_others(broken, text, tmp_path):
     train(options(text, out="run", keep_best=True, sample_tokens=0))
     file = tmp_path / "run" / "best" / checkpoint.FILE
