@@ -43,6 +43,12 @@ def foreign(tmp_path):
     return foreign_library(tmp_path, marker), marker
 
 
+@pytest.fixture
+def loads(request):
+    """How often a library is loaded while somebody swaps it."""
+    return 100 if request.config.getoption("--full") else 25
+
+
 def entry_like(entry: Path, library: Path, to: Path) -> None:
     """A copy of a cache's entry with another library, and with its checksum."""
     shutil.copytree(entry, to)
@@ -93,7 +99,7 @@ def racing(swap, load, loads: int) -> list[str | None]:
         os.waitpid(child, 0)
 
 
-def test_a_parent_that_others_can_write_is_refused(toy, foreign, tmp_path, monkeypatch):
+def test_a_parent_that_others_can_write_is_refused(loads, toy, foreign, tmp_path, monkeypatch):
     """They swap the whole folder between check and use: their library ran in 5 of 20 loads."""
     library, marker = foreign
     shared = tmp_path / "shared"
@@ -112,7 +118,7 @@ def test_a_parent_that_others_can_write_is_refused(toy, foreign, tmp_path, monke
         os.rename(shared / "cache", theirs)
         os.rename(shared / "ours", shared / "cache")
 
-    reasons = set(racing(swap, lambda: reason_in_child(toy), 100))
+    reasons = set(racing(swap, lambda: reason_in_child(toy), loads))
     assert reasons == {
         f"others can write to {shared}, which holds the cache {shared}/cache; chmod go-w {shared}"
     }
@@ -123,7 +129,7 @@ def test_a_parent_that_others_can_write_is_refused(toy, foreign, tmp_path, monke
     assert toy.start_again() is None
 
 
-def test_what_was_checked_is_what_is_loaded(toy, foreign, tmp_path, monkeypatch):
+def test_what_was_checked_is_what_is_loaded(loads, toy, foreign, tmp_path, monkeypatch):
     """The file is replaced as fast as a process can do it, also at the worst moment."""
     library, marker = foreign
     ours = native.build()
@@ -140,7 +146,7 @@ def test_what_was_checked_is_what_is_loaded(toy, foreign, tmp_path, monkeypatch)
         put(library)
         put(good)
 
-    loaded = racing(swap, lambda: reason_in_child(toy), 100)
+    loaded = racing(swap, lambda: reason_in_child(toy), loads)
     assert loaded.count("") > 5 and not marker.exists()
     put(good)
     sha256 = _private.File.sha256
