@@ -9,14 +9,13 @@ import shutil
 import stat
 import struct
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from toy import COMPILER, lines, needs_compiler
 
-from gpt2.kernels import _build, _private, native
+from gpt2.kernels import _private, native
 
 pytestmark = needs_compiler
 
@@ -339,20 +338,6 @@ def test_root_with_another_users_home(real, toy, monkeypatch, tmp_path):
     assert not list(home.iterdir()) and not toy.compiled()
 
 
-@pytest.mark.parametrize("sign", ["|", "\n", "\r"], ids=["bar", "newline", "return"])
-@pytest.mark.parametrize("variable", ["GPT2_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"])
-def test_a_path_that_ninja_cannot_name(sign, variable, toy, monkeypatch, tmp_path):
-    """Bars and line breaks end a name in ninja's files, and no escape is left for them."""
-    for name in ("GPT2_KERNELS_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, str(tmp_path / f"a{sign}b"))
-    reason = native.load()
-    assert reason.startswith("the cache '") and "has | or a line break in its path; " in reason
-    assert "\n" not in reason and not list(tmp_path.glob("a*")) and not toy.compiled()
-    with pytest.raises(native.BuildError, match="line break in its path"):
-        native.build()
-
-
 def test_the_caches_layout_is_private_whatever_the_umask(toy):
     old = os.umask(0)
     try:
@@ -363,136 +348,6 @@ def test_the_caches_layout_is_private_whatever_the_umask(toy):
         assert not path.stat().st_mode & 0o022, path
     assert toy.start_again() is None and toy.compiled() == 1
     assert library.parent.stat().st_mode & 0o777 == 0o700
-
-
-# ---- records
-
-
-def deep_record(path):
-    path.write_text("[" * 4000)
-
-
-def deep_in_an_object(path):
-    path.write_text('{"recipe":' * 400 + "1" + "}" * 400)
-
-
-def long_record(path):
-    path.write_text(" " * 2**20)
-
-
-def fifo(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-RECORDS = [deep_record, deep_in_an_object, long_record, fifo, folder]
-
-
-@pytest.mark.parametrize("shipped", [False, True], ids=["cache", "shipped"])
-@pytest.mark.parametrize("spoil", RECORDS, ids=lambda spoil: spoil.__name__)
-def test_a_record_that_is_none(spoil, shipped, toy, capfd):
-    """A deep one ended in RecursionError, a FIFO in waiting for ever."""
-    library = native.build(out=toy.shipped) if shipped else native.build()
-    spoil(library.with_suffix(".json"))
-    lines(capfd)
-    start = time.monotonic()
-    assert toy.start_again() is None
-    assert lines(capfd)[0].endswith("; not used") and time.monotonic() - start < 20
-    assert toy.compiled() == (1 if shipped else 2)
-
-
-@pytest.mark.parametrize("name", ["libgpt2_kernels_cpu.so", "failed.log", "lock"])
-def test_a_fifo_in_place_of_a_file(name, toy):
-    library = native.build()
-    target = toy.cache / "cpu" / "lock" if name == "lock" else library.parent / name
-    if name != "lock":
-        library.unlink()
-    target.unlink(missing_ok=True)
-    os.mkfifo(target)
-    assert toy.start_again() is None
-
-
-# ---- failures that pass
-
-
-PASSING = {
-    "disk": "toy.cpp:1:1: fatal error: error writing to /tmp/x.s: No space left on device",
-    "quota": "ld: final link failed: Disk quota exceeded",
-    "killed": "c++: fatal error: Killed signal terminated program cc1plus",
-    "memory": "cc1plus: out of memory allocating 65536 bytes after a total of 9 bytes",
-    "virtual": "virtual memory exhausted: Cannot allocate memory",
-    "fork": "c++: fatal error: cannot execute cc1plus: vfork: Resource temporarily unavailable",
-    "silent": "",
-    "timeout": "timeout: the compiler took too long: fatal error: timed out",
-    "ninja": "ninja: fatal: posix_spawn: Cannot allocate memory",
-}
-
-
-@pytest.mark.parametrize("said", PASSING.values(), ids=PASSING)
-def test_a_failure_that_passes_is_tried_again(said, toy):
-    """A full disk was remembered as if the compiler had refused the sources, for good."""
-    good = toy.compiler.read_text()
-    toy.compiler.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
-    reason = native.load()
-    assert reason.startswith("the C++ compiler failed: ")
-    assert reason.endswith(" (the next start tries again)")
-    assert not list(toy.cache.rglob("failed.log"))
-    toy.compiler.write_text(good)
-    os.utime(toy.compiler, ns=(1, 1))
-    assert toy.start_again() is None
-
-
-def test_a_compiler_killed_by_a_signal_is_tried_again(toy):
-    toy.compiler.write_text("#!/bin/sh\nkill -9 $$\n")
-    assert native.load().endswith(" (the next start tries again)")
-
-
-OWN = {
-    "gcc": "toy.cpp:2:9: error: 'nonsense' was not declared in this scope",
-    "nvcc": "toy.cu(12): error: identifier x is undefined",
-    "flags": "c++: error: unrecognized command-line option '-std=c++99'",
-    "nvcc-flags": "nvcc fatal   : Unsupported gpu architecture compute_1",
-    "linker": "toy.cpp:(.text+0x5): undefined reference to elsewhere()",
-    "header": "toy.cpp:1:10: fatal error: nowhere.h: No such file or directory",
-}
-
-
-@pytest.mark.parametrize("said", OWN.values(), ids=OWN)
-def test_a_compilers_own_error_is_kept(said, toy):
-    toy.compiler.write_text(f'#!/bin/sh\ncat <<"END"\n{said}\nEND\nexit 1\n')
-    reason = native.load()
-    assert "to try again: python -m gpt2.kernels build" in reason
-    (log,) = toy.cache.rglob("failed.log")
-    assert log.read_text().startswith("the C++ compiler failed: ")
-    assert toy.start_again() == reason
-
-
-@pytest.mark.parametrize("folder", ["timeout", "a killed disk"])
-def test_a_path_is_no_sign_of_a_failure_that_passes(folder, toy, tmp_path, monkeypatch):
-    """The compiler's own error was not kept, and every start compiled again."""
-    cache = tmp_path / folder
-    monkeypatch.setenv("GPT2_KERNELS_CACHE", str(cache))
-    said = f"{cache}/cpu/toy.o: in x.cpp: (/opt/truncated/x.h): undefined reference to x"
-    toy.compiler.write_text(f'#!/bin/sh\necho "{said}"\nexit 1\n')
-    reason = native.load()
-    assert "to try again: python -m gpt2.kernels build" in reason
-    calls = []
-    monkeypatch.setattr(_build, "run", lambda *args: calls.append(args))
-    assert toy.start_again() == reason and not calls
-
-
-def test_a_failure_that_an_older_version_kept_is_tried_again(toy):
-    toy.source.write_text("int x = nonsense;\n")
-    native.load()
-    (log,) = toy.cache.rglob("failed.log")
-    log.write_text(f"the compiler failed: no space\n\n{PASSING['disk']}\n")
-    native._reasons.clear()
-    assert "nonsense" in native.load() and toy.compiled() == 2
 
 
 def test_without_proc_the_path_is_loaded(toy, monkeypatch):
@@ -514,11 +369,3 @@ def test_two_libraries_are_two(toy):
             with _private.open_file(library) as file:
                 file.load()
     assert handles[0].first() == 42 and handles[1].other() == 43
-
-
-def test_a_build_names_no_path_that_ninja_would_misread():
-    for text in ("a|b", "a\nb"):
-        with pytest.raises(_build.BuildError, match="line break"):
-            _build._escape_path(text)
-    with pytest.raises(_build.BuildError, match="line break"):
-        _build._escape("a\nb")
