@@ -126,6 +126,9 @@ def decode(x, kv, lengths, norm, norm_bias, n_head, eps, *params):
 
 
 def raw_decode_layers(x, kv, lengths, norm, norm_bias, n_head, eps, *params):
+    # PyTorch prints a list that holds something else, and crashes at a tensor with freed storage.
+    if not all(isinstance(p, torch.Tensor) for p in params):
+        raise TypeError("params must hold tensors alone")
     return torch.ops.gpt2_kernels_cpu.decode_layers(
         x, list(params), [], norm, norm_bias, kv, lengths, n_head, eps
     )
