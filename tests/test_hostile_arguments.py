@@ -126,9 +126,10 @@ def decode(x, kv, lengths, norm, norm_bias, n_head, eps, *params):
 
 
 def raw_decode_layers(x, kv, lengths, norm, norm_bias, n_head, eps, *params):
-    # PyTorch prints a list that holds something else, and crashes at a tensor with freed storage.
+    # If a list holds anything but tensors, PyTorch's error prints the list, and printing a tensor
+    # with freed storage ends the process.
     if not all(isinstance(p, torch.Tensor) for p in params):
-        raise TypeError("params must hold tensors alone")
+        raise TypeError("params must hold only tensors")
     return torch.ops.gpt2_kernels_cpu.decode_layers(
         x, list(params), [], norm, norm_bias, kv, lengths, n_head, eps
     )
