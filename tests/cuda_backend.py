@@ -31,7 +31,7 @@ def why_not() -> str | None:
     return None
 
 
-_loaded = []
+_loaded: list[Path] = []
 emulated_kernels: list[str] = []  # the mangled names of the library's, once it is loaded
 
 
@@ -44,6 +44,11 @@ def load(library: Path, ptx: list[Path]) -> None:
     torch.ops.load_library(str(library))
     _loaded.append(library)
     emulated_kernels.extend(re.findall(r"\.entry\s+([\w$]+)", "\n".join(texts)))
+
+
+def built() -> Path:
+    """The folder that the library was built in: with its object files, PTX and build.ninja."""
+    return _loaded[0].parent
 
 
 @contextlib.contextmanager

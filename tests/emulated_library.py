@@ -32,11 +32,13 @@ def emulated(runtime: Path) -> _build.Library:
 def build_emulated(work: Path, runtime: Path) -> tuple[Path, list[Path]]:
     """The library and the PTX of each source, from this user's cache or built in the folder `work`.
 
+    Beside them lie the object files and build.ninja, for who compiles one source again.
     BuildError where nvcc or a C++ compiler is missing, or fails.
     """
     library = emulated(runtime.resolve())
     tools = _build.find_tools(library)
-    key = f"{_build.recipe(library)} {_build.identity(tools)}".encode() + runtime.read_bytes()
+    key = f"{_build.recipe(library)} {_build.identity(tools)} with objects".encode()
+    key += runtime.read_bytes()
     folder = _cache.find_root(create=True) / "cuda-emulated"
     folder.mkdir(mode=0o700, exist_ok=True)
     entry = folder / hashlib.sha256(key).hexdigest()[:16]
@@ -46,7 +48,9 @@ def build_emulated(work: Path, runtime: Path) -> tuple[Path, list[Path]]:
             new.mkdir(parents=True)
             keeping = replace(library, nvcc=(*library.nvcc, "-keep", f"-keep-dir={work}"))
             _build.run(keeping, tools, work, new / "libgpt2_kernels_cuda.so")
-            for ptx in work.glob("*.ptx"):
-                shutil.copy(ptx, new)
+            for path in (*work.glob("*.ptx"), *work.glob("*.o")):
+                shutil.copy(path, new)
+            commands = (work / "build.ninja").read_text()
+            (new / "build.ninja").write_text(commands.replace(str(work), str(entry)))
             os.replace(shutil.copytree(new, folder / f"tmp-{os.getpid()}"), entry)
     return entry / "libgpt2_kernels_cuda.so", sorted(entry.glob("*.ptx"))

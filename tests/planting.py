@@ -4,6 +4,7 @@ Always in the interpreter: a GPU would not notice most stray accesses. The proce
 one that has imported torch already, which is most of what a small test costs.
 """
 
+import fcntl
 import functools
 import multiprocessing
 import os
@@ -32,6 +33,22 @@ def copy(tmp_path):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignore)
     return tmp_path
+
+
+def built_once(tmp_path_factory, name, build):
+    """The folder `name` of this run, filled by build(folder): by whichever process of pytest-xdist
+    asks first, while the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all processes
+    folder, complete = base / name, base / f"{name}.complete"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            folder.mkdir()
+            build(folder)
+            complete.touch()
+    return folder
 
 
 def run_tests(copy, tests, monkeypatch, prepare=None):

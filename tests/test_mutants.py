@@ -13,13 +13,12 @@ from mutants.evaluate import EVALUATE_MUTANTS, HARNESS_MUTANTS
 from mutants.generation import GENERATION_MUTANTS
 from mutants.interop import INTEROP_MUTANTS
 from mutants.kernels import KERNEL_MUTANTS
-from mutants.sampling import SAMPLING_MUTANTS
 from mutants.transformers import TRANSFORMERS_MUTANTS
 from mutants.triton_attention import ATTENTION_MUTANTS
 from planting import ROOT, as_built, assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
 KERNELS = (*ATTENTION_MUTANTS, *KERNEL_MUTANTS)
-MODEL = (*GENERATION_MUTANTS, *SAMPLING_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS)
+MODEL = (*GENERATION_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS)
 THEIRS = (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
 CSRC = (*CSRC_ATTENTION, *CUDA_MUTANTS, *BLOCK_MUTANTS, *GEMV_MUTANTS, *ROW_MUTANTS)
 # Tests that run on the cpu backend alone

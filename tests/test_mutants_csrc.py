@@ -1,9 +1,6 @@
 """The suite still notices bugs of csrc/cpu, planted one at a time (planting.py).
 
 A copy compiles what its test runs, less optimised: one instruction set, one dtype, some kernels.
-With --full one in eight is planted; all of them by naming the test:
-
-    pytest tests/test_mutants_csrc.py::test_killed_in_csrc --full
 """
 
 import functools
@@ -17,7 +14,8 @@ import torch
 from mutants.csrc_attention import ATTENTION_MUTANTS
 from mutants.csrc_gemv import BLOCK_MUTANTS, GEMV_MUTANTS
 from mutants.csrc_rows import ROW_MUTANTS
-from planting import ROOT, assert_killed, copy, load_cpu_kernels, plant, run_tests  # noqa: F401
+from planting import ROOT, assert_killed, built_once, load_cpu_kernels, plant, run_tests
+from planting import copy as copy
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
@@ -87,22 +85,13 @@ def link(csrc, objects):
 @pytest.fixture(scope="module")
 def operators(tmp_path_factory):
     """The operators as they are, compiled: most mutants share them."""
-    csrc = tmp_path_factory.mktemp("operators") / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    return compile_operators(csrc, OPERATORS)
 
+    def build(folder):
+        csrc = shutil.copytree(ROOT / "csrc", folder / "csrc")
+        compile_operators(csrc, OPERATORS)
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """compile_kernels of csrc as it is: the mutants of operators share them."""
-
-    @functools.cache
-    def compiled(*args):
-        csrc = tmp_path_factory.mktemp("kernels") / "csrc"
-        shutil.copytree(ROOT / "csrc", csrc)
-        return compile_kernels(csrc, *args)
-
-    return compiled
+    csrc = built_once(tmp_path_factory, "operators", build) / "csrc"
+    return {source: csrc / f"{Path(source).stem}.o" for source in OPERATORS}
 
 
 CSRC_MUTANTS = [
@@ -119,19 +108,17 @@ NAMES = {"fp32": "float", "bf16": "bf16", "fp16": "f16"}  # as csrc has them
 
 
 @pytest.mark.full
-@pytest.mark.grid(full=8)
 @pytest.mark.cpu_kernels
 @pytest.mark.parametrize("part, mutant", CSRC_MUTANTS)
-def test_killed_in_csrc(part, mutant, copy, operators, kernels, monkeypatch):  # noqa: F811
+def test_killed_in_csrc(part, mutant, copy, operators, monkeypatch):
     """That its test passes without it is seen where the test itself runs."""
     plant(mutant, copy)
     csrc, source = copy / "csrc", mutant.file.removeprefix("csrc/")
     isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by)[1]
     dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
+    changed = compile_kernels(csrc, part, isa, *dtypes)
     if source in OPERATORS:
-        changed = compile_operators(csrc, [source]) | kernels(part, isa, *dtypes)
-    else:
-        changed = compile_kernels(csrc, part, isa, *dtypes)
+        changed |= compile_operators(csrc, [source])
     library = link(csrc, (operators | changed).values())
     load = functools.partial(load_cpu_kernels, library)
     assert_killed(mutant, *run_tests(copy, {mutant.killed_by}, monkeypatch, load))

@@ -1,15 +1,12 @@
 """The suite still notices bugs of csrc/cuda, planted one at a time (planting.py).
 
-All of csrc/cuda is compiled once; of a copy, what the bug is in, for the head size and the dropout
-that its test asks for. With --full one in eight is planted; all of them by naming the test, as in
-test_mutants_csrc.py.
+Only the source that holds the bug is compiled, for the head size and the dropout that its test asks
+for. Everything else comes from the library that the other tests use.
 """
 
 import functools
-import os
 import re
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import cuda_backend
@@ -24,32 +21,17 @@ INCLUDED_BY = {
     "mma.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
     "attention.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
     "reduce.cuh": ("cuda/layer_norm.cu",),
-    "partial.cuh": ("cuda/layer_norm.cu",),
 }
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A folder with what compiling csrc/cuda as it is leaves, and the commands that did it."""
-    from emulated_library import emulated
-    from emulator import cuda_device
-
-    from gpt2.kernels import _build
-
-    work = tmp_path_factory.mktemp("built")
-    library = emulated(cuda_device.build().resolve())
-    keeping = replace(library, nvcc=(*library.nvcc, "-keep", f"-keep-dir={work}"))
-    _build.run(keeping, _build.find_tools(library), work, work / LIBRARY)
-    return work
-
-
-def compile_copy(csrc, work, built, sources):
-    """A copy's library in the folder work: these sources compiled, of the others what is built."""
+def compile_copy(csrc, work, sources):
+    """A copy's library in the folder work: these sources compiled, the others linked as built."""
+    built = cuda_backend.built()
     stems = {Path(source).stem for source in sources}
     work.mkdir()
     for path in (*built.glob("*.o"), *built.glob("*.ptx")):
         if not stems & {path.stem, path.stem.partition("-")[2].partition(".")[0]}:
-            os.link(path, work / path.name)
+            (work / path.name).symlink_to(path)
     ninja = (built / "build.ninja").read_text().replace(str(built), str(work))
     steps = dict(re.findall(r"^build (\S+): run.*\n  run = (.*)$", ninja, re.M))
     for name in (*(f"{source.replace('/', '-')}.o" for source in sources), LIBRARY):
@@ -87,16 +69,15 @@ def narrow(csrc, test):
 
 
 @pytest.mark.full
-@pytest.mark.grid(full=8)
 @pytest.mark.cuda_kernels
 @pytest.mark.skipif(cuda_backend.ON_GPU, reason="on a GPU nothing is emulated")
 @pytest.mark.parametrize("mutant", CUDA_MUTANTS, ids=lambda mutant: mutant.name)
-def test_killed_in_csrc_cuda(mutant, copy, built, monkeypatch):  # noqa: F811
+def test_killed_in_csrc_cuda(mutant, copy, monkeypatch):  # noqa: F811
     """That its test passes without it is seen where the test itself runs."""
     plant(mutant, copy)
     narrow(copy / "csrc", mutant.killed_by)
     own = (mutant.file.removeprefix("csrc/"),)
     sources = INCLUDED_BY.get(Path(mutant.file).name, own)
-    compile_copy(copy / "csrc", copy / "work", built, sources)
+    compile_copy(copy / "csrc", copy / "work", sources)
     load = functools.partial(load_copy, copy / "work")
     assert_killed(mutant, *run_tests(copy, {mutant.killed_by}, monkeypatch, load))

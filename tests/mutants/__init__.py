@@ -1,10 +1,10 @@
 """Bugs to plant: each must make a test fail. tests/test_mutants*.py plant them in a copy.
 
 A mutant replaces one piece of text, which occurs exactly once in its file, and names the test that
-must notice. Quick ones are planted in every run, the others with --full; those of csrc, which must
-be compiled, one in eight. Not in the lists, since a test cannot see them here: what changes nothing
-(a second mask where one is enough), and what only a GPU does differently (a barrier, a fused
-multiply-add).
+must notice. There are one or two for each class of bugs, and some in every kernel and folder of the
+package. Quick ones are planted in every run, the others with --full. Two kinds are not in the
+lists, since a test cannot see them here: a change without an effect (a second mask where one is
+enough), and what only a GPU does differently (a barrier, a fused multiply-add).
 """
 
 from typing import NamedTuple
