@@ -5,17 +5,21 @@ registers within a budget, tensor cores where they belong.
     pytest tests/test_compile_cuda.py --full     every file, for sm_80 and sm_90a
 """
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt2.kernels import _build, _nvcc
 
+ROOT = Path(__file__).resolve().parents[1]
 CSRC = _build.CSRC
-ARCHITECTURES = ("80", "90a")
+ARCHITECTURES = {"80": "8.0", "90a": "9.0a"}  # and their names in TORCH_CUDA_ARCH_LIST
 SMALL = ("cross_entropy", "gelu")  # seconds to compile
 SHARED = 48 << 10  # bytes that a kernel may have without asking
 
@@ -64,11 +68,12 @@ pytestmark = [
 ]
 
 
-def kernels_of(cubin: Path) -> dict[str, dict[str, int]]:
-    """By a kernel's name with its template arguments: what it takes, and its MMA instructions."""
+def kernels_of(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+    """By a kernel's name with its template arguments: what it takes on sm_`arch`, and its MMA
+    instructions."""
 
     def dump(flag):
-        command = [CUOBJDUMP, flag, cubin]
+        command = [CUOBJDUMP, flag, "-arch", f"sm_{arch}", binary]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         named = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
         return re.sub(r"gpt2::cuda::|\(anonymous namespace\)::|\bvoid ", "", named.stdout)
@@ -86,26 +91,44 @@ def kernels_of(cubin: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def cases():
-    for source in sorted(CSRC.glob("cuda/*.cu")):
-        for arch in ARCHITECTURES:
-            small = source.stem in SMALL and arch == ARCHITECTURES[0]
-            marks = [] if small else [pytest.mark.full]
-            yield pytest.param(source.stem, arch, marks=marks, id=f"{source.stem}-sm_{arch}")
-
-
-@pytest.mark.parametrize("name, arch", list(cases()))
-def test_compiles_cleanly(name, arch, tmp_path):
+@pytest.mark.parametrize("name", SMALL)
+def test_small_files(name, tmp_path):
     library, cubin = _build.LIBRARIES["cuda"], tmp_path / f"{name}.cubin"
     tools = _build.find_tools(library)
     command = [
         tools.nvcc, "-ccbin", tools.cxx[0], *_build._NVCC, *library.flags, "-Werror=all-warnings",
-        "-Xcompiler=-Werror", f"-arch=sm_{arch}", "-cubin", f"cuda/{name}.cu", "-o", cubin,
+        "-Xcompiler=-Werror", "-arch=sm_80", "-cubin", f"cuda/{name}.cu", "-o", cubin,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=CSRC)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    check(cubin, "80")
 
-    kernels = kernels_of(cubin)
+
+@pytest.mark.full
+@pytest.mark.long
+def test_every_file(tmp_path):
+    """The library, as the command builds it where there is no GPU."""
+    environment = os.environ | {
+        "GPT2_KERNELS_CACHE": str(tmp_path / "cache"),
+        "TORCH_CUDA_ARCH_LIST": " ".join(ARCHITECTURES.values()),
+    }
+    command = [sys.executable, "-m", "gpt2.kernels", "build", "--cuda", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("cache/cuda/*/build.log")
+    assert "warning" not in log.read_text().lower(), log.read_text()
+
+    library = tmp_path / "libgpt2_kernels_cuda.so"
+    for arch in ARCHITECTURES:
+        check(library, arch)
+    content = library.read_bytes()
+    assert b"libtorch_cuda.so" in content, "the loader must find a torch with CUDA"
+    assert b"gpt2_kernels_cuda" in content
+    assert str(Path(torch.__file__).parent).encode() not in content
+
+
+def check(binary, arch):
+    kernels = kernels_of(binary, arch)
     assert kernels
     for kernel, usage in kernels.items():
         budget = REGISTERS[kernel.partition("<")[0]]

@@ -330,21 +330,3 @@ def test_reasons_of_dtype_and_size(monkeypatch):
         for D in (4, 60, 136):
             assert why_not(op, size=D) == f"head size {D} is not a multiple of 8 up to 128"
     assert why_not("layer_norm", size=1_000_003) is None
-
-
-# ---- the real csrc
-
-
-@pytest.mark.full
-@pytest.mark.skipif(_nvcc.find() is None, reason=_nvcc.MISSING)
-def test_csrc_is_built_without_a_gpu(tmp_path):
-    """For one architecture; it is then one of a torch with CUDA, which the loader must find."""
-    environment = os.environ | {
-        "GPT2_KERNELS_CACHE": str(tmp_path / "cache"), "TORCH_CUDA_ARCH_LIST": "9.0a",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "gpt2.kernels", "build", "--cuda", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0, done.stderr
-    content = (tmp_path / "libgpt2_kernels_cuda.so").read_bytes()
-    assert b"libtorch_cuda.so" in content and b"gpt2_kernels_cuda" in content
-    assert str(Path(torch.__file__).parent).encode() not in content
