@@ -81,9 +81,9 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
-    )
+    grid = "grid(full=N): one of many cases; sampled, with --full one in N. one_dtype=True: of "
+    grid += "Triton's emulated kernels those of bfloat16, as another test runs every dtype's code"
+    config.addinivalue_line("markers", grid)
     config.addinivalue_line("markers", "full: runs only with --full")
     config.addinivalue_line("markers", "long: takes long, and begins before the others")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")

@@ -14,11 +14,13 @@ MOST_WORKERS = 8  # each has its own PyTorch and Triton: some gigabytes
 MOST_WORKERS_ON_GPU = 10
 GPU_MEMORY_OF_A_WORKER = 6 << 30
 BACKEND_FIXTURES = ("kernel_backend", "cpu_backend", "accelerated", "backend")
-# Without --full, one in so many cases of a grid runs, for each instruction set of cpu. What is
-# emulated is sampled with --full, too.
-SAMPLE = {"triton": 16, "cuda": 80, "cpu": 60}
+# Without --full, one in so many cases of a grid runs, for each instruction set of cpu.
+SAMPLE = {"triton": 24, "cuda": 160, "cpu": 60}
 GPU_SAMPLE = {"triton": 32, "cuda": 16}  # nearly every case compiles Triton's kernels once more
-FULL_SAMPLE = {"triton": 24 if EMULATED else 1, "cuda": 6, "cpu": 1}
+# With --full, emulated kernels run a chosen few of a grid's cases. Of Triton the others run in the
+# interpreter.
+FEW = "few"
+EMULATED_BACKEND = None if ON_GPU else "triton" if EMULATED else "cuda"
 FULL_SAMPLE_AVX512 = 1 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 3
 
 
@@ -44,21 +46,43 @@ def long_ones_first(items, processes):
 
 def sample(config, items):
     """Leaves a share of each grid."""
+    full, kept = config.option.full, set()
     grids = collections.defaultdict(list)  # a grid: a test function, a dtype and a backend
     for item in items:
-        if "grid" in item.keywords:
+        if "grid" in item.keywords and is_of_the_dtype(item):
             backend = next(iter(backends_of(item)), None)
             grids[item.function, item.callspec.params.get("dtype"), backend].append(item)
-    dropped = set()
     for (_, _, backend), grid in grids.items():
-        random.Random(0).shuffle(grid)
-        share = sample_of(backend or "triton", config.option.full)
-        if config.option.full:
+        share = sample_of(backend or "triton", full)
+        if full:
             share = grid[0].get_closest_marker("grid").kwargs.get("full", share)
-        dropped.update(grid[-(-len(grid) // share) :])
+        if share == FEW:
+            kept.update(few_of(grid))
+        else:
+            random.Random(0).shuffle(grid)
+            kept.update(grid[: -(-len(grid) // share)])
+    dropped = [item for item in items if "grid" in item.keywords and item not in kept]
     if dropped:
-        config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if "grid" not in item.keywords or item in kept]
+
+
+def is_of_the_dtype(item):
+    """False for what grid(one_dtype=True) leaves out: see conftest.py."""
+    one_dtype = EMULATED and item.get_closest_marker("grid").kwargs.get("one_dtype")
+    return not one_dtype or item.callspec.params["dtype"] == "bf16"
+
+
+def few_of(grid):
+    """A few cases in which every value of every parameter occurs: each time the case with the most
+    new ones, and of those the first."""
+    values = [{(k, repr(v)) for k, v in item.callspec.params.items()} for item in grid]
+    missing, kept = set().union(*values), []
+    while missing:
+        most = max(range(len(grid)), key=lambda i: len(values[i] & missing))
+        kept.append(grid[most])
+        missing -= values[most]
+    return kept
 
 
 def keep_those_of(backend, config, items):
@@ -69,12 +93,14 @@ def keep_those_of(backend, config, items):
 
 
 def sample_of(backend, full):
-    """N, where one in N cases of a grid runs on this backend."""
+    """N, where one in N cases of a grid runs on this backend, or FEW."""
     if ON_GPU:
         return 1 if full else GPU_SAMPLE.get(backend, SAMPLE["triton"])
+    if full and backend == EMULATED_BACKEND:
+        return FEW
     if full and backend.startswith("cpu-avx512"):
         return FULL_SAMPLE_AVX512
-    return (FULL_SAMPLE if full else SAMPLE)[backend.partition("-")[0]]
+    return 1 if full else SAMPLE[backend.partition("-")[0]]
 
 
 def backends_of(item):

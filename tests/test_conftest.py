@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shares import MOST_WORKERS, MOST_WORKERS_ON_GPU, long_ones_first, workers
+from shares import MOST_WORKERS, MOST_WORKERS_ON_GPU, few_of, long_ones_first, workers
 from util import environment
 
 ALLOCATE = {
@@ -40,6 +40,16 @@ def test_processes_of_a_run():
     assert workers(16, 15 * GiB) == 2 and workers(16, 4 * GiB) == 1
 
 
+def test_a_few_cases_have_every_value():
+    """What the emulator runs of a grid; the same cases in every process and run."""
+    params = [
+        {"T": T, "D": D, "dtype": dtype} for T in (1, 5, 17) for D in (16, 64) for dtype in "ab"
+    ]
+    grid = [SimpleNamespace(callspec=SimpleNamespace(params=p)) for p in params]
+    few = [tuple(item.callspec.params.values()) for item in few_of([*grid])]
+    assert few == [(1, 16, "a"), (5, 64, "b"), (17, 16, "a")]
+
+
 def test_every_process_begins_with_long_tests():
     """All of them in the first process's share kept it busy for minutes after the others."""
     tests = [SimpleNamespace(name=i, keywords={"long"} if i in (3, 7, 8) else {}) for i in range(9)]
@@ -53,6 +63,7 @@ def test_every_process_begins_with_long_tests():
     assert sorted(order(20)) == list(range(9))
 
 
+@pytest.mark.full
 def test_processes_take_tests_from_each_other():
     pytest.importorskip("xdist")
     arguments = [Path(__file__).name, "-n", "2", "-p", "no:cacheprovider", "--setup-plan", "-k"]
