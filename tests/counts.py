@@ -1,4 +1,5 @@
-"""The summary of a test run: what ran on which backend, and what should have."""
+"""The summary of a test run: what ran on which backend, what was skipped and why, and what should
+have run."""
 
 import collections
 import os
@@ -12,10 +13,17 @@ class Counts:
 
     def __init__(self, config, no_triton):
         self.cases, self.comparisons = collections.Counter(), collections.Counter()
+        self.skips = collections.Counter()  # by reason
         self.no_triton = no_triton  # why Triton's kernels do not run, or None
         self.is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller counts
 
+    def pytest_collectreport(self, report):
+        if report.skipped:
+            self.skips[reason_of(report)] += 1
+
     def pytest_runtest_logreport(self, report):
+        if report.skipped:
+            self.skips[reason_of(report)] += 1
         if report.when == "call" and not report.skipped:
             compared = [name for key, name in report.user_properties if key == "compared"]
             self.comparisons.update(compared)
@@ -51,6 +59,8 @@ class Counts:
             how = " (on the GPU)" if ON_GPU and name in how else how.get(name, "")
             results = f"{self.comparisons[name]} results compared with float64"
             terminalreporter.write_line(f"{name}{how}: {n} cases, {results}")
+        for reason, n in self.skips.most_common():
+            terminalreporter.write_line(f"skipped {n}: {reason}")
         if self.no_triton:
             terminalreporter.write_line(self.no_triton, red=True)
 
@@ -58,3 +68,9 @@ class Counts:
         """The last lines of a run, as it fails for them."""
         for line in [] if self.is_worker else self.missing():
             config.pluginmanager.get_plugin("terminalreporter").write_line(line, red=True)
+
+
+def reason_of(report):
+    """Why a test or a file was skipped."""
+    _, _, message = report.longrepr
+    return message.removeprefix("Skipped: ")

@@ -92,10 +92,10 @@ class Emulation:
         executed, total = map(sum, zip(*(kernel.counts() for kernel in texts), strict=True))
         terminalreporter.write_line(
             f"emulated: {launches} launches of {len(covered)} kernels in {len(texts)} PTX texts; "
-            f"{executed} of {total} instructions executed. The least of a kernel's:"
+            f"{executed} of {total} instructions executed"
         )
-        for name in sorted(covered, key=covered.get)[:5]:
-            terminalreporter.write_line(f"  {covered[name]:.1%} of {readable(name)}")
+        least = min(covered, key=covered.get)
+        terminalreporter.write_line(f"  least: {covered[least]:.1%} of {readable(least)}")
 
 
 def _bits(flags) -> int:

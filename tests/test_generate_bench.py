@@ -50,6 +50,7 @@ def bench(tmp_path, *more):
     return code, {(r["op"], r["contender"], r["step"]): r for r in rows}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_contender_of_this_machine(dtype, tiny, tmp_path):
     pytest.importorskip("transformers")

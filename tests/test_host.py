@@ -44,8 +44,10 @@ LAUNCHES = {  # Triton kernels of a forward, and with the backward
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory, request):
     """What host.py prints and writes on a CPU."""
+    if not request.config.getoption("--full"):
+        pytest.skip("runs with --full")
     path = tmp_path_factory.mktemp("host") / "host.json"
     command = "benchmarks/host.py", "--device", "cpu", "--quick", "--json", path
     done = run(*command, OMP_NUM_THREADS="2")

@@ -45,7 +45,7 @@ def foreign(tmp_path):
 @pytest.fixture
 def loads(request):
     """How often a library is loaded while somebody swaps it."""
-    return 100 if request.config.getoption("--full") else 25
+    return 50 if request.config.getoption("--full") else 8
 
 
 def entry_like(entry: Path, library: Path, to: Path) -> None:

@@ -121,6 +121,7 @@ def wheel(source, index, tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.full
 def test_wheel_holds_gpt2_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"gpt2", "gpt2_kernels-0.1.0.dist-info"}
@@ -130,6 +131,7 @@ def test_wheel_holds_gpt2_and_nothing_else(wheel):
     assert present == wanted
 
 
+@pytest.mark.full
 def test_wheel_holds_the_sources_and_nothing_compiled(wheel):
     """Through the link gpt2/csrc, from wherever it is built: they are compiled where it runs."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("gpt2/csrc/")}

@@ -58,6 +58,7 @@ def run(*arguments):
     return done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.long
 def test_tests_of_a_gpu_pass():
     """56 tests failed on an H200, none because of a kernel: 0-dimensional losses were viewed as
@@ -71,6 +72,7 @@ def test_tests_of_a_gpu_pass():
     assert reasons == {"runs with --full", "the tests' tensors are on the GPU"}, said
 
 
+@pytest.mark.full
 def test_every_op_is_collected_on_both_backends():
     said = run(".", "--collect-only", "--ignore=test_pretend_gpu.py")
     found = re.findall(r"^(?:tests/)?test_(\w+)\.py::\w+\[(triton|cuda)\b", said, re.M)

@@ -73,6 +73,7 @@ def test_the_compiled_alone_run_forward_and_backward(rehearsal):
     assert calls == [("compiled", False), ("compiled", True)]
 
 
+@pytest.mark.full
 def test_a_script_that_rehearses_measures_nothing(tmp_path):
     """Not even the machine's limits, and it leaves no file."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_I", "PYTEST_"))}

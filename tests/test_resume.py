@@ -66,7 +66,9 @@ def same_checkpoints(a, b):
 # ---- before the first checkpoint
 
 
-@pytest.mark.parametrize("step", [0, 3, 4])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full)]
+)
 def test_a_run_that_died_before_its_first_checkpoint_goes_on(step, text, tmp_path, kill_at, capsys):
     """It could be neither resumed nor begun again in its folder."""
     train(options(text, out="whole", dropout=0.1))
