@@ -51,6 +51,8 @@ def build_emulated(work: Path, runtime: Path) -> tuple[Path, list[Path]]:
             for path in (*work.glob("*.ptx"), *work.glob("*.o")):
                 shutil.copy(path, new)
             commands = (work / "build.ninja").read_text()
-            (new / "build.ninja").write_text(commands.replace(str(work), str(entry)))
+            for built_in in (new, work):
+                commands = commands.replace(str(built_in), str(entry))
+            (new / "build.ninja").write_text(commands)
             os.replace(shutil.copytree(new, folder / f"tmp-{os.getpid()}"), entry)
     return entry / "libgpt2_kernels_cuda.so", sorted(entry.glob("*.ptx"))

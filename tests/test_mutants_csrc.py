@@ -24,7 +24,7 @@ HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 # The entries of table.h that a part's tests need: others are null, most of the time that compiling
 # takes.
 PARTS = {
-    "rows": "gelu|bias_gelu|layer_norm|cross_entropy",
+    "rows": "gelu|bias_gelu|layer_norm|mixed_layer_norm|cross_entropy",
     "attention": "attention",
     "gemv": "gemv",
     "blocks": "gemv|attention_fwd|attention_decode|layer_norm_fwd|gelu_fwd|bias_gelu_fwd",
