@@ -70,7 +70,9 @@ def test_several_tiles(T, D, dtype, dropout_p, ran, kernel_backend):
     check_square(1, T, heads, D, "packed", dtype, dropout_p, ran, kernel_backend)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids=["", "drop"])
+@pytest.mark.parametrize(
+    "dropout_p", [0.0, pytest.param(0.1, marks=pytest.mark.full)], ids=["", "drop"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "D",

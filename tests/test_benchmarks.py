@@ -113,6 +113,7 @@ def test_compiled_peer(tmp_path):
             pytest.skip(r["reason"])
 
 
+@pytest.mark.full
 def test_interpreted_kernels_are_not_timed():
     done = run("benchmarks/gelu.py", *ON_CPU, "--shapes", "4x8", TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -344,6 +345,7 @@ def test_peak_memory_of_a_cpu_is_what_was_resident_at_most(monkeypatch):
     assert clock.peak_memory(lambda: 1 / 0, device) is None
 
 
+@pytest.mark.full
 def test_regression_subset_runs():
     pytest.importorskip("pytest_benchmark")
     done = run(

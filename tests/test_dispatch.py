@@ -223,6 +223,7 @@ def test_a_machine_without_triton():
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.no_poison
+@pytest.mark.usefixtures("slow_when_emulated")
 def test_compile_has_no_graph_break(op, accelerated):
     torch._dynamo.reset()
     call, inputs = every_op()[op]

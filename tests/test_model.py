@@ -264,6 +264,7 @@ def test_activation_checkpointing(accelerated):
 
 @pytest.mark.long
 @pytest.mark.no_poison
+@pytest.mark.usefixtures("slow_when_emulated")
 @pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.full)])
 def test_compile_has_no_graph_break(dropout, accelerated):
     """fullgraph=True raises at a break. Forward, loss and gradients equal the eager model's."""

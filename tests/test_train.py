@@ -422,6 +422,7 @@ def test_tiny_shakespeare_as_nanogpt(tmp_path):
                 block_size=64,
                 batch_size=12,
                 steps=2000,
+                eval_interval=2000,
                 dropout=0.0,
                 lr=1e-3,
                 min_lr=1e-4,
