@@ -75,11 +75,11 @@ def is_of_the_dtype(item):
 
 def few_of(grid):
     """A few cases in which every value of every parameter occurs: each time the case with the most
-    new ones, and of those the first."""
+    new ones, and of those the last, whose sizes are the largest."""
     values = [{(k, repr(v)) for k, v in item.callspec.params.items()} for item in grid]
     missing, kept = set().union(*values), []
     while missing:
-        most = max(range(len(grid)), key=lambda i: len(values[i] & missing))
+        most = max(reversed(range(len(grid))), key=lambda i: len(values[i] & missing))
         kept.append(grid[most])
         missing -= values[most]
     return kept
