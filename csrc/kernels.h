@@ -55,7 +55,7 @@ struct LogitsRows {
 
 // One query per sequence: q has a single row of time, k and v have T, of which the first
 // lengths[b] count.
-struct Decode {
+struct DecodeAttention {
   int64_t B, H, T, D;
   View q, k, v;
   const int64_t* lengths;
@@ -71,7 +71,7 @@ struct Decode {
 
 // x (M, K) times the transpose of a weight (N, K), for few rows of x; scale (N,) where the weight
 // is int8, else null.
-struct Gemv {
+struct Linear {
   int64_t M, N, K;
   const float* scale;
 
@@ -88,15 +88,15 @@ struct Ops {
   int64_t (*attention_bwd)(const Attention&, View dout, const void* o, const void* lse, OutView dq,
                            OutView dk, OutView dv, void* workspace, const Executor&);
   // o (B, H, D); workspace as above.
-  int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Executor&);
+  int64_t (*decode_attention)(const DecodeAttention&, void* o, void* workspace, const Executor&);
 
-  // y (M, N); bias (N,) T, or null; wide (M, Gemv::workspace(K)) S. The weight is (N, K) T, or
-  // int8 in packed rows of K rounded up to 64 (cpu/gemv.h). On a GPU PyTorch's products do
+  // y (M, N); bias (N,) T, or null; wide (M, Linear::workspace(K)) S. The weight is (N, K) T, or
+  // int8 in packed rows of K rounded up to 64 (cpu/linear.h). On a GPU PyTorch's products do
   // it, and these are null.
-  void (*gemv)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
-               void* y, const Executor&);
-  void (*gemv_int8)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
-                    void* y, const Executor&);
+  void (*linear)(const Linear&, const void* x, const void* weight, const void* bias, void* wide,
+                 void* y, const Executor&);
+  void (*linear_int8)(const Linear&, const void* x, const void* weight, const void* bias,
+                      void* wide, void* y, const Executor&);
 
   void (*gelu_fwd)(const void* x, void* y, int64_t n, const Executor&);
   void (*gelu_bwd)(const void* dy, const void* x, void* dx, int64_t n, const Executor&);

@@ -57,31 +57,35 @@ class Tools:
     nvcc: str | None = None
 
 
+# The operators of both libraries.
+_OPERATORS = tuple(
+    f"ops/{op}.cpp"
+    for op in ("attention", "cross_entropy", "decode_attention", "gelu", "layer_norm")
+)
+_CPU_OPERATORS = (*_OPERATORS, "ops/decode_layers.cpp", "ops/linear.cpp", "cpu/library.cpp")
 _SOURCES = {
     "cpu/kernels_scalar.cpp": (),
     "cpu/kernels_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16"),
     "cpu/kernels_avx512.cpp": _AVX512,
     "cpu/kernels_avx2.cpp": _AVX2,
-    **dict.fromkeys(("cpu/library.cpp", "cpu/ops_*.cpp", "*.cpp"), ()),
+    **dict.fromkeys(_CPU_OPERATORS, ()),
 }
-_PORTABLE = dict.fromkeys(
-    ("cpu/kernels_scalar.cpp", "cpu/library.cpp", "cpu/ops_*.cpp", "*.cpp"), ()
-)
+_PORTABLE = dict.fromkeys(("cpu/kernels_scalar.cpp", *_CPU_OPERATORS), ())
 
 LIBRARIES = {
     "cpu": Library(
         title="the CPU kernels",
         sources=_SOURCES if X86_64 else _PORTABLE,
-        headers=("*.h", "cpu/*.h"),
+        headers=("*.h", "ops/*.h", "cpu/*.h"),
         flags=() if X86_64 else ("-DGPT2_KERNELS_PORTABLE",),
     ),
     "cuda": Library(
         title="the CUDA kernels",
         sources={
             **dict.fromkeys(("cuda/attention_bwd.cu", "cuda/attention.cu", "cuda/*.cu"), ()),
-            **dict.fromkeys(("cuda/library.cpp", "*.cpp"), ("-DUSE_CUDA",)),
+            **dict.fromkeys((*_OPERATORS, "cuda/library.cpp"), ("-DUSE_CUDA",)),
         },
-        headers=("*.h", "cuda/*.h", "cuda/*.cuh"),
+        headers=("*.h", "ops/*.h", "cuda/*.h", "cuda/*.cuh"),
         flags=("-DGPT2_KERNELS_CUDA",),
         nvcc=("-lineinfo", "-cudart=static"),
         borrowed=(("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"),),

@@ -20,7 +20,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     reason = _device_reason(device.type, device.index)
     if reason is not None:
         return reason
-    if op == "gemv":
+    if op == "linear":
         return "PyTorch's own product serves"
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of float32, bfloat16, float16"

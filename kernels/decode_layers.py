@@ -1,7 +1,7 @@
 """All of a GPT-2's blocks for one new token of a few sequences, as one call.
 
 A step of decoding is some eighty small kernels; called one by one from Python on a CPU they take
-half as long again as reading the weights does. csrc/cpu/ops_decode.cpp calls the same kernels in
+half as long again as reading the weights does. csrc/ops/decode_layers.cpp calls the same kernels in
 the same order: the bits are those of the blocks themselves, run on the cpu backend.
 
     B sequences   L layers   T positions of the cache   C = H * D features
@@ -66,7 +66,7 @@ class DecodeLayers:
             raise ValueError(f"n_head must be an int that divides C = {self.C}, got {n_head!r}")
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, got {eps}")
-        reason = dispatch.why_not("cpu", "gemv", self.device, self.dtype)
+        reason = dispatch.why_not("cpu", "linear", self.device, self.dtype)
         if reason is not None:
             raise dispatch.BackendUnavailable(f"cpu cannot serve DecodeLayers: {reason}")
         self.n_head, self.eps = n_head, eps
@@ -122,7 +122,7 @@ class DecodeLayers:
         """Whether the kernels can serve B sequences of x's device and dtype here, now."""
         if B > FEW or torch.is_autocast_enabled(x.device.type):
             return False
-        needed = ("gemv", "attention", "layer_norm", "gelu")
+        needed = ("linear", "attention", "layer_norm", "gelu")
         return all(dispatch.kernel_for(op, x.device, x.dtype) == "cpu" for op in needed)
 
     def __call__(self, x: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:

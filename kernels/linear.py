@@ -1,7 +1,7 @@
 """x weight^T + bias, as training and as decoding need it.
 
 Many rows are PyTorch's product (product.py). A few rows without a gradient, on a CPU, are a
-kernel's (csrc/cpu/gemv.h): each weight is used once there, and the time is that of reading it.
+kernel's (csrc/cpu/linear.h): each weight is used once there, and the time is that of reading it.
 So is what int8 saves, a byte a weight in place of two or four:
 
     weight[n, k] = scale[n] * number[n, k]      scale[n] = max_k |weight[n, k]| / 127
@@ -91,7 +91,7 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, most: int = FEW) -> str
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return None
-    return dispatch.kernel_for("gemv", x.device, x.dtype)
+    return dispatch.kernel_for("linear", x.device, x.dtype)
 
 
 def _gemv(x, weight, bias, scale, backend) -> Tensor:
@@ -103,7 +103,7 @@ def _gemv(x, weight, bias, scale, backend) -> Tensor:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1]).split(FEW)
-    y = [raw.gemv(some, weight, bias, scale, backend) for some in rows]
+    y = [raw.linear(some, weight, bias, scale, backend) for some in rows]
     y = torch.cat(y) if len(y) > 1 else y[0]
     return y.view(*x.shape[:-1], len(weight))
 

@@ -107,16 +107,16 @@ def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
 
 # The weight is (N, K) of x's dtype, or with a scale int8, packed (linear.py). No gradient.
 @_launcher(
-    "gemv",
-    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
+    "linear",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
 )
 def _(x, weight, bias, scale, backend):
     return _like(x, x.shape[0], weight.shape[0])
 
 
-# params and scales as csrc/cpu/ops_decode.cpp has them; kv is written to. No gradient.
+# params and scales as csrc/ops/decode_layers.cpp has them; kv is written to. No gradient.
 @_launcher(
-    "gemv",
+    "linear",
     "decode_layers(Tensor x, Tensor[] params, Tensor[] scales, Tensor norm, Tensor norm_bias, "
     "Tensor(a!) kv, Tensor lengths, int n_head, float eps, str backend) -> Tensor",
 )

@@ -103,7 +103,7 @@ def _bits(flags) -> int:
 
 
 def readable(name: str) -> str:
-    """A kernel's name as nvcc has mangled it, without namespaces: decode_kernel<f, 64>."""
+    """A kernel's name as nvcc has mangled it, without namespaces: gelu_fwd_kernel<f, 4>."""
     found = re.search(r"\d([a-z_]+_kernel)(?:I(\w+?)EEv)?", name)
     if found is None or not name.startswith("_ZN"):
         return name

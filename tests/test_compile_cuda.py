@@ -25,8 +25,8 @@ REGISTERS = {
     "attention_fwd_kernel": 255,
     "attention_bwd_dkdv_kernel": 255,
     "attention_bwd_dq_kernel": 255,
-    "decode_kernel": 80,
-    "decode_sum_kernel": 32,
+    "decode_attention_kernel": 80,
+    "decode_attention_sum_kernel": 32,
     "layer_norm_fwd_kernel": 104,
     "layer_norm_bwd_kernel": 232,  # a block of 256 threads is alone up to 255
     "gelu_fwd_kernel": 32,

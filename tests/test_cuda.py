@@ -66,7 +66,9 @@ def test_a_failed_launch_is_an_error(kernel_backend):
     """The kernel is named, and what the emulator found: here memory that no device handed out."""
     q, cache = torch.randn(1, 1, 1, 32), torch.from_numpy(np.zeros((1, 5, 1, 32), np.float32))
     lengths = torch.tensor([5])
-    with pytest.raises(RuntimeError, match=r"^decode: .*\[bounds\] .*decode_kernel"):
+    with pytest.raises(
+        RuntimeError, match=r"^decode_attention: .*\[bounds\] .*decode_attention_kernel"
+    ):
         torch.ops.gpt2_kernels_cuda.decode_attention(q, cache, cache, lengths, 1.0)
 
 

@@ -307,7 +307,7 @@ def test_raw_ops_pass_opcheck(accelerated):
     torch.library.opcheck(RAW.check_ids.default, (ids.t(), "ids", 4, None))
     seen.add(RAW.check_ids.default.name())
     # in test_decode_attention.py, test_few_rows.py and test_generation.py
-    seen |= {op.default.name() for op in (RAW.decode_attention, RAW.gemv, RAW.decode_layers)}
+    seen |= {op.default.name() for op in (RAW.decode_attention, RAW.linear, RAW.decode_layers)}
     registered = {
         f"gpt2_kernels::{schema.name.partition('::')[2]}"
         for schema in torch._C._jit_get_all_schemas()

@@ -221,7 +221,7 @@ def test_the_raw_op_passes_opcheck(cpu_backend):
     x, weight, bias = draw(2, 5, 8, torch.bfloat16)
     packed, scale = kernels.quantize_int8(weight)
     for args in ((weight, bias, None), (weight, None, None), (packed, bias, scale)):
-        torch.library.opcheck(torch.ops.gpt2_kernels.gemv.default, (x, *args, "cpu"))
+        torch.library.opcheck(torch.ops.gpt2_kernels.linear.default, (x, *args, "cpu"))
 
 
 # ---- int8

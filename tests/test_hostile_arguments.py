@@ -82,8 +82,8 @@ def raw_calls():
 def cpu_calls():
     """Those that the CPU's library has alone."""
     x, packed, scale = f(3, C), *kernels.quantize_int8(f(V, C))
-    yield "gemv", (x, f(V, C), f(V), None)
-    yield "gemv", (x, packed, None, scale)
+    yield "linear", (x, f(V, C), f(V), None)
+    yield "linear", (x, packed, None, scale)
     (x, kv, lengths, *norm), params = decode_layers_parts()
     # Lists of tensors are flattened here, and gathered again by raw_decode_layers.
     yield "decode_layers", (x, kv, lengths, *norm, H, 1e-5, *params)

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from mutants.csrc_attention import ATTENTION_MUTANTS as CSRC_ATTENTION
 from mutants.csrc_cuda import CUDA_MUTANTS
-from mutants.csrc_gemv import BLOCK_MUTANTS, GEMV_MUTANTS
+from mutants.csrc_gemv import BLOCK_MUTANTS, LINEAR_MUTANTS
 from mutants.csrc_rows import ROW_MUTANTS
 from mutants.decode import DECODE_MUTANTS
 from mutants.evaluate import EVALUATE_MUTANTS, HARNESS_MUTANTS
@@ -21,7 +21,7 @@ from planting import ROOT, as_built, assert_killed, cases, copy, plant, run_test
 KERNELS = (*ATTENTION_MUTANTS, *KERNEL_MUTANTS)
 MODEL = (*GENERATION_MUTANTS, *SAMPLING_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS)
 THEIRS = (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
-CSRC = (*CSRC_ATTENTION, *CUDA_MUTANTS, *BLOCK_MUTANTS, *GEMV_MUTANTS, *ROW_MUTANTS)
+CSRC = (*CSRC_ATTENTION, *CUDA_MUTANTS, *BLOCK_MUTANTS, *LINEAR_MUTANTS, *ROW_MUTANTS)
 # Tests that run on the cpu backend alone
 CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from mutants.csrc_attention import ATTENTION_MUTANTS
-from mutants.csrc_gemv import BLOCK_MUTANTS, GEMV_MUTANTS
+from mutants.csrc_gemv import BLOCK_MUTANTS, LINEAR_MUTANTS
 from mutants.csrc_rows import ROW_MUTANTS
 from planting import ROOT, assert_killed, copy, load_cpu_kernels, plant, run_tests  # noqa: F401
 
@@ -23,16 +23,17 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 HAS_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-# The entries of table.h that a part's tests need: others are null, most of the time that compiling
-# takes.
+# The entries of fill_ops.h that a part's tests need; the others are null, which saves most of the
+# time that compiling takes.
 PARTS = {
     "rows": "gelu|bias_gelu|layer_norm|cross_entropy",
-    "attention": "attention",
-    "gemv": "gemv",
-    "blocks": "gemv|attention_fwd|attention_decode|layer_norm_fwd|gelu_fwd|bias_gelu_fwd",
+    "attention": "attention|decode_attention",
+    "linear": "linear",
+    "blocks": "linear|attention_fwd|decode_attention|layer_norm_fwd|gelu_fwd|bias_gelu_fwd",
 }
-OPERATORS = ("cpu/library.cpp", "ops.cpp", "ops_attention.cpp", "cpu/ops_gemv.cpp",
-             "cpu/ops_decode.cpp")  # fmt: skip
+OPERATORS = ("cpu/library.cpp", "ops/attention.cpp", "ops/cross_entropy.cpp",
+             "ops/decode_attention.cpp", "ops/decode_layers.cpp", "ops/gelu.cpp",
+             "ops/layer_norm.cpp", "ops/linear.cpp")  # fmt: skip
 AS_OPERATOR = ("-O0",) if HAS_AVX512 else ("-O0", "-DGPT2_KERNELS_EMULATED")
 
 
@@ -40,7 +41,7 @@ def compile_kernels(csrc, part, isa, *dtypes):
     """The object files, by source, of one part, of one instruction set and for these dtypes."""
     from gpt2.kernels import _build  # not above: a child imports the copy's
 
-    table = csrc / "cpu/table.h"
+    table = csrc / "cpu/fill_ops.h"
     text = re.sub(rf"\.(?!{PARTS[part]})(\w+) = [^\n]*,", r".\1 = nullptr,", table.read_text())
     table.write_text(text)
     stub = "const Kernels& kernels_{}() {{ static constexpr Kernels none = {{}}; return none; }}\n"
@@ -110,7 +111,7 @@ CSRC_MUTANTS = [
     for part, mutants in {
         "rows": ROW_MUTANTS,
         "attention": ATTENTION_MUTANTS,
-        "gemv": GEMV_MUTANTS,
+        "linear": LINEAR_MUTANTS,
         "blocks": BLOCK_MUTANTS,
     }.items()
     for mutant in mutants
@@ -128,8 +129,9 @@ def test_killed_in_csrc(part, mutant, copy, operators, kernels, monkeypatch):  #
     csrc, source = copy / "csrc", mutant.file.removeprefix("csrc/")
     isa = re.search(r"\[cpu-(\w+?)[-\]]", mutant.killed_by)[1]
     dtypes = [name for id, name in NAMES.items() if id in mutant.killed_by] or ["float"]
-    if source in OPERATORS:
-        changed = compile_operators(csrc, [source]) | kernels(part, isa, *dtypes)
+    if source in OPERATORS or source.startswith("ops/"):
+        including = [source] if source in OPERATORS else OPERATORS
+        changed = compile_operators(csrc, including) | kernels(part, isa, *dtypes)
     else:
         changed = compile_kernels(csrc, part, isa, *dtypes)
     library = link(csrc, (operators | changed).values())

@@ -25,6 +25,7 @@ INCLUDED_BY = {
     "attention.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
     "reduce.cuh": ("cuda/layer_norm.cu",),
     "partial.cuh": ("cuda/layer_norm.cu",),
+    "heads.h": ("ops/attention.cpp", "ops/decode_attention.cpp"),
 }
 
 
@@ -45,14 +46,15 @@ def built(tmp_path_factory):
 
 def compile_copy(csrc, work, built, sources):
     """A copy's library in the folder work: these sources compiled, of the others what is built."""
-    stems = {Path(source).stem for source in sources}
+    objects = [f"{source.replace('/', '-')}.o" for source in sources]
+    compiled_anew = {*objects, *(f"{Path(source).stem}.ptx" for source in sources)}
     work.mkdir()
     for path in (*built.glob("*.o"), *built.glob("*.ptx")):
-        if not stems & {path.stem, path.stem.partition("-")[2].partition(".")[0]}:
+        if path.name not in compiled_anew:
             os.link(path, work / path.name)
     ninja = (built / "build.ninja").read_text().replace(str(built), str(work))
     steps = dict(re.findall(r"^build (\S+): run.*\n  run = (.*)$", ninja, re.M))
-    for name in (*(f"{source.replace('/', '-')}.o" for source in sources), LIBRARY):
+    for name in (*objects, LIBRARY):
         command = steps[str(work / name)].replace("$$", "$")
         subprocess.run(f"{command} -w", shell=True, cwd=csrc, check=True)
 

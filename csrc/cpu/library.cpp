@@ -1,5 +1,5 @@
 // The CPU library's part of ops.h: which instruction set runs here, on whose threads.
-#include "../ops.h"
+#include "../ops/ops.h"
 
 #ifdef __linux__
 #include <errno.h>

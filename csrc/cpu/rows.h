@@ -5,7 +5,7 @@
 #pragma once
 
 #include "parallel.h"
-#include "wide.h"
+#include "vec_pair.h"
 
 namespace gpt2::GPT2_ISA {
 

@@ -30,7 +30,7 @@ template <class T>
 int64_t attention_bwd(const Attention&, View dout, const void* o, const void* lse, OutView dq,
                       OutView dk, OutView dv, void* workspace, const Executor&);
 template <class T>
-int64_t attention_decode(const Decode&, void* o, void* workspace, const Executor&);
+int64_t decode_attention(const DecodeAttention&, void* o, void* workspace, const Executor&);
 
 template <class T>
 void gelu_fwd(const void* x, void* y, int64_t n, const Executor&);

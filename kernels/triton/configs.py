@@ -203,10 +203,10 @@ def cross_entropy_config(kernel: str) -> VocabularyTile:
 
 
 # Keys that a program of decode_attention owns: a cache of 1024 rows gives 8 programs a head, 96 for
-# GPT-2 at batch 1. The pieces' sums are added in a loop, so long caches want few pieces. On the
-# H200, a full cache of 1024 rows at B = 1, 8, 64: 7, 12, 79 µs; 256 keys 10, 13, 83; 64 keys, a
+# GPT-2 at batch 1. The sums of the splits are added in a loop, so long caches want few splits. On
+# the H200, a full cache of 1024 rows at B = 1, 8, 64: 7, 12, 79 µs; 256 keys 10, 13, 83; 64 keys, a
 # single step of BLOCK_N, 6, 12, 68.
-DECODE_PIECE, DECODE_BLOCK_N, DECODE_WARPS = 128, 64, 4
+DECODE_SPLIT, DECODE_BLOCK_N, DECODE_WARPS = 128, 64, 4
 
 
 def resident_programs(device: torch.device, tiles: int, per_sm: int, columns: int = 1) -> int:

@@ -21,7 +21,7 @@ from .lang import load_rows, store_rows
 # A sum of products over the lanes of a warp must not begin with a fused x x + y: every lane would
 # round its own product away and the others' not, the lanes would hold different sums, and which of
 # them a store keeps is not defined.
-SUMS_ALIKE = {"enable_fp_fusion": False}
+NO_FMA = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _backward(dy, ds, x, weight, stats, dresidual):
         dy2, ds2, x2, weight, *stats, dx, dx if dresidual is None else dresidual, *partial,
         dy2.stride(0), ds2.stride(0), x2.stride(0), N,
         C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=ds is not None,
-        MIXED=dresidual is not None, num_warps=warps, **SUMS_ALIKE,
+        MIXED=dresidual is not None, num_warps=warps, **NO_FMA,
     )  # fmt: skip
     return dx, partial.sum(1).to(weight.dtype)
 
@@ -170,7 +170,7 @@ def _forward(x, residual, weight, bias, eps):
             x2, residual2, weight, bias, y, s, *stats,
             x2.stride(0), residual2.stride(0), N, eps,
             C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=residual is not None,
-            num_warps=tile.num_warps, **SUMS_ALIKE,
+            num_warps=tile.num_warps, **NO_FMA,
         )  # fmt: skip
     return y, s, stats
 

@@ -8,12 +8,13 @@ from . import Mutant
 FORWARD_H = "csrc/cpu/attention.h"
 BACKWARD_H = "csrc/cpu/attention_bwd.h"
 COMMON_H = "csrc/cpu/attention_common.h"
-DECODE_H = "csrc/cpu/attention_decode.h"
+DECODE_H = "csrc/cpu/decode_attention.h"
 GEMM_H = "csrc/cpu/gemm.h"
 TRANSPOSE_H = "csrc/cpu/transpose.h"
 DOT_H = "csrc/cpu/dot_bf16.h"
 DROPOUT_H = "csrc/cpu/dropout.h"
-OPS_ATTENTION_CPP = "csrc/ops_attention.cpp"
+OPS_ATTENTION_CPP = "csrc/ops/attention.cpp"
+HEADS_H = "csrc/ops/heads.h"
 
 ATTENTION_MUTANTS = [
     # forward: which keys a query sees
@@ -273,7 +274,7 @@ ATTENTION_MUTANTS = [
     # one token per sequence
     Mutant(
         "keys beyond a length", DECODE_H,
-        "at_most(F::kPiece, keys - j0)", "at_most(F::kPiece, x.T - j0)",
+        "at_most(F::kSplit, keys - j0)", "at_most(F::kSplit, x.T - j0)",
         "test_decode_attention.py::test_several_pieces[cpu-avx2-D64-fp32]",
     ),
     Mutant(
@@ -290,7 +291,7 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "a piece too many", DECODE_H,
-        "used = (x.keys(b) + kPiece - 1) / kPiece;", "used = x.keys(b) / kPiece + 1;",
+        "used = (x.keys(b) + kSplit - 1) / kSplit;", "used = x.keys(b) / kSplit + 1;",
         "test_decode_attention.py::test_decode[cpu-avx2-B1-T256-D64-fp32]",
     ),
     Mutant(
@@ -315,7 +316,7 @@ ATTENTION_MUTANTS = [
         "test_attention.py::test_packed[cpu-avx2-2-17-3-D16-fp32-]",
     ),
     Mutant(
-        "stride-0 gradient read as contiguous", OPS_ATTENTION_CPP,
+        "stride-0 gradient read as contiguous", HEADS_H,
         "if (x.stride(last) != 1 && x.size(last) != 1)",
         "if (x.stride(last) > 1 && x.size(last) != 1)",
         "test_attention.py::test_backward_twice_and_stride_0_gradients[cpu-avx2]",

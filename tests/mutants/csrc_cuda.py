@@ -12,13 +12,13 @@ MMA = "csrc/cuda/mma.cuh"
 COMMON = "csrc/cuda/attention.cuh"
 FORWARD = "csrc/cuda/attention.cu"
 BACKWARD = "csrc/cuda/attention_bwd.cu"
-DECODE = "csrc/cuda/decode.cu"
+DECODE = "csrc/cuda/decode_attention.cu"
 REDUCE = "csrc/cuda/reduce.cuh"
 PARTIAL = "csrc/cuda/partial.cuh"
 NORM = "csrc/cuda/layer_norm.cu"
 GELU = "csrc/cuda/gelu.cu"
 LOSS = "csrc/cuda/cross_entropy.cu"
-OPS_ATTENTION = "csrc/ops_attention.cpp"
+HEADS_H = "csrc/ops/heads.h"
 
 PACKED = "test_attention.py::test_packed[cuda-1-130-1-D64-{}-]"
 SHORT = "test_attention.py::test_short[cuda-T{}-D64-packed-{}-{}]"
@@ -253,12 +253,12 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "decode: the first piece alone", DECODE,
-        "j < keys; j += kPiece", "j < min(keys, int64_t(kPiece)); j += kPiece",
+        "j < keys; j += kSplit", "j < min(keys, int64_t(kSplit)); j += kSplit",
         "test_decode_attention.py::test_decode[cuda-B1-T257-D64-fp32]",
     ),
     # what the kernels are given
     Mutant(
-        "misaligned rows are read in place", OPS_ATTENTION,
+        "misaligned rows are read in place", HEADS_H,
         "return rows_are_aligned(x) ? x :", "return x.defined() ? x :",
         "test_cuda.py::test_misaligned_views_are_copied[cuda-1-fp32]",
     ),

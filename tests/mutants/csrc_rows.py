@@ -9,7 +9,7 @@ ROWS_H = "csrc/cpu/rows.h"
 VEC_H = "csrc/cpu/vec.h"
 AVX2_H = "csrc/cpu/vec_avx2.h"
 MATH_H = "csrc/cpu/vec_math.h"
-OPS_CPP = "csrc/ops.cpp"
+OPS_LOSS_CPP = "csrc/ops/cross_entropy.cpp"
 
 ROW_MUTANTS = [
     # gelu
@@ -194,12 +194,12 @@ ROW_MUTANTS = [
     ),
     # the way to a kernel
     Mutant(
-        "stride-0 gradient read as contiguous", OPS_CPP,
+        "stride-0 gradient read as contiguous", OPS_LOSS_CPP,
         "dlosses = as_contiguous(dlosses_);", "dlosses = dlosses_;",
         "test_cross_entropy.py::test_ignore_index[cpu-avx2--1]",
     ),
     Mutant(
-        "rows of logits packed", OPS_CPP,
+        "rows of logits packed", OPS_LOSS_CPP,
         "logits.size(0), V, logits.stride(0),", "logits.size(0), V, V,",
         "test_cross_entropy.py::test_in_place_rows_touch_nothing_else[cpu-avx2-7-fp32]",
     ),

@@ -17,23 +17,23 @@ DECODE_MUTANTS = [
     ),
     Mutant(
         "rows beyond a length read", DECODE,
-        "end = tl.minimum((piece + 1) * PIECE, length)", "end = (piece + 1) * PIECE",
+        "end = tl.minimum((split + 1) * SPLIT, length)", "end = (split + 1) * SPLIT",
         TESTED.format("1-T17-D16"),
     ),
     Mutant(
         "pieces without an end", DECODE,
-        "end = tl.minimum((piece + 1) * PIECE, length)", "end = length",
+        "end = tl.minimum((split + 1) * SPLIT, length)", "end = length",
         PIECES,
     ),
     Mutant(
         "a piece that begins one key late", DECODE,
-        "for start in range(piece * PIECE, end, BLOCK_N):",
-        "for start in range(piece * (PIECE + 1), end, BLOCK_N):",
+        "for start in range(split * SPLIT, end, BLOCK_N):",
+        "for start in range(split * (SPLIT + 1), end, BLOCK_N):",
         PIECES,
     ),
     Mutant(
         "a last piece of one key left out", DECODE,
-        "if piece * PIECE >= length:", "if piece * PIECE >= length - 1:",
+        "if split * SPLIT >= length:", "if split * SPLIT >= length - 1:",
         TESTED.format("1-T257-D16"),
     ),
     Mutant(
@@ -85,13 +85,13 @@ DECODE_MUTANTS = [
     ),
     Mutant(
         "the last piece left out", DECODE,
-        "used = tl.cdiv(tl.where(inside, length, 0), PIECE)",
-        "used = tl.where(inside, length, 0) // PIECE",
+        "used = tl.cdiv(tl.where(inside, length, 0), SPLIT)",
+        "used = tl.where(inside, length, 0) // SPLIT",
         TESTED.format("1-T257-D16"),
     ),
     Mutant(
         "pieces beyond a length", DECODE,
-        "used = tl.cdiv(tl.where(inside, length, 0), PIECE)", "used = pieces",
+        "used = tl.cdiv(tl.where(inside, length, 0), SPLIT)", "used = splits",
         PIECES,
     ),
     Mutant(

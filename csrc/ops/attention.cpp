@@ -1,71 +1,19 @@
 // Attention's operators: views of any strides in, one packed gradient out for a packed projection.
-#include "checks.h"
+#include "heads.h"
 
 namespace gpt2 {
 namespace {
-
-// Whether every row, along the last dimension, begins at a multiple of kAlignment.
-bool rows_are_aligned(const Tensor& x) {
-  const int64_t size = x.element_size();
-  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    if (x.size(i) > 1) aligned &= x.stride(i) * size % kAlignment == 0;
-  }
-  return aligned;
-}
-
-// A view that the kernels read in place: contiguous in its last dimension, and aligned; else a
-// copy.
-Tensor readable(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  if (x.stride(last) != 1 && x.size(last) != 1) return torch::stable::contiguous(x);
-  return rows_are_aligned(x) ? x : torch::stable::clone(x);
-}
-
-View view_of(const Tensor& x) {  // (B, T, H, D)
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-OutView out_view_of(const Tensor& x) {
-  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-// Heads of D in (B, T, n C): the `part`-th C of the last dimension.
-View view_of(const Tensor& x, int64_t part, int64_t C, int64_t D) {
-  const char* data = static_cast<const char*>(x.const_data_ptr());
-  return {data + part * C * int64_t(x.element_size()), x.stride(0), x.stride(1), D};
-}
-
-OutView out_view_of(const Tensor& x, int64_t part, int64_t C, int64_t D) {
-  char* data = static_cast<char*>(x.mutable_data_ptr());
-  return {data + part * C * int64_t(x.element_size()), x.stride(0), x.stride(1), D};
-}
 
 struct Options {
   double softmax_scale, dropout_p;
   std::optional<Tensor> seed;
 };
 
-void check_head_size(int64_t D) {
-  STD_TORCH_CHECK(D >= 1 && D <= kMaxHeadSize && D % kHeadSizeStep == 0,
-                  "the head size must be a multiple of ", kHeadSizeStep, " up to ", kMaxHeadSize,
-                  ", got ", D);
-}
-
 void check_options(const Options& options, const Tensor& like) {
   STD_TORCH_CHECK(options.dropout_p >= 0 && options.dropout_p <= 1,
                   "dropout_p must lie in [0, 1], got ", options.dropout_p);
   STD_TORCH_CHECK(options.dropout_p == 0 || options.seed, "dropout needs a seed");
   if (options.seed) check_tensor("seed", *options.seed, like, ScalarType::Long, {1});
-}
-
-// q (B, Tq, H, D), k and v (B, Tk, H, D)
-void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_dim("q", q, 4);
-  check_dim("k", k, 4);
-  check_tensor("k", k, q, q.scalar_type(), {q.size(0), k.size(1), q.size(2), q.size(3)});
-  check_like("v", v, k);
-  check_head_size(q.size(3));
 }
 
 void check_causal(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -109,14 +57,6 @@ Attention problem(const Tensor& qkv, int64_t n_head, const Options& options) {
           .softmax_scale = options.softmax_scale,
           .dropout_p = options.dropout_p,
           .seed = options.seed ? options.seed->const_data_ptr<int64_t>() : nullptr};
-}
-
-// call(workspace) once for the size of the workspace, and once with it.
-template <class Call>
-void with_workspace(const Tensor& like, const Call& call) {
-  const int64_t size = call(nullptr);
-  const Tensor workspace = gpt2::new_empty(like, {size > 0 ? size : 1}, ScalarType::Byte);
-  call(workspace.mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
@@ -200,28 +140,6 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o_, Tensor lse_, int64_
   return dqkv;
 }
 
-Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double softmax_scale) {
-  check_heads(q_, k_, v_);
-  STD_TORCH_CHECK(q_.size(1) == 1, "q must have one row of time, got ", q_.size(1));
-  check_tensor("lengths", lengths_, q_, ScalarType::Long, {q_.size(0)});
-  const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
-  const Tensor lengths = torch::stable::contiguous(lengths_);
-  const Decode x = {.B = q.size(0),
-                    .H = q.size(2),
-                    .T = k.size(1),
-                    .D = q.size(3),
-                    .q = view_of(q),
-                    .k = view_of(k),
-                    .v = view_of(v),
-                    .lengths = lengths.const_data_ptr<int64_t>(),
-                    .softmax_scale = softmax_scale};
-  Tensor o = gpt2::new_empty(q, {x.B, 1, x.H, x.D});
-  with_workspace(q, [&](void* workspace) {
-    return ops_for(q).attention_decode(x, o.mutable_data_ptr(), workspace, here(q));
-  });
-  return o;
-}
-
 }  // namespace
 }  // namespace gpt2
 
@@ -238,15 +156,11 @@ GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
   m.def(
       "attention_qkv_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, int n_head, "
       "float softmax_scale, float dropout_p, Tensor? seed) -> Tensor");
-  m.def(
-      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-      "float softmax_scale) -> Tensor");
 }
 
 GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
   m.impl("attention_fwd", TORCH_BOX(&gpt2::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&gpt2::attention_bwd));
   m.impl("attention_qkv_fwd", TORCH_BOX(&gpt2::attention_qkv_fwd));
-  m.impl("decode_attention", TORCH_BOX(&gpt2::decode_attention));
   m.impl("attention_qkv_bwd", TORCH_BOX(&gpt2::attention_qkv_bwd));
 }

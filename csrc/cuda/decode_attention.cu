@@ -3,10 +3,10 @@
 //
 //   s[j] = q . k[j]      p = softmax(softmax_scale s)      o = p v
 //
-// Nothing but reading the cache once, so a block takes a piece of kPiece keys of one head: pieces
+// Nothing but reading the cache once, so a block takes a split of kSplit keys of one head: splits
 // of fixed size, however many the batch has, keep a row's bits the same in every batch. The lanes
 // that share a key hold 16 bytes of it each; a group of lanes carries m, l and acc over its own
-// keys, as attention.cu does, and groups, warps and at last pieces are added in their order:
+// keys, as attention.cu does, and groups, warps and at last splits are added in their order:
 //
 //   m = max m_i    l = sum a_i l_i    acc = sum a_i acc_i    with a_i = exp(softmax_scale (m_i -
 //   m))
@@ -17,15 +17,15 @@
 namespace gpt2::cuda {
 namespace {
 
-constexpr int kPiece = 128;
+constexpr int kSplit = 128;
 
 struct DecodeArgs {
   View q, k, v;
   const int64_t* lengths;
   void* o;       // (B, H, D)
-  float* parts;  // (B, H, pieces, D + 2): acc, m, l
+  float* parts;  // (B, H, splits, D + 2): acc, m, l
   int64_t T;
-  int H, D, pieces;
+  int H, D, splits;
   float scale_log2;
 
   // How many keys of sequence b are read: none where its length lies outside the cache.
@@ -59,18 +59,18 @@ struct Running {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) decode_attention_kernel(const DecodeArgs args) {
   constexpr int kChunk = kLanes<T>, kChunks = D / kChunk;
   constexpr int kGroup = kChunks <= 4 ? 4 : kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
   constexpr int kGroups = kThreads / kGroup, kStep = 4;  // keys whose loads are under way at once
   using Chunk = Vec<T, kChunk>;
   using Part = Running<kChunk>;
 
-  const int piece = blockIdx.x % args.pieces, bh = blockIdx.x / args.pieces;
+  const int split = blockIdx.x % args.splits, bh = blockIdx.x / args.splits;
   const int b = bh / args.H, h = bh % args.H;
-  const int begin = piece * kPiece;
-  const int end = static_cast<int>(min(args.keys(args.lengths[b]), int64_t(begin) + kPiece));
-  if (begin >= end) return;  // decode_sum_kernel knows
+  const int begin = split * kSplit;
+  const int end = static_cast<int>(min(args.keys(args.lengths[b]), int64_t(begin) + kSplit));
+  if (begin >= end) return;  // decode_attention_sum_kernel knows
   const int lane = threadIdx.x % kGroup, group = threadIdx.x / kGroup;
   const bool holds = lane * kChunk < args.D;  // groups are powers of two, rows need not be
   const int at = holds ? lane * kChunk : 0;
@@ -133,22 +133,22 @@ __global__ void __launch_bounds__(kThreads, 4) decode_kernel(const DecodeArgs ar
   if (threadIdx.x >= kGroup || !holds) return;
   Part sum = parts[0][lane];
   for (int warp = 1; warp < kWarps; ++warp) sum.add(parts[warp][lane], args.scale_log2);
-  float* to = args.parts + (int64_t(bh) * args.pieces + piece) * (args.D + 2);
+  float* to = args.parts + (int64_t(bh) * args.splits + split) * (args.D + 2);
 #pragma unroll
   for (int c = 0; c < kChunk; ++c) to[at + c] = sum.acc[c];
   if (lane == 0) to[args.D] = sum.m, to[args.D + 1] = sum.l;
 }
 
-// o = acc / l over the pieces of a head, a thread for each column; 0 where there are no keys, NaN
+// o = acc / l over the splits of a head, a thread for each column; 0 where there are no keys, NaN
 // for a length outside the cache.
 template <class T>
-__global__ void decode_sum_kernel(const DecodeArgs args) {
+__global__ void decode_attention_sum_kernel(const DecodeArgs args) {
   const int bh = blockIdx.x, d = threadIdx.x;
   if (d >= args.D) return;
   const int64_t length = args.lengths[bh / args.H], keys = args.keys(length);
-  const float* from = args.parts + int64_t(bh) * args.pieces * (args.D + 2);
+  const float* from = args.parts + int64_t(bh) * args.splits * (args.D + 2);
   Running<1> sum;
-  for (int64_t j = 0; j < keys; j += kPiece, from += args.D + 2) {
+  for (int64_t j = 0; j < keys; j += kSplit, from += args.D + 2) {
     Running<1> part;
     part.m = from[args.D], part.l = from[args.D + 1], part.acc[0] = from[d];
     sum.add(part, args.scale_log2);
@@ -161,9 +161,10 @@ __global__ void decode_sum_kernel(const DecodeArgs args) {
 }  // namespace
 
 template <class T>
-int64_t attention_decode(const Decode& x, void* o, void* workspace, const Executor& executor) {
-  const int64_t heads = x.B * x.H, pieces = cdiv(x.T, int64_t(kPiece));
-  if (workspace == nullptr) return heads * pieces * (x.D + 2) * int64_t(sizeof(float));
+int64_t decode_attention(const DecodeAttention& x, void* o, void* workspace,
+                         const Executor& executor) {
+  const int64_t heads = x.B * x.H, splits = cdiv(x.T, int64_t(kSplit));
+  if (workspace == nullptr) return heads * splits * (x.D + 2) * int64_t(sizeof(float));
   const DecodeArgs args{x.q,
                         x.k,
                         x.v,
@@ -173,17 +174,19 @@ int64_t attention_decode(const Decode& x, void* o, void* workspace, const Execut
                         x.T,
                         int(x.H),
                         int(x.D),
-                        int(pieces),
+                        int(splits),
                         static_cast<float>(x.softmax_scale * 1.4426950408889634)};
   with_head_size(x.D, [&](auto D) {
-    launch("decode", decode_kernel<T, D>, heads * pieces, kThreads, 0, executor, args);
+    launch("decode_attention", decode_attention_kernel<T, D>, heads * splits, kThreads, 0, executor,
+           args);
   });
-  launch("decode_sum", decode_sum_kernel<T>, heads, kThreads, 0, executor, args);
+  launch("decode_attention_sum", decode_attention_sum_kernel<T>, heads, kThreads, 0, executor,
+         args);
   return 0;
 }
 
-template int64_t attention_decode<float>(const Decode&, void*, void*, const Executor&);
-template int64_t attention_decode<bf16>(const Decode&, void*, void*, const Executor&);
-template int64_t attention_decode<f16>(const Decode&, void*, void*, const Executor&);
+template int64_t decode_attention<float>(const DecodeAttention&, void*, void*, const Executor&);
+template int64_t decode_attention<bf16>(const DecodeAttention&, void*, void*, const Executor&);
+template int64_t decode_attention<f16>(const DecodeAttention&, void*, void*, const Executor&);
 
 }  // namespace gpt2::cuda

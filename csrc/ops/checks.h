@@ -90,7 +90,7 @@ inline void check_row(const char* name, const Tensor& row, const Tensor& x) {
 inline void check_weight(const char* name, const Tensor& weight, const Tensor* scale,
                          const Tensor& x, int64_t N, int64_t K) {
   if (scale) {
-    check_tensor(name, weight, x, ScalarType::Char, {N, Gemv::packed(K)});
+    check_tensor(name, weight, x, ScalarType::Char, {N, Linear::packed(K)});
     check_tensor("scale", *scale, x, ScalarType::Float, {N});
   } else {
     check_tensor(name, weight, x, x.scalar_type(), {N, K});

@@ -3,8 +3,8 @@
 //
 //   s[j] = q . k[j]      p = softmax(softmax_scale s)      o = p v
 //
-// The cache is read once, in pieces of kPiece keys that the threads share; a piece leaves its
-// maximum m, l = sum p and acc = p v, and the pieces of a head are then added in their order:
+// The cache is read once, in splits of kSplit keys that the threads share; a split leaves its
+// maximum m, l = sum p and acc = p v, and the splits of a head are then added in their order:
 //
 //   o = sum_i a_i acc_i / sum_i a_i l_i,    a_i = exp(softmax_scale (m_i - m)),    m = max m_i
 #pragma once
@@ -14,14 +14,14 @@
 namespace gpt2::GPT2_ISA {
 
 template <class V, class T>
-struct AttentionDecode {
+struct DecodePass {
   using S = typename V::scalar;
-  static constexpr int64_t kPiece = 256;
+  static constexpr int64_t kSplit = 256;
 
-  const Decode& x;
-  const int64_t pieces = (x.T + kPiece - 1) / kPiece;
+  const DecodeAttention& x;
+  const int64_t splits = (x.T + kSplit - 1) / kSplit;
   const int64_t ld = round_up(x.D, V::W), part = ld + round_up(2, V::W);  // acc, m, l
-  S* parts;                                                               // (B H, pieces, part)
+  S* parts;                                                               // (B H, splits, part)
 
   GPT2_INLINE S dot(const S* q, const T* k) const {
     V even = V::set(0), odd = V::set(0);
@@ -50,11 +50,11 @@ struct AttentionDecode {
   }
 
   // Of n keys from j0 on.
-  void piece(int64_t bh, int64_t j0, int64_t n, S* to) const {
+  void split(int64_t bh, int64_t j0, int64_t n, S* to) const {
     const int64_t b = bh / x.H, h = bh % x.H;
     const T* k = head_of<T>(x.k, b, h) + j0 * x.k.time;
     const T* v = head_of<T>(x.v, b, h) + j0 * x.v.time;
-    alignas(64) S q[kMaxHead], s[kPiece];
+    alignas(64) S q[kMaxHead], s[kSplit];
     const T* from = head_of<T>(x.q, b, h);
     for (int64_t d = 0; d < ld; d += V::W) V::load(from + d, x.D - d).store(q + d);
 
@@ -76,8 +76,8 @@ struct AttentionDecode {
   }
 
   void combine(int64_t bh, T* o) const {
-    const int64_t b = bh / x.H, used = (x.keys(b) + kPiece - 1) / kPiece;
-    S* first = parts + bh * pieces * part;
+    const int64_t b = bh / x.H, used = (x.keys(b) + kSplit - 1) / kSplit;
+    S* first = parts + bh * splits * part;
     S m = kLowest<S>, l = 0;
     for (int64_t i = 0; i < used; ++i) {
       const S m_i = first[i * part + ld];
@@ -101,17 +101,18 @@ struct AttentionDecode {
 
 // o (B, H, D). The bytes of workspace it needs; with null for it nothing else happens.
 template <class V, class T>
-int64_t attention_decode(const Decode& x, void* o, void* workspace, const Threads& threads) {
-  using F = AttentionDecode<V, T>;
+int64_t decode_attention(const DecodeAttention& x, void* o, void* workspace,
+                         const Threads& threads) {
+  using F = DecodePass<V, T>;
   using S = typename F::S;
   const F f{.x = x, .parts = static_cast<S*>(workspace)};
   const int64_t heads = x.B * x.H;
-  if (!workspace) return heads * at_least(f.pieces, 1) * f.part * int64_t(sizeof(S));
-  parallel_workers(threads, heads * f.pieces, [&](int64_t, Queue& pieces) {
-    for (int64_t n; (n = pieces.next()) >= 0;) {
-      const int64_t bh = n / f.pieces, j0 = n % f.pieces * F::kPiece;
+  if (!workspace) return heads * at_least(f.splits, 1) * f.part * int64_t(sizeof(S));
+  parallel_workers(threads, heads * f.splits, [&](int64_t, Queue& splits) {
+    for (int64_t n; (n = splits.next()) >= 0;) {
+      const int64_t bh = n / f.splits, j0 = n % f.splits * F::kSplit;
       const int64_t keys = x.keys(bh / x.H);  // read once: another thread may change it
-      if (j0 < keys) f.piece(bh, j0, at_most(F::kPiece, keys - j0), f.parts + n * f.part);
+      if (j0 < keys) f.split(bh, j0, at_most(F::kSplit, keys - j0), f.parts + n * f.part);
     }
   });
   parallel_ranges(threads, heads, 64, [&](int64_t bh, int64_t end) {

@@ -3,25 +3,25 @@
 
 #include "attention.h"
 #include "attention_bwd.h"
-#include "attention_decode.h"
 #include "cross_entropy.h"
+#include "decode_attention.h"
 #include "gelu.h"
-#include "gemv.h"
 #include "layer_norm.h"
+#include "linear.h"
 
 namespace gpt2::GPT2_ISA {
 
 // Four vectors a step for loops over rows: enough independent work to hide the latency of each.
 template <class V>
-using Rows = Wide<Wide<V>>;
+using Rows = VecPair<VecPair<V>>;
 
 template <class V, class T>
 inline constexpr Ops ops = {
     .attention_fwd = attention_fwd<typename ProductsOf<V, T>::type, T>,
     .attention_bwd = attention_bwd<typename ProductsOf<V, T>::type, T>,
-    .attention_decode = attention_decode<V, T>,
-    .gemv = gemv<V, T, T>,
-    .gemv_int8 = gemv<V, T, int8_t>,
+    .decode_attention = decode_attention<V, T>,
+    .linear = linear<V, T, T>,
+    .linear_int8 = linear<V, T, int8_t>,
     .gelu_fwd = gelu_fwd<Rows<V>, T>,
     .gelu_bwd = gelu_bwd<Rows<V>, T>,
     .bias_gelu_fwd = bias_gelu_fwd<Rows<V>, T>,

@@ -7,7 +7,7 @@
 //   s = s + x    x = proj(attention(qkv(norm_1(s))))    s = s + x    x = proj(gelu(fc(norm_2(s))))
 //
 //   B sequences   L layers   C features   H heads of D   T positions of the cache
-#include "../checks.h"
+#include "checks.h"
 
 #include <string.h>
 
@@ -46,7 +46,7 @@ struct Step {
   Tensor s = like({B, C}), next_s = like({B, C}), h = like({B, C}), qkv = like({B, 3 * C}),
          o = like({B, C}), inner = like({B, 4 * C}), activated = like({B, 4 * C}),
          added = like({B, C});
-  Tensor wide = gpt2::new_empty(x, {B, Gemv::workspace(4 * C)}, accumulator(x)),
+  Tensor wide = gpt2::new_empty(x, {B, Linear::workspace(4 * C)}, accumulator(x)),
          stats = gpt2::new_empty(x, {2, B}, accumulator(x)),
          seen = gpt2::new_empty(x, {B}, ScalarType::Long);
 
@@ -63,14 +63,14 @@ struct Step {
   void multiply(int64_t layer, int linear, const Tensor& from, Tensor& to) {
     const int weight = kWeights[linear];
     const Tensor* packed = scale(layer, linear);
-    const Gemv p = {.M = B,
-                    .N = to.size(1),
-                    .K = from.size(1),
-                    .scale = packed ? packed->const_data_ptr<float>() : nullptr};
+    const Linear p = {.M = B,
+                      .N = to.size(1),
+                      .K = from.size(1),
+                      .scale = packed ? packed->const_data_ptr<float>() : nullptr};
     const void* bias = weight == kFc ? nullptr : param(layer, weight + 1).const_data_ptr();
-    (packed ? ops.gemv_int8 : ops.gemv)(p, from.const_data_ptr(),
-                                        param(layer, weight).const_data_ptr(), bias,
-                                        wide.mutable_data_ptr(), to.mutable_data_ptr(), executor);
+    (packed ? ops.linear_int8 : ops.linear)(
+        p, from.const_data_ptr(), param(layer, weight).const_data_ptr(), bias,
+        wide.mutable_data_ptr(), to.mutable_data_ptr(), executor);
   }
 
   // s += from, where there is anything to add it to; h = norm(s)
@@ -94,18 +94,18 @@ struct Step {
     for (int64_t b = 0; b < B; ++b) {
       memcpy(cache + (b * T + lengths[b]) * row, from + (3 * b + 1) * C * size, row);
     }
-    const Decode problem = {.B = B,
-                            .H = n_head,
-                            .T = T,
-                            .D = D,
-                            .q = {from, 3 * C, 3 * C, D},
-                            .k = {cache, T * 2 * C, 2 * C, D},
-                            .v = {cache + C * size, T * 2 * C, 2 * C, D},
-                            .lengths = seen.const_data_ptr<int64_t>(),
-                            .softmax_scale = 1 / sqrt(double(D))};
-    const int64_t bytes = ops.attention_decode(problem, nullptr, nullptr, executor);
+    const DecodeAttention problem = {.B = B,
+                                     .H = n_head,
+                                     .T = T,
+                                     .D = D,
+                                     .q = {from, 3 * C, 3 * C, D},
+                                     .k = {cache, T * 2 * C, 2 * C, D},
+                                     .v = {cache + C * size, T * 2 * C, 2 * C, D},
+                                     .lengths = seen.const_data_ptr<int64_t>(),
+                                     .softmax_scale = 1 / sqrt(double(D))};
+    const int64_t bytes = ops.decode_attention(problem, nullptr, nullptr, executor);
     if (workspace.numel() < bytes) workspace = gpt2::new_empty(x, {bytes}, ScalarType::Byte);
-    ops.attention_decode(problem, o.mutable_data_ptr(), workspace.mutable_data_ptr(), executor);
+    ops.decode_attention(problem, o.mutable_data_ptr(), workspace.mutable_data_ptr(), executor);
   }
 
   Tensor run(const int64_t* lengths, const Tensor& norm, const Tensor& norm_bias) {

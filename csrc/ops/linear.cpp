@@ -1,10 +1,11 @@
-// The operator of gemv.h, which the CPU's library alone has.
-#include "../checks.h"
+// The operator of linear.h, which the CPU's library alone has.
+#include "checks.h"
 
 namespace gpt2 {
 namespace {
 
-Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optional<Tensor> scale_) {
+Tensor linear(Tensor x_, Tensor weight_, std::optional<Tensor> bias_,
+              std::optional<Tensor> scale_) {
   check_dim("x", x_, 2);
   check_dim("weight", weight_, 2);
   const int64_t N = weight_.size(0), K = x_.size(1);
@@ -13,14 +14,14 @@ Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optiona
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
   const Tensor bias = bias_ ? as_contiguous(*bias_) : x,
                scale = scale_ ? as_contiguous(*scale_) : x;
-  const Gemv p = {
+  const Linear p = {
       .M = x.size(0), .N = N, .K = K, .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
   Tensor y = gpt2::new_empty(x, {p.M, p.N});
-  Tensor wide = gpt2::new_empty(x, {p.M, Gemv::workspace(p.K)}, accumulator(x));
+  Tensor wide = gpt2::new_empty(x, {p.M, Linear::workspace(p.K)}, accumulator(x));
   const Ops& ops = ops_for(x);
-  (scale_ ? ops.gemv_int8 : ops.gemv)(p, x.const_data_ptr(), weight.const_data_ptr(),
-                                      bias_ ? bias.const_data_ptr() : nullptr,
-                                      wide.mutable_data_ptr(), y.mutable_data_ptr(), here(x));
+  (scale_ ? ops.linear_int8 : ops.linear)(p, x.const_data_ptr(), weight.const_data_ptr(),
+                                          bias_ ? bias.const_data_ptr() : nullptr,
+                                          wide.mutable_data_ptr(), y.mutable_data_ptr(), here(x));
   return y;
 }
 
@@ -28,9 +29,9 @@ Tensor gemv(Tensor x_, Tensor weight_, std::optional<Tensor> bias_, std::optiona
 }  // namespace gpt2
 
 GPT2_KERNELS_LIBRARY_FRAGMENT(m) {
-  m.def("gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor");
 }
 
 GPT2_KERNELS_LIBRARY_IMPL(GPT2_KERNELS_KEY, m) {
-  m.impl("gemv", TORCH_BOX(&gpt2::gemv));
+  m.impl("linear", TORCH_BOX(&gpt2::linear));
 }

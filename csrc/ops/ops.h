@@ -16,14 +16,14 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "../kernels.h"
 
 // GPT2_KERNELS_NAME and _KEY of the dispatcher; kMaxPartial; here(x), what kernels on x's device
 // run on; advise_huge_pages(x).
 #ifdef GPT2_KERNELS_CUDA
-#include "cuda/library.h"
+#include "../cuda/library.h"
 #else
-#include "cpu/library.h"
+#include "../cpu/library.h"
 #endif
 
 // PyTorch's macros paste their arguments: these replace a macro's name first.

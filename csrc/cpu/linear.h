@@ -67,9 +67,9 @@ struct FewRows {
   static constexpr bool kPacked = std::is_same_v<Weight, int8_t>;
   static constexpr int kTile = V::W >= 16 ? 2 : 1;  // rows of x whose sums fit into registers
   using X = std::conditional_t<kPacked, Fixed<V, T>, S>;
-  static_assert(sizeof(Fixed<V, T>) <= Gemv::workspace(kBlock) * sizeof(S));
+  static_assert(sizeof(Fixed<V, T>) <= Linear::workspace(kBlock) * sizeof(S));
 
-  const Gemv& p;
+  const Linear& p;
   const X* x;  // (M, K_padded) S, or a Fixed for each 64
   int64_t ld;  // of a row of W
   const Weight* weight;
@@ -168,10 +168,10 @@ struct FewRows {
   }
 };
 
-// wide (M, Gemv::workspace(K)) S; y (M, N).
+// wide (M, Linear::workspace(K)) S; y (M, N).
 template <class V, class T, class Weight>
-void gemv(const Gemv& p, const void* x, const void* weight, const void* bias, void* wide, void* y,
-          const Threads& threads) {
+void linear(const Linear& p, const void* x, const void* weight, const void* bias, void* wide,
+            void* y, const Threads& threads) {
   using F = FewRows<V, T, Weight>;
   auto* to = static_cast<typename F::X*>(wide);
   const int64_t padded = round_up(p.K, F::kBlock);

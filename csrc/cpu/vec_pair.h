@@ -1,9 +1,9 @@
 // Two vectors side by side, as one vector of twice the lanes.
 //
 // A function of one vector is a chain of dependent instructions, some 70 cycles for a GELU, and no
-// processor looks far enough ahead to overlap enough of them. Written over Wide, every step of the
-// chain is two independent instructions; over Wide<Wide<V>>, four. Each lane's result is what it
-// would be alone.
+// processor looks far enough ahead to overlap enough of them. Written over VecPair, every step of
+// the chain is two independent instructions; over VecPair<VecPair<V>>, four. Each lane's result is
+// what it would be alone.
 #pragma once
 
 #include "vec_math.h"
@@ -16,18 +16,18 @@ GPT2_INLINE V larger(V a, V b) {
 }
 
 template <class V>
-struct Wide {
+struct VecPair {
   using scalar = typename V::scalar;
   static constexpr int64_t W = 2 * V::W;
   V lo, hi;
 
-  static GPT2_INLINE Wide set(scalar x) { return {V::set(x), V::set(x)}; }
+  static GPT2_INLINE VecPair set(scalar x) { return {V::set(x), V::set(x)}; }
   template <class T>
-  static GPT2_INLINE Wide load(const T* p) {
+  static GPT2_INLINE VecPair load(const T* p) {
     return {V::load(p), V::load(p + V::W)};
   }
   template <class T>
-  static GPT2_INLINE Wide load(const T* p, int64_t n) {
+  static GPT2_INLINE VecPair load(const T* p, int64_t n) {
     return {V::load(p, n), V::load(p + V::W, n - V::W)};
   }
   template <class T>
@@ -43,47 +43,47 @@ struct Wide {
 };
 
 template <class V>
-GPT2_INLINE Wide<V> operator+(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> operator+(VecPair<V> a, VecPair<V> b) {
   return {a.lo + b.lo, a.hi + b.hi};
 }
 template <class V>
-GPT2_INLINE Wide<V> operator-(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> operator-(VecPair<V> a, VecPair<V> b) {
   return {a.lo - b.lo, a.hi - b.hi};
 }
 template <class V>
-GPT2_INLINE Wide<V> operator*(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> operator*(VecPair<V> a, VecPair<V> b) {
   return {a.lo * b.lo, a.hi * b.hi};
 }
 template <class V>
-GPT2_INLINE Wide<V> operator/(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> operator/(VecPair<V> a, VecPair<V> b) {
   return {a.lo / b.lo, a.hi / b.hi};
 }
 template <class V>
-GPT2_INLINE Wide<V> fma(Wide<V> a, Wide<V> b, Wide<V> c) {
+GPT2_INLINE VecPair<V> fma(VecPair<V> a, VecPair<V> b, VecPair<V> c) {
   return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> max(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> max(VecPair<V> a, VecPair<V> b) {
   return {max(a.lo, b.lo), max(a.hi, b.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> min(Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> min(VecPair<V> a, VecPair<V> b) {
   return {min(a.lo, b.lo), min(a.hi, b.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> first(int64_t n, Wide<V> a, Wide<V> b) {
+GPT2_INLINE VecPair<V> first(int64_t n, VecPair<V> a, VecPair<V> b) {
   return {first(n, a.lo, b.lo), first(n - V::W, a.hi, b.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> if_less(Wide<V> a, Wide<V> b, Wide<V> x, Wide<V> y) {
+GPT2_INLINE VecPair<V> if_less(VecPair<V> a, VecPair<V> b, VecPair<V> x, VecPair<V> y) {
   return {if_less(a.lo, b.lo, x.lo, y.lo), if_less(a.hi, b.hi, x.hi, y.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> split(Wide<V> x, Wide<V>& scale) {
+GPT2_INLINE VecPair<V> split(VecPair<V> x, VecPair<V>& scale) {
   return {split(x.lo, scale.lo), split(x.hi, scale.hi)};
 }
 template <class V>
-GPT2_INLINE Wide<V> exp2_of_double(Wide<V> x) {
+GPT2_INLINE VecPair<V> exp2_of_double(VecPair<V> x) {
   return {exp2_of_double(x.lo), exp2_of_double(x.hi)};
 }
 
