@@ -23,8 +23,9 @@ LIBRARY = "libgpt2_kernels_cuda.so"
 INCLUDED_BY = {
     "mma.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
     "attention.cuh": ("cuda/attention.cu", "cuda/attention_bwd.cu"),
-    "reduce.cuh": ("cuda/layer_norm.cu",),
-    "partial.cuh": ("cuda/layer_norm.cu",),
+    "layer_norm.cuh": ("cuda/layer_norm.cu", "cuda/layer_norm_bwd.cu"),
+    "reduce.cuh": ("cuda/layer_norm.cu", "cuda/layer_norm_bwd.cu"),
+    "partial.cuh": ("cuda/layer_norm_bwd.cu",),
     "heads.h": ("ops/attention.cpp", "ops/decode_attention.cpp"),
 }
 

@@ -180,17 +180,17 @@ struct AttentionForward {
   }
 };
 
-// The bytes of workspace it needs; with null for it nothing else happens.
+// Returns the bytes of workspace that it needs, and does nothing else where workspace is null.
 template <class P, class T>
-int64_t attention_fwd(const Attention& x, void* o, void* lse, void* workspace,
-                      const Threads& threads) {
+int64_t attention_fwd(const AttentionFwd& args, const Threads& threads) {
   using F = AttentionForward<P, T>;
-  const F f{x, static_cast<T*>(o), static_cast<typename F::S*>(lse)};
+  const Attention& x = args.problem;
+  const F f{x, static_cast<T*>(args.o), static_cast<typename F::S*>(args.lse)};
   const bool shared = share_heads(x, threads, 10, 11);  // shared, packing is a step of its own
   const int64_t n_heads = x.B * x.H,
                 packed_heads = shared ? n_heads : at_most(n_heads, threads.count);
-  const Layout<typename F::Head, typename F::Block, F> memory(f, workspace, packed_heads);
-  if (!workspace) return memory.size(threads.count);
+  const Layout<typename F::Head, typename F::Block, F> memory(f, args.workspace, packed_heads);
+  if (!args.workspace) return memory.size(threads.count);
 
   if (!shared) {
     parallel_workers(threads, n_heads, [&](int64_t worker, Queue& heads) {

@@ -99,15 +99,14 @@ struct DecodePass {
   }
 };
 
-// o (B, H, D). The bytes of workspace it needs; with null for it nothing else happens.
+// Returns the bytes of workspace that it needs, and does nothing else where workspace is null.
 template <class V, class T>
-int64_t decode_attention(const DecodeAttention& x, void* o, void* workspace,
-                         const Threads& threads) {
+int64_t decode_attention(const DecodeAttention& x, const Threads& threads) {
   using F = DecodePass<V, T>;
   using S = typename F::S;
-  const F f{.x = x, .parts = static_cast<S*>(workspace)};
+  const F f{.x = x, .parts = static_cast<S*>(x.workspace)};
   const int64_t heads = x.B * x.H;
-  if (!workspace) return heads * at_least(f.splits, 1) * f.part * int64_t(sizeof(S));
+  if (!x.workspace) return heads * at_least(f.splits, 1) * f.part * int64_t(sizeof(S));
   parallel_workers(threads, heads * f.splits, [&](int64_t, Queue& splits) {
     for (int64_t n; (n = splits.next()) >= 0;) {
       const int64_t bh = n / f.splits, j0 = n % f.splits * F::kSplit;
@@ -116,7 +115,7 @@ int64_t decode_attention(const DecodeAttention& x, void* o, void* workspace,
     }
   });
   parallel_ranges(threads, heads, 64, [&](int64_t bh, int64_t end) {
-    for (; bh < end; ++bh) f.combine(bh, static_cast<T*>(o));
+    for (; bh < end; ++bh) f.combine(bh, static_cast<T*>(x.o));
   });
   return 0;
 }

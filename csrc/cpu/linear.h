@@ -1,16 +1,22 @@
-// x W^T for a few rows of x, as in decoding: every weight is read from memory once, whose bandwidth
-// is the limit. PyTorch's products stay far below it (docs/log.md).
+// y = x W^T + bias for a few rows of x, as in decoding.
 //
 //   y[m, n] = scale[n] sum_k x[m, k] W[n, k] + bias[n]
 //
-// W is x's type T, or int8 in packed blocks: in 64 numbers of a row, byte 2 i + j is number 32 j +
-// i, so that a shift or a mask makes 16-bit numbers of them. To make floats of them would take
-// longer than memory does; x is made whole numbers instead (Fixed).
+// Every weight is read from memory once, and the memory's bandwidth is the limit. Threads share the
+// rows of W, and a thread walks kStreams parts of its share side by side: memory answers several
+// streams sooner than one.
 //
-// Threads share the rows of W. A thread walks kStreams parts of its share side by side: memory
-// answers several streams sooner than one. A sum of floats is kept as two, over every second vector
-// of k, since one chain of additions would wait for itself. Its order depends on K alone: a row of
-// x has the same bits on any number of threads, and whatever rows stand beside it.
+// W has x's type T, or it is int8. An int8 row is packed in blocks of 64 numbers as 32 words of two
+// bytes, and byte j of word i is number 32 j + i: a shift makes 16-bit numbers of the low bytes, a
+// mask of the high ones. Converting bytes to floats would take longer than memory does; instead x
+// is converted to fixed point, once for all rows of W, and one instruction multiplies 16-bit
+// numbers and adds pairs of products.
+//
+// A sum of floats over k is kept as two chains, of even and of odd vectors: in one chain every
+// addition would wait for the one before. The order of additions depends on K alone. A row of x
+// therefore has the same bits on any number of threads and beside any other rows.
+//
+//   M rows of x   N rows of W   K features
 #pragma once
 
 #include <math.h>
@@ -21,18 +27,24 @@
 
 namespace gpt2::GPT2_ISA {
 
-// 64 numbers of x as multiples, below 2^13, of a power of two: x = unit (part[0] + 2^-14 part[1] +
-// ...). Eight of their products with int8 on top of 16-bit words make a 32-bit sum. One part keeps
-// the 11 bits of a 16-bit type, two the 24 of float32, four the 53 of float64.
+// 64 numbers of x in fixed point:
+//
+//   x[i] = 2^8 unit sum_p part[p][i] / kFiner^p      |part| < 2^kBits
+//
+// unit is a power of two, chosen for the largest of the 64. The factor 2^8 undoes that of the
+// weights, which stand in the upper byte of 16 bits. A lane then adds eight products before it
+// leaves int32: 8 * 2^13 * 127 * 2^8 < 2^31. One part keeps the 11 bits of a 16-bit type, two parts
+// the 24 of float32, four the 53 of float64.
 template <class V, class T>
-struct Fixed {
+struct FixedPoint {
   using S = typename V::scalar;
   static constexpr int kBlock = 64, kBits = 13, kParts = sizeof(T) / 2;
   static constexpr S kFiner = S(1 << (kBits + 1));
 
   int16_t part[kParts][kBlock];
-  S unit;
+  S unit;  // NaN where a number is not finite
 
+  // Of the first n numbers; the rest of the block is 0.
   void set(const T* from, int64_t n) {
     S x[kBlock];
     V largest = V::set(0), nothing = V::set(0);
@@ -40,19 +52,21 @@ struct Fixed {
       const V v = V::load(from + k, n - k);
       v.store(x + k);
       largest = max(largest, max(v, V::set(0) - v));
-      nothing = fma(v, V::set(0), nothing);  // but NaN where a number is not finite
+      nothing = fma(v, V::set(0), nothing);  // 0, but NaN where a number is not finite
     }
+    // |x| < 2^exponent = 2^kBits / per_unit
     int exponent = 0;
     frexp(largest.max(), &exponent);
     constexpr int kLeast = sizeof(S) == 4 ? -112 : -1000;  // from where 1 / unit is finite
     const int of_unit = (exponent > kLeast ? exponent : kLeast) - kBits;
     const S per_unit = S(ldexp(1.0, -of_unit));
     unit = S(ldexp(1.0, of_unit - 8)) + nothing.sum();
+    // part[p] = round(rest), and what rounding leaves over is the rest for the next part.
     constexpr S kRound = sizeof(S) == 4 ? S(0x1.8p23) : S(0x1.8p52);
     for (int i = 0; i < kBlock; ++i) {
       S rest = x[i] * per_unit;
       for (int p = 0; p < kParts; ++p) {
-        const S shifted = rest + kRound;  // its lowest bits are the whole number
+        const S shifted = rest + kRound;  // rounds to a whole number, in the lowest bits
         part[p][i] = int16_t(bits_of(shifted));
         rest = (rest - (shifted - kRound)) * kFiner;
       }
@@ -63,32 +77,53 @@ struct Fixed {
 template <class V, class T, class Weight>
 struct FewRows {
   using S = typename V::scalar;
-  static constexpr int kStreams = 4, kBlock = Fixed<V, T>::kBlock, kVectors = kBlock / V::W;
+  static constexpr int kStreams = 4, kBlock = FixedPoint<V, T>::kBlock, kVectors = kBlock / V::W;
   static constexpr bool kPacked = std::is_same_v<Weight, int8_t>;
   static constexpr int kTile = V::W >= 16 ? 2 : 1;  // rows of x whose sums fit into registers
-  using X = std::conditional_t<kPacked, Fixed<V, T>, S>;
-  static_assert(sizeof(Fixed<V, T>) <= Linear::workspace(kBlock) * sizeof(S));
+  using X = std::conditional_t<kPacked, FixedPoint<V, T>, S>;
+  static_assert(sizeof(FixedPoint<V, T>) <= Linear::workspace_size(kBlock) * sizeof(S));
 
   const Linear& p;
-  const X* x;  // (M, K_padded) S, or a Fixed for each 64
+  const X* x;  // (M, K rounded up to kBlock) S; packed, a FixedPoint for each kBlock
   int64_t ld;  // of a row of W
   const Weight* weight;
   const T* bias;
   T* y;
 
+  // Rows [n, end) of W: a part of them for each stream, then what is left over.
+  void share(int64_t n, int64_t end) const {
+    const int64_t part = (end - n) / kStreams;
+    for (int64_t i = 0; i < part; ++i) rows<kStreams>(n + i, part);
+    for (n += part * kStreams; n < end; ++n) rows<1>(n, 0);
+  }
+
+  // N rows of W, `step` apart; they stay in cache while all of x passes.
+  template <int N>
+  GPT2_INLINE void rows(int64_t n, int64_t step) const {
+    int64_t m = 0;
+    for (; m + kTile <= p.M; m += kTile) tile<kTile, N>(m, n, step);
+    for (; m < p.M; ++m) tile<1, N>(m, n, step);
+  }
+
   // y[m + i, n + j step] for i < M, j < N
   template <int M, int N>
   GPT2_INLINE void tile(int64_t m, int64_t n, int64_t step) const {
     V sum[M][N];
-    add_up<M, N>(m, weight + n * ld, step * ld, sum);
+    dot_products<M, N>(m, weight + n * ld, step * ld, sum);
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < N; ++j) finish(sum[i][j].sum(), m + i, n + j * step);
     }
   }
 
-  // Of rows of W that begin `step` apart.
+  GPT2_INLINE void finish(S sum, int64_t m, int64_t n) const {
+    if (p.scale) sum *= S(p.scale[n]);
+    if (bias) sum += S(widen(bias[n]));
+    narrow(sum, y[m * p.N + n]);
+  }
+
+  // int8: sum[i][j] = sum over blocks of unit (whole numbers of x . bytes of W)
   template <int M, int N>
-  GPT2_INLINE void add_up(int64_t m, const Weight* w, int64_t step, V (&sum)[M][N]) const
+  GPT2_INLINE void dot_products(int64_t m, const Weight* w, int64_t step, V (&sum)[M][N]) const
     requires kPacked
   {
     for (int i = 0; i < M; ++i) {
@@ -110,8 +145,9 @@ struct FewRows {
     }
   }
 
+  // Floats: sum[i][j] = even chain + odd chain, each a sum of x[k] w[k] over its vectors of k
   template <int M, int N>
-  GPT2_INLINE void add_up(int64_t m, const Weight* w, int64_t step, V (&sum)[M][N]) const
+  GPT2_INLINE void dot_products(int64_t m, const Weight* w, int64_t step, V (&sum)[M][N]) const
     requires(!kPacked)
   {
     V chains[M][N][2];
@@ -146,51 +182,35 @@ struct FewRows {
       for (int j = 0; j < N; ++j) sum[i][j] = chains[i][j][0] + chains[i][j][1];
     }
   }
-
-  GPT2_INLINE void finish(S sum, int64_t m, int64_t n) const {
-    if (p.scale) sum *= S(p.scale[n]);
-    if (bias) sum += S(widen(bias[n]));
-    narrow(sum, y[m * p.N + n]);
-  }
-
-  // N rows of W, which stay in cache while all of x passes.
-  template <int N>
-  GPT2_INLINE void rows(int64_t n, int64_t step) const {
-    int64_t m = 0;
-    for (; m + kTile <= p.M; m += kTile) tile<kTile, N>(m, n, step);
-    for (; m < p.M; ++m) tile<1, N>(m, n, step);
-  }
-
-  void share(int64_t n, int64_t end) const {
-    const int64_t part = (end - n) / kStreams;
-    for (int64_t i = 0; i < part; ++i) rows<kStreams>(n + i, part);
-    for (n += part * kStreams; n < end; ++n) rows<1>(n, 0);
-  }
 };
 
-// wide (M, Linear::workspace(K)) S; y (M, N).
-template <class V, class T, class Weight>
-void linear(const Linear& p, const void* x, const void* weight, const void* bias, void* wide,
-            void* y, const Threads& threads) {
-  using F = FewRows<V, T, Weight>;
-  auto* to = static_cast<typename F::X*>(wide);
+// Row m of x as X, padded with zeros to whole blocks.
+template <class F, class V, class T>
+void convert_row(const Linear& p, int64_t m, typename F::X* to) {
+  const T* from = static_cast<const T*>(p.x) + m * p.K;
   const int64_t padded = round_up(p.K, F::kBlock);
-  const F f{p,
-            to,
-            F::kPacked ? padded : p.K,
-            static_cast<const Weight*>(weight),
-            static_cast<const T*>(bias),
-            static_cast<T*>(y)};
-  for (int64_t m = 0; m < p.M; ++m) {
-    const T* from = static_cast<const T*>(x) + m * p.K;
-    if constexpr (F::kPacked) {
-      for (int64_t k = 0; k < p.K; k += F::kBlock) to++->set(from + k, p.K - k);
-    } else {
-      for (int64_t k = 0; k < padded; k += V::W) {
-        V::load(from + k, p.K - k).store(to + m * padded + k);
-      }
+  if constexpr (F::kPacked) {
+    to += m * (padded / F::kBlock);
+    for (int64_t k = 0; k < p.K; k += F::kBlock) to++->set(from + k, p.K - k);
+  } else {
+    for (int64_t k = 0; k < padded; k += V::W) {
+      V::load(from + k, p.K - k).store(to + m * padded + k);
     }
   }
+}
+
+template <class V, class T, class Weight>
+void linear(const Linear& p, const Threads& threads) {
+  using F = FewRows<V, T, Weight>;
+  auto* x = static_cast<typename F::X*>(p.workspace);
+  const int64_t padded = round_up(p.K, F::kBlock);
+  const F f{p,
+            x,
+            F::kPacked ? padded : p.K,
+            static_cast<const Weight*>(p.weight),
+            static_cast<const T*>(p.bias),
+            static_cast<T*>(p.y)};
+  for (int64_t m = 0; m < p.M; ++m) convert_row<F, V, T>(p, m, x);
   constexpr int64_t kGrainBytes = 1 << 16;  // less is done before another thread has woken up
   const int64_t grain = kGrainBytes / (f.ld * int64_t(sizeof(Weight)) + 1) + 1;
   parallel_ranges(threads, p.N, grain, [&](int64_t n, int64_t end) { f.share(n, end); });

@@ -64,10 +64,9 @@ std::tuple<Tensor, Tensor> forward(const Attention& x, const Tensor& like,
   Tensor o = gpt2::new_empty(like, shape);
   Tensor lse = gpt2::new_empty(like, {x.B, x.H, x.Tq}, accumulator(like));
   if (x.Tq == 0) return {o, lse};  // however many sequences there are
-  with_workspace(like, [&](void* workspace) {
-    return ops_for(like).attention_fwd(x, o.mutable_data_ptr(), lse.mutable_data_ptr(), workspace,
-                                       here(like));
-  });
+  const AttentionFwd args = {
+      .problem = x, .o = o.mutable_data_ptr(), .lse = lse.mutable_data_ptr(), .workspace = nullptr};
+  run(ops_for(like).attention_fwd, args, like);
   return {o, lse};
 }
 
@@ -108,11 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor do_, Tensor q_, Tensor k
   Tensor dk = gpt2::new_empty(k, {x.B, x.Tk, x.H, x.D});
   Tensor dv = gpt2::new_empty(v, {x.B, x.Tk, x.H, x.D});
   if (x.Tk == 0) return {dq, dk, dv};
-  with_workspace(q, [&](void* workspace) {
-    return ops_for(q).attention_bwd(x, view_of(dout), o.const_data_ptr(), lse.const_data_ptr(),
-                                    out_view_of(dq), out_view_of(dk), out_view_of(dv), workspace,
-                                    here(q));
-  });
+  const AttentionBwd args = {.problem = x,
+                             .dout = view_of(dout),
+                             .o = o.const_data_ptr(),
+                             .lse = lse.const_data_ptr(),
+                             .dq = out_view_of(dq),
+                             .dk = out_view_of(dk),
+                             .dv = out_view_of(dv),
+                             .workspace = nullptr};
+  run(ops_for(q).attention_bwd, args, q);
   return {dq, dk, dv};
 }
 
@@ -131,12 +134,15 @@ Tensor attention_qkv_bwd(Tensor do_, Tensor qkv_, Tensor o_, Tensor lse_, int64_
   const int64_t C = x.H * x.D;
   Tensor dqkv = gpt2::new_empty(qkv, {x.B, x.Tq, 3 * C});
   if (x.Tq == 0) return dqkv;
-  with_workspace(qkv, [&](void* workspace) {
-    return ops_for(qkv).attention_bwd(x, view_of(dout, 0, C, x.D), o.const_data_ptr(),
-                                      lse.const_data_ptr(), out_view_of(dqkv, 0, C, x.D),
-                                      out_view_of(dqkv, 1, C, x.D), out_view_of(dqkv, 2, C, x.D),
-                                      workspace, here(qkv));
-  });
+  const AttentionBwd args = {.problem = x,
+                             .dout = view_of(dout, 0, C, x.D),
+                             .o = o.const_data_ptr(),
+                             .lse = lse.const_data_ptr(),
+                             .dq = out_view_of(dqkv, 0, C, x.D),
+                             .dk = out_view_of(dqkv, 1, C, x.D),
+                             .dv = out_view_of(dqkv, 2, C, x.D),
+                             .workspace = nullptr};
+  run(ops_for(qkv).attention_bwd, args, qkv);
   return dqkv;
 }
 

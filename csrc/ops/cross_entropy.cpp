@@ -30,8 +30,11 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_, in
   const LogitsRows rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1));
   Tensor losses = gpt2::new_empty(logits, {rows.N}, accumulator(logits));
   Tensor stats = gpt2::new_empty(logits, {2, rows.N}, accumulator(logits));
-  ops_for(logits).cross_entropy_fwd(rows, logits.const_data_ptr(), losses.mutable_data_ptr(),
-                                    stats.mutable_data_ptr(), here(logits));
+  const CrossEntropyFwd args = {.rows = rows,
+                                .logits = logits.const_data_ptr(),
+                                .losses = losses.mutable_data_ptr(),
+                                .stats = stats.mutable_data_ptr()};
+  ops_for(logits).cross_entropy_fwd(args, here(logits));
   return {losses, stats};
 }
 
@@ -48,10 +51,14 @@ void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tenso
   const Tensor dlosses = as_contiguous(dlosses_);
   const Tensor targets = as_contiguous(targets_);
   const Tensor stats = as_contiguous(stats_);
-  const LogitsRows rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1));
-  ops_for(logits).cross_entropy_bwd(rows, dlosses.const_data_ptr(), logits.const_data_ptr(),
-                                    stats.const_data_ptr(), dlogits.mutable_data_ptr(),
-                                    dlogits.stride(0), here(logits));
+  const CrossEntropyBwd args = {
+      .rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1)),
+      .logits = logits.const_data_ptr(),
+      .dlosses = dlosses.const_data_ptr(),
+      .stats = stats.const_data_ptr(),
+      .dlogits = dlogits.mutable_data_ptr(),
+      .dlogits_stride = dlogits.stride(0)};
+  ops_for(logits).cross_entropy_bwd(args, here(logits));
 }
 
 Tensor cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor targets, Tensor stats,
@@ -77,9 +84,11 @@ Tensor cross_entropy_fwd_bwd_(Tensor logits, Tensor targets_, int64_t ignore_ind
   check_rows_in_place("logits", logits);
   const Tensor targets = as_contiguous(targets_);
   Tensor losses = gpt2::new_empty(logits, {logits.size(0)}, accumulator(logits));
-  ops_for(logits).cross_entropy_fwd_bwd(logits_rows(logits, targets, ignore_index, smoothing, V),
-                                        logits.mutable_data_ptr(), logits.size(1),
-                                        losses.mutable_data_ptr(), here(logits));
+  const CrossEntropyFwdBwd args = {.rows = logits_rows(logits, targets, ignore_index, smoothing, V),
+                                   .V_padded = logits.size(1),
+                                   .logits = logits.mutable_data_ptr(),
+                                   .losses = losses.mutable_data_ptr()};
+  ops_for(logits).cross_entropy_fwd_bwd(args, here(logits));
   return losses;
 }
 

@@ -10,19 +10,19 @@ Tensor decode_attention(Tensor q_, Tensor k_, Tensor v_, Tensor lengths_, double
   check_tensor("lengths", lengths_, q_, ScalarType::Long, {q_.size(0)});
   const Tensor q = readable(q_), k = readable(k_), v = readable(v_);
   const Tensor lengths = torch::stable::contiguous(lengths_);
-  const DecodeAttention x = {.B = q.size(0),
-                             .H = q.size(2),
-                             .T = k.size(1),
-                             .D = q.size(3),
-                             .q = view_of(q),
-                             .k = view_of(k),
-                             .v = view_of(v),
-                             .lengths = lengths.const_data_ptr<int64_t>(),
-                             .softmax_scale = softmax_scale};
-  Tensor o = gpt2::new_empty(q, {x.B, 1, x.H, x.D});
-  with_workspace(q, [&](void* workspace) {
-    return ops_for(q).decode_attention(x, o.mutable_data_ptr(), workspace, here(q));
-  });
+  Tensor o = gpt2::new_empty(q, {q.size(0), 1, q.size(2), q.size(3)});
+  const DecodeAttention args = {.B = q.size(0),
+                                .H = q.size(2),
+                                .T = k.size(1),
+                                .D = q.size(3),
+                                .q = view_of(q),
+                                .k = view_of(k),
+                                .v = view_of(v),
+                                .lengths = lengths.const_data_ptr<int64_t>(),
+                                .softmax_scale = softmax_scale,
+                                .o = o.mutable_data_ptr(),
+                                .workspace = nullptr};
+  run(ops_for(q).decode_attention, args, q);
   return o;
 }
 

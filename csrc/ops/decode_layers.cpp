@@ -1,10 +1,15 @@
-// All of a GPT-2's blocks for one new token of a few sequences, in one call.
+// All of GPT-2's blocks for the next token of a few sequences, in one call; in the CPU's library
+// alone.
 //
 // A step of decoding is some eighty kernels of a few microseconds each: called one by one from
 // Python they cost half as much again as the memory that they read. These are the same kernels in
-// the same order, so that the bits are the same too.
+// the same order, so that the bits are the same too. For each layer
 //
-//   s = s + x    x = proj(attention(qkv(norm_1(s))))    s = s + x    x = proj(gelu(fc(norm_2(s))))
+//   s = s + x    h = norm_1(s)    x = proj(attention(qkv(h), cache))
+//   s = s + x    h = norm_2(s)    x = mlp_proj(gelu(fc(h)))
+//
+// and at last norm(s + x). s is the residual stream, x what the last branch left to be added to it.
+// The first norm adds nothing: s = x, the embedded tokens.
 //
 //   B sequences   L layers   C features   H heads of D   T positions of the cache
 #include "checks.h"
@@ -14,150 +19,203 @@
 namespace gpt2 {
 namespace {
 
-// What params holds of a layer, in order. Norms and the bias before the GELU are S, the rest the
-// model's type; where there are scales, four to a layer, the linear weights are packed int8.
-enum Param {
-  kNorm1,
-  kNorm1Bias,
-  kQkv,
-  kQkvBias,
-  kProj,
-  kProjBias,
-  kNorm2,
-  kNorm2Bias,
-  kFc,
-  kFcBias,
-  kMlpProj,
-  kMlpProjBias,
-  kParams,
+struct Norm {
+  const Tensor &weight, &bias;  // (C,) S
 };
-constexpr int kWeights[] = {kQkv, kProj, kFc, kMlpProj};
+
+struct LinearLayer {
+  const Tensor &weight, &bias;  // (N, K), (N,); fc's bias is S, as the GELU adds it
+  const Tensor* scale;          // (N,) where the weight is packed int8, else null
+};
+
+struct Layer {
+  Norm norm_1;
+  LinearLayer qkv, proj;
+  Norm norm_2;
+  LinearLayer fc, mlp_proj;
+};
+
+// The tensors of all layers, in the order of Layer.
+struct Parameters {
+  static constexpr int64_t kPerLayer = 12, kScalesPerLayer = 4;
+  const std::vector<Tensor>&tensors, &scales;  // scales are empty unless the weights are int8
+
+  Layer layer(int64_t i) const {
+    const Tensor* p = &tensors[i * kPerLayer];
+    const Tensor* scale = scales.empty() ? nullptr : &scales[i * kScalesPerLayer];
+    const auto scale_of = [&](int linear) { return scale ? scale + linear : nullptr; };
+    return {.norm_1 = {p[0], p[1]},
+            .qkv = {p[2], p[3], scale_of(0)},
+            .proj = {p[4], p[5], scale_of(1)},
+            .norm_2 = {p[6], p[7]},
+            .fc = {p[8], p[9], scale_of(2)},
+            .mlp_proj = {p[10], p[11], scale_of(3)}};
+  }
+};
 
 struct Step {
   const Tensor& x;
-  const std::vector<Tensor>&params, &scales;
+  Parameters parameters;
+  Norm last_norm;
   Tensor& kv;  // (L, B, T, 2, H, D)
   int64_t n_head;
   double eps;
 
-  int64_t B = x.size(0), C = x.size(1), T = kv.size(2);
+  int64_t layers = kv.size(0), B = x.size(0), C = x.size(1), T = kv.size(2);
   const Ops& ops = ops_for(x);
   Executor executor = here(x);
   Tensor s = like({B, C}), next_s = like({B, C}), h = like({B, C}), qkv = like({B, 3 * C}),
          o = like({B, C}), inner = like({B, 4 * C}), activated = like({B, 4 * C}),
-         added = like({B, C});
-  Tensor wide = gpt2::new_empty(x, {B, Linear::workspace(4 * C)}, accumulator(x)),
+         branch = like({B, C});
+  Tensor linear_workspace = gpt2::new_empty(x, {B, Linear::workspace_size(4 * C)}, accumulator(x)),
+         attention_workspace = gpt2::new_empty(x, {1}, ScalarType::Byte),
          stats = gpt2::new_empty(x, {2, B}, accumulator(x)),
-         seen = gpt2::new_empty(x, {B}, ScalarType::Long);
+         lengths_now = gpt2::new_empty(x, {B}, ScalarType::Long);  // with the new token
 
   Tensor like(std::vector<int64_t> shape) const { return gpt2::new_empty(x, shape); }
 
-  const Tensor& param(int64_t layer, int64_t i) const { return params[layer * kParams + i]; }
-
-  // Of a layer's `linear`-th weight, where the weights are int8; else null.
-  const Tensor* scale(int64_t layer, int linear) const {
-    return scales.empty() ? nullptr : &scales[layer * 4 + linear];
-  }
-
-  // to = from W^T + bias, the layer's `linear`-th of four
-  void multiply(int64_t layer, int linear, const Tensor& from, Tensor& to) {
-    const int weight = kWeights[linear];
-    const Tensor* packed = scale(layer, linear);
-    const Linear p = {.M = B,
-                      .N = to.size(1),
-                      .K = from.size(1),
-                      .scale = packed ? packed->const_data_ptr<float>() : nullptr};
-    const void* bias = weight == kFc ? nullptr : param(layer, weight + 1).const_data_ptr();
-    (packed ? ops.linear_int8 : ops.linear)(
-        p, from.const_data_ptr(), param(layer, weight).const_data_ptr(), bias,
-        wide.mutable_data_ptr(), to.mutable_data_ptr(), executor);
-  }
-
-  // s += from, where there is anything to add it to; h = norm(s)
-  void add_norm(const Tensor& from, const Tensor& weight, const Tensor& bias, bool first = false) {
-    ops.layer_norm_fwd(from.const_data_ptr(), first ? nullptr : s.const_data_ptr(),
-                       weight.const_data_ptr(), bias.const_data_ptr(), eps, h.mutable_data_ptr(),
-                       first ? nullptr : next_s.mutable_data_ptr(), stats.mutable_data_ptr(), B, C,
-                       executor);
-    if (first) {
-      memcpy(s.mutable_data_ptr(), from.const_data_ptr(), B * C * x.element_size());
-    } else {
-      std::swap(s, next_s);
+  Tensor run(const int64_t* lengths) {
+    for (int64_t b = 0; b < B; ++b) lengths_now.mutable_data_ptr<int64_t>()[b] = lengths[b] + 1;
+    for (int64_t i = 0; i < layers; ++i) {
+      const Layer layer = parameters.layer(i);
+      i == 0 ? norm_tokens(layer.norm_1) : add_norm(branch, layer.norm_1);
+      multiply(layer.qkv, h, qkv);
+      append_to_cache(i, lengths);
+      attend(i);
+      multiply(layer.proj, o, branch);
+      add_norm(branch, layer.norm_2);
+      multiply(layer.fc, h, inner, false);
+      bias_gelu(inner, layer.fc.bias, activated);
+      multiply(layer.mlp_proj, activated, branch);
     }
+    layers == 0 ? norm_tokens(last_norm) : add_norm(branch, last_norm);
+    return h;
   }
 
-  // o = attention of the new tokens, whose keys and values join the cache
-  void attend(int64_t layer, const int64_t* lengths, Tensor& workspace) {
-    const int64_t size = x.element_size(), row = 2 * C * size, D = C / n_head;
-    char* cache = static_cast<char*>(kv.mutable_data_ptr()) + layer * B * T * row;
+  // s = x    h = norm(s)
+  void norm_tokens(const Norm& norm) {
+    memcpy(s.mutable_data_ptr(), x.const_data_ptr(), B * C * x.element_size());
+    layer_norm(x, nullptr, norm, nullptr);
+  }
+
+  // s = s + from    h = norm(s)
+  void add_norm(const Tensor& from, const Norm& norm) {
+    layer_norm(from, s.const_data_ptr(), norm, next_s.mutable_data_ptr());
+    std::swap(s, next_s);
+  }
+
+  void layer_norm(const Tensor& from, const void* residual, const Norm& norm, void* sum) {
+    const LayerNormFwd args = {.N = B,
+                               .C = C,
+                               .eps = eps,
+                               .x = from.const_data_ptr(),
+                               .residual = residual,
+                               .weight = norm.weight.const_data_ptr(),
+                               .bias = norm.bias.const_data_ptr(),
+                               .y = h.mutable_data_ptr(),
+                               .s = sum,
+                               .stats = stats.mutable_data_ptr()};
+    ops.layer_norm_fwd(args, executor);
+  }
+
+  // to = from W^T + bias
+  void multiply(const LinearLayer& layer, const Tensor& from, Tensor& to, bool with_bias = true) {
+    const Linear args = {.M = B,
+                         .N = to.size(1),
+                         .K = from.size(1),
+                         .x = from.const_data_ptr(),
+                         .weight = layer.weight.const_data_ptr(),
+                         .scale = layer.scale ? layer.scale->const_data_ptr<float>() : nullptr,
+                         .bias = with_bias ? layer.bias.const_data_ptr() : nullptr,
+                         .y = to.mutable_data_ptr(),
+                         .workspace = linear_workspace.mutable_data_ptr()};
+    (layer.scale ? ops.linear_int8 : ops.linear)(args, executor);
+  }
+
+  void bias_gelu(const Tensor& from, const Tensor& bias, Tensor& to) {
+    const BiasGeluFwd args = {.N = B,
+                              .C = from.size(1),
+                              .x = from.const_data_ptr(),
+                              .bias = bias.const_data_ptr(),
+                              .y = to.mutable_data_ptr()};
+    ops.bias_gelu_fwd(args, executor);
+  }
+
+  int64_t row_bytes() const { return 2 * C * int64_t(x.element_size()); }  // k and v of a position
+  char* cache_of(int64_t layer) const {                                    // (B, T, 2, H, D)
+    return static_cast<char*>(kv.mutable_data_ptr()) + layer * B * T * row_bytes();
+  }
+
+  // The new tokens' k and v, the last two thirds of qkv, at position lengths[b] of the cache.
+  void append_to_cache(int64_t layer, const int64_t* lengths) {
+    const int64_t size = x.element_size(), row = row_bytes();
     const char* from = static_cast<const char*>(qkv.const_data_ptr());
     for (int64_t b = 0; b < B; ++b) {
-      memcpy(cache + (b * T + lengths[b]) * row, from + (3 * b + 1) * C * size, row);
+      memcpy(cache_of(layer) + (b * T + lengths[b]) * row, from + (3 * b + 1) * C * size, row);
     }
-    const DecodeAttention problem = {.B = B,
-                                     .H = n_head,
-                                     .T = T,
-                                     .D = D,
-                                     .q = {from, 3 * C, 3 * C, D},
-                                     .k = {cache, T * 2 * C, 2 * C, D},
-                                     .v = {cache + C * size, T * 2 * C, 2 * C, D},
-                                     .lengths = seen.const_data_ptr<int64_t>(),
-                                     .softmax_scale = 1 / sqrt(double(D))};
-    const int64_t bytes = ops.decode_attention(problem, nullptr, nullptr, executor);
-    if (workspace.numel() < bytes) workspace = gpt2::new_empty(x, {bytes}, ScalarType::Byte);
-    ops.decode_attention(problem, o.mutable_data_ptr(), workspace.mutable_data_ptr(), executor);
   }
 
-  Tensor run(const int64_t* lengths, const Tensor& norm, const Tensor& norm_bias) {
-    for (int64_t b = 0; b < B; ++b) seen.mutable_data_ptr<int64_t>()[b] = lengths[b] + 1;
-    Tensor workspace = gpt2::new_empty(x, {1}, ScalarType::Byte);
-    const int64_t layers = kv.size(0);
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      add_norm(layer == 0 ? x : added, param(layer, kNorm1), param(layer, kNorm1Bias), layer == 0);
-      multiply(layer, 0, h, qkv);
-      attend(layer, lengths, workspace);
-      multiply(layer, 1, o, added);
-      add_norm(added, param(layer, kNorm2), param(layer, kNorm2Bias));
-      multiply(layer, 2, h, inner);
-      ops.bias_gelu_fwd(inner.const_data_ptr(), param(layer, kFcBias).const_data_ptr(),
-                        activated.mutable_data_ptr(), B, 4 * C, executor);
-      multiply(layer, 3, activated, added);
+  // o = attention of the new tokens over the cache
+  void attend(int64_t layer) {
+    const int64_t D = C / n_head;
+    const char* cache = cache_of(layer);
+    DecodeAttention args = {.B = B,
+                            .H = n_head,
+                            .T = T,
+                            .D = D,
+                            .q = {qkv.const_data_ptr(), 3 * C, 3 * C, D},
+                            .k = {cache, T * 2 * C, 2 * C, D},
+                            .v = {cache + C * x.element_size(), T * 2 * C, 2 * C, D},
+                            .lengths = lengths_now.const_data_ptr<int64_t>(),
+                            .softmax_scale = 1 / sqrt(double(D)),
+                            .o = o.mutable_data_ptr(),
+                            .workspace = nullptr};
+    const int64_t bytes = ops.decode_attention(args, executor);
+    if (attention_workspace.numel() < bytes) {
+      attention_workspace = gpt2::new_empty(x, {bytes}, ScalarType::Byte);
     }
-    add_norm(layers == 0 ? x : added, norm, norm_bias, layers == 0);
-    return h;
+    args.workspace = attention_workspace.mutable_data_ptr();
+    ops.decode_attention(args, executor);
   }
 };
 
-void check_arguments(const Step& step, const Tensor& norm, const Tensor& norm_bias) {
+void check_norm(const Step& step, const char* weight, const char* bias, const Norm& norm) {
+  check_contiguous(weight, norm.weight, step.x, accumulator(step.x), {step.C});
+  check_contiguous(bias, norm.bias, step.x, accumulator(step.x), {step.C});
+}
+
+void check_linear(const Step& step, const LinearLayer& layer, int64_t N, int64_t K,
+                  ScalarType bias) {
+  check_weight("a weight", layer.weight, layer.scale, step.x, N, K);
+  STD_TORCH_CHECK(layer.weight.is_contiguous() && (!layer.scale || layer.scale->is_contiguous()),
+                  "a weight and its scale must be contiguous");
+  check_contiguous("a bias", layer.bias, step.x, bias, {N});
+}
+
+void check_arguments(const Step& step) {
   const Tensor& x = step.x;
-  const int64_t B = step.B, C = step.C, layers = step.kv.size(0);
-  const ScalarType dtype = x.scalar_type(), sums = accumulator(x);
+  const auto& [tensors, scales] = step.parameters;
+  const int64_t C = step.C, layers = step.layers, per_layer = Parameters::kPerLayer;
+  const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(step.n_head >= 1 && C % step.n_head == 0 && C / step.n_head <= kMaxHeadSize,
                   "n_head must divide the ", C, " features into heads of at most ", kMaxHeadSize,
                   ", got ", step.n_head);
-  check_tensor("kv", step.kv, x, dtype, {layers, B, step.T, 2, step.n_head, C / step.n_head});
+  check_tensor("kv", step.kv, x, dtype, {layers, step.B, step.T, 2, step.n_head, C / step.n_head});
   STD_TORCH_CHECK(step.kv.is_contiguous(), "kv must be contiguous");
-  STD_TORCH_CHECK(int64_t(step.params.size()) == layers * kParams, "params must hold ", kParams,
-                  " tensors for each of the ", layers, " layers of kv, got ", step.params.size());
-  STD_TORCH_CHECK(step.scales.empty() || int64_t(step.scales.size()) == layers * 4,
-                  "scales must hold none or 4 for each layer, got ", step.scales.size());
-  const int64_t N[] = {3 * C, C, 4 * C, C}, K[] = {C, C, C, 4 * C};
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    for (const int norm : {kNorm1, kNorm1Bias, kNorm2, kNorm2Bias}) {
-      check_contiguous("a norm", step.param(layer, norm), x, sums, {C});
-    }
-    for (int i = 0; i < 4; ++i) {
-      const Tensor& weight = step.param(layer, kWeights[i]);
-      const Tensor* scale = step.scale(layer, i);
-      check_weight("a weight", weight, scale, x, N[i], K[i]);
-      STD_TORCH_CHECK(weight.is_contiguous() && (!scale || scale->is_contiguous()),
-                      "a weight and its scale must be contiguous");
-      check_contiguous("a bias", step.param(layer, kWeights[i] + 1), x,
-                       kWeights[i] == kFc ? sums : dtype, {N[i]});
-    }
+  STD_TORCH_CHECK(int64_t(tensors.size()) == layers * per_layer, "params must hold ", per_layer,
+                  " tensors for each of the ", layers, " layers of kv, got ", tensors.size());
+  STD_TORCH_CHECK(scales.empty() || int64_t(scales.size()) == layers * Parameters::kScalesPerLayer,
+                  "scales must hold none or 4 for each layer, got ", scales.size());
+  for (int64_t i = 0; i < layers; ++i) {
+    const Layer layer = step.parameters.layer(i);
+    check_norm(step, "a norm", "a norm", layer.norm_1);
+    check_norm(step, "a norm", "a norm", layer.norm_2);
+    check_linear(step, layer.qkv, 3 * C, C, dtype);
+    check_linear(step, layer.proj, C, C, dtype);
+    check_linear(step, layer.fc, 4 * C, C, accumulator(x));
+    check_linear(step, layer.mlp_proj, C, 4 * C, dtype);
   }
-  check_contiguous("norm", norm, x, sums, {C});
-  check_contiguous("norm_bias", norm_bias, x, sums, {C});
+  check_norm(step, "norm", "norm_bias", step.last_norm);
 }
 
 // Copies: lengths may lie in the cache, which is written to, or change meanwhile.
@@ -169,10 +227,11 @@ std::vector<int64_t> checked_lengths(const Step& step, const Tensor& lengths) {
     STD_TORCH_CHECK(length >= 0 && length < step.T, "lengths must lie in [0, ", step.T, "), got ",
                     length);
   }
-  const int64_t row = 2 * step.C * step.x.element_size();
-  char* cache = static_cast<char*>(step.kv.mutable_data_ptr());
-  for (int64_t i = 0; i < step.kv.size(0) * step.B; ++i) {
-    check_writable("kv", cache + (i * step.T + copies[i % step.B]) * row, row);
+  const int64_t row = step.row_bytes();
+  for (int64_t layer = 0; layer < step.layers; ++layer) {
+    for (int64_t b = 0; b < step.B; ++b) {
+      check_writable("kv", step.cache_of(layer) + (b * step.T + copies[b]) * row, row);
+    }
   }
   return copies;
 }
@@ -182,9 +241,14 @@ Tensor decode_layers(Tensor x_, std::vector<Tensor> params, std::vector<Tensor> 
   check_dim("x", x_, 2);
   check_dim("kv", kv, 6);
   const Tensor x = as_contiguous(x_);
-  Step step{.x = x, .params = params, .scales = scales, .kv = kv, .n_head = n_head, .eps = eps};
-  check_arguments(step, norm, norm_bias);
-  return step.run(checked_lengths(step, lengths).data(), norm, norm_bias);
+  Step step{.x = x,
+            .parameters = {params, scales},
+            .last_norm = {norm, norm_bias},
+            .kv = kv,
+            .n_head = n_head,
+            .eps = eps};
+  check_arguments(step);
+  return step.run(checked_lengths(step, lengths).data());
 }
 
 }  // namespace

@@ -8,7 +8,8 @@ Tensor gelu_fwd(Tensor x_) {
   check_memory("x", x_);
   const Tensor x = as_contiguous(x_);
   Tensor y = contiguous_like(x);
-  ops_for(x).gelu_fwd(x.const_data_ptr(), y.mutable_data_ptr(), x.numel(), here(x));
+  const GeluFwd args = {.n = x.numel(), .x = x.const_data_ptr(), .y = y.mutable_data_ptr()};
+  ops_for(x).gelu_fwd(args, here(x));
   return y;
 }
 
@@ -17,8 +18,11 @@ Tensor gelu_bwd(Tensor dy_, Tensor x_) {
   check_like("dy", dy_, x_);
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_);
   Tensor dx = contiguous_like(x);
-  ops_for(x).gelu_bwd(dy.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), x.numel(),
-                      here(x));
+  const GeluBwd args = {.n = x.numel(),
+                        .dy = dy.const_data_ptr(),
+                        .x = x.const_data_ptr(),
+                        .dx = dx.mutable_data_ptr()};
+  ops_for(x).gelu_bwd(args, here(x));
   return dx;
 }
 
@@ -27,10 +31,10 @@ Tensor bias_gelu_fwd(Tensor x_, Tensor bias_) {
   const Rows x(x_);
   const Tensor bias = parameters(bias_, x_);
   Tensor y = contiguous_like(x_);
-  if (x.N > 0) {
-    ops_for(x_).bias_gelu_fwd(x.data(), bias.const_data_ptr(), y.mutable_data_ptr(), x.N, x.C,
-                              here(x_));
-  }
+  if (x.N == 0) return y;
+  const BiasGeluFwd args = {
+      .N = x.N, .C = x.C, .x = x.data(), .bias = bias.const_data_ptr(), .y = y.mutable_data_ptr()};
+  ops_for(x_).bias_gelu_fwd(args, here(x_));
   return y;
 }
 
@@ -43,9 +47,15 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(Tensor dy_, Tensor x_, Tensor bias_) {
   if (x.N == 0) return {dx, torch::stable::new_zeros(bias_, sizes(bias_))};
   Tensor dbias = gpt2::new_empty(bias, {x.C}),
          partial = gpt2::new_empty(bias, {partial_rows(x.N), x.C});
-  ops_for(x_).bias_gelu_bwd(dy.data(), x.data(), bias.const_data_ptr(), dx.mutable_data_ptr(),
-                            dbias.mutable_data_ptr(), partial.mutable_data_ptr(), x.N, x.C,
-                            here(x_));
+  const BiasGeluBwd args = {.N = x.N,
+                            .C = x.C,
+                            .dy = dy.data(),
+                            .x = x.data(),
+                            .bias = bias.const_data_ptr(),
+                            .dx = dx.mutable_data_ptr(),
+                            .dbias = dbias.mutable_data_ptr(),
+                            .partial = partial.mutable_data_ptr()};
+  ops_for(x_).bias_gelu_bwd(args, here(x_));
   return {dx, as_dtype(dbias, bias_.scalar_type())};
 }
 

@@ -58,12 +58,14 @@ inline void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_head_size(q.size(3));
 }
 
-// call(workspace) once for the size of the workspace, and once with it.
-template <class Call>
-void with_workspace(const Tensor& like, const Call& call) {
-  const int64_t size = call(nullptr);
+// Calls a kernel once for the size of its workspace, and once with it.
+template <class Args>
+void run(int64_t (*kernel)(const Args&, const Executor&), Args args, const Tensor& like) {
+  args.workspace = nullptr;
+  const int64_t size = kernel(args, here(like));
   const Tensor workspace = gpt2::new_empty(like, {size > 0 ? size : 1}, ScalarType::Byte);
-  call(workspace.mutable_data_ptr());
+  args.workspace = workspace.mutable_data_ptr();
+  kernel(args, here(like));
 }
 
 }  // namespace gpt2

@@ -20,14 +20,20 @@ std::tuple<Tensor, Tensor, Tensor> norm(const Tensor& x_, const std::optional<Te
   const Tensor weight = parameters(weight_, x_), bias = parameters(bias_, x_);
   Tensor y = contiguous_like(x_), s = residual_ ? contiguous_like(*residual_) : y;
   Tensor stats = gpt2::new_empty(weight, {2, leading(x_)});
-  if (x.N > 0) {
-    const Ops& ops = ops_for(x_);
-    const bool mixed = residual.tensor.scalar_type() != x_.scalar_type();
-    (mixed ? ops.mixed_layer_norm_fwd : ops.layer_norm_fwd)(
-        x.data(), residual_ ? residual.data() : nullptr, weight.const_data_ptr(),
-        bias.const_data_ptr(), eps, y.mutable_data_ptr(), s.mutable_data_ptr(),
-        stats.mutable_data_ptr(), x.N, x.C, here(x_));
-  }
+  if (x.N == 0) return {y, s, stats};
+  const LayerNormFwd args = {.N = x.N,
+                             .C = x.C,
+                             .eps = eps,
+                             .x = x.data(),
+                             .residual = residual_ ? residual.data() : nullptr,
+                             .weight = weight.const_data_ptr(),
+                             .bias = bias.const_data_ptr(),
+                             .y = y.mutable_data_ptr(),
+                             .s = s.mutable_data_ptr(),
+                             .stats = stats.mutable_data_ptr()};
+  const Ops& ops = ops_for(x_);
+  const bool mixed = residual.tensor.scalar_type() != x_.scalar_type();
+  (mixed ? ops.mixed_layer_norm_fwd : ops.layer_norm_fwd)(args, here(x_));
   return {y, s, stats};
 }
 
@@ -58,12 +64,19 @@ std::tuple<Tensor, Tensor> norm_bwd(const Tensor& dy_, const std::optional<Tenso
   if (s.N == 0) return {dx, torch::stable::new_zeros(weight_, std::vector<int64_t>{2, s.C})};
   Tensor dparams = gpt2::new_empty(weight, {2, s.C}),
          partial = gpt2::new_empty(weight, {partial_rows(s.N), 2, s.C});
+  const LayerNormBwd args = {.N = s.N,
+                             .C = s.C,
+                             .dy = dy.data(),
+                             .ds = ds_ ? ds.data() : nullptr,
+                             .s = s.data(),
+                             .weight = weight.const_data_ptr(),
+                             .stats = stats.const_data_ptr(),
+                             .dx = dx.mutable_data_ptr(),
+                             .dresidual = dresidual ? dresidual->mutable_data_ptr() : nullptr,
+                             .dparams = dparams.mutable_data_ptr(),
+                             .partial = partial.mutable_data_ptr()};
   const Ops& ops = ops_for(dy_);
-  (dresidual ? ops.mixed_layer_norm_bwd : ops.layer_norm_bwd)(
-      dy.data(), ds_ ? ds.data() : nullptr, s.data(), weight.const_data_ptr(),
-      stats.const_data_ptr(), dx.mutable_data_ptr(),
-      dresidual ? dresidual->mutable_data_ptr() : nullptr, dparams.mutable_data_ptr(),
-      partial.mutable_data_ptr(), s.N, s.C, here(s_));
+  (dresidual ? ops.mixed_layer_norm_bwd : ops.layer_norm_bwd)(args, here(s_));
   return {dx, as_dtype(dparams, weight_.scalar_type())};
 }
 

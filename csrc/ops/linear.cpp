@@ -1,4 +1,4 @@
-// The operator of linear.h, which the CPU's library alone has.
+// A linear layer for few rows, in the CPU's library alone: on a GPU PyTorch multiplies.
 #include "checks.h"
 
 namespace gpt2 {
@@ -14,14 +14,20 @@ Tensor linear(Tensor x_, Tensor weight_, std::optional<Tensor> bias_,
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
   const Tensor bias = bias_ ? as_contiguous(*bias_) : x,
                scale = scale_ ? as_contiguous(*scale_) : x;
-  const Linear p = {
-      .M = x.size(0), .N = N, .K = K, .scale = scale_ ? scale.const_data_ptr<float>() : nullptr};
-  Tensor y = gpt2::new_empty(x, {p.M, p.N});
-  Tensor wide = gpt2::new_empty(x, {p.M, Linear::workspace(p.K)}, accumulator(x));
+  const int64_t M = x.size(0);
+  Tensor y = gpt2::new_empty(x, {M, N});
+  Tensor workspace = gpt2::new_empty(x, {M, Linear::workspace_size(K)}, accumulator(x));
+  const Linear args = {.M = M,
+                       .N = N,
+                       .K = K,
+                       .x = x.const_data_ptr(),
+                       .weight = weight.const_data_ptr(),
+                       .scale = scale_ ? scale.const_data_ptr<float>() : nullptr,
+                       .bias = bias_ ? bias.const_data_ptr() : nullptr,
+                       .y = y.mutable_data_ptr(),
+                       .workspace = workspace.mutable_data_ptr()};
   const Ops& ops = ops_for(x);
-  (scale_ ? ops.linear_int8 : ops.linear)(p, x.const_data_ptr(), weight.const_data_ptr(),
-                                          bias_ ? bias.const_data_ptr() : nullptr,
-                                          wide.mutable_data_ptr(), y.mutable_data_ptr(), here(x));
+  (scale_ ? ops.linear_int8 : ops.linear)(args, here(x));
   return y;
 }
 

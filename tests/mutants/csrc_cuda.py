@@ -16,6 +16,8 @@ DECODE = "csrc/cuda/decode_attention.cu"
 REDUCE = "csrc/cuda/reduce.cuh"
 PARTIAL = "csrc/cuda/partial.cuh"
 NORM = "csrc/cuda/layer_norm.cu"
+NORM_CUH = "csrc/cuda/layer_norm.cuh"
+NORM_BWD = "csrc/cuda/layer_norm_bwd.cu"
 GELU = "csrc/cuda/gelu.cu"
 LOSS = "csrc/cuda/cross_entropy.cu"
 HEADS_H = "csrc/ops/heads.h"
@@ -42,7 +44,8 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "forward: the next tile overwrites the present one", FORWARD,
-        "load(start + Shape::kRead, stage ^ 1);", "load(start + Shape::kRead, stage);",
+        "start + Shape::kRead, Tk, scores.D, stage ^ 1);",
+        "start + Shape::kRead, Tk, scores.D, stage);",
         PACKED.format("fp16"),
     ),
     Mutant(
@@ -122,24 +125,24 @@ CUDA_MUTANTS = [
     ),
     # forward
     Mutant(
-        "a query does not see its own key", FORWARD,
-        "if (start + lane.column(n, e) > scores.last_key(query)) s[i]",
-        "if (start + lane.column(n, e) >= scores.last_key(query)) s[i]",
+        "a query does not see its own key", COMMON,
+        "return key > last_key(query);",
+        "return key >= last_key(query);",
         SHORT.format(17, "bf16", ""),
     ),
     Mutant(
-        "no mask in the tiles that the diagonal crosses first", FORWARD,
-        "if (start + Shape::kRead > past_end) {", "if (start > past_end) {",
+        "no mask in the tiles that the diagonal crosses first", COMMON,
+        "return start + n > past_end;", "return start > past_end;",
         PACKED.format("bf16"),
     ),
     Mutant(
         "first query aligned with first key", COMMON,
-        "return row + Tk - Tq;", "return row;",
+        "return query + Tk - Tq;", "return query;",
         "test_attention.py::test_last_query_meets_last_key[cuda-17-64-D64-bf16-]",
     ),
     Mutant(
-        "l is not rescaled", FORWARD,
-        "        l[i][half] *= alpha[i][half];\n", "",
+        "l is not rescaled", COMMON,
+        "    l *= alpha;\n", "",
         PACKED.format("bf16"),
     ),
     Mutant(
@@ -148,16 +151,15 @@ CUDA_MUTANTS = [
         PACKED.format("bf16"),
     ),
     Mutant(
-        "scaled twice", FORWARD,
-        "s[i][n][e] = exp2_fast((s[i][n][e] - m[i][e / 2]) * scores.scale_log2);",
-        "s[i][n][e] = exp2_fast((s[i][n][e] - m[i][e / 2]) * scores.scale_log2 * scores.scale);",
+        "scaled twice", COMMON,
+        "return exp2_fast((s - m) * scale_log2);",
+        "return exp2_fast((s - m) * scale_log2 * scale_log2);",
         PACKED.format("bf16"),
     ),
     Mutant(
-        "scaled before the maximum is subtracted", FORWARD,
-        "s[i][n][e] = exp2_fast((s[i][n][e] - m[i][e / 2]) * scores.scale_log2);",
-        "s[i][n][e] =\n"
-        "exp2_fast(fmaf(s[i][n][e], scores.scale_log2, -m[i][e / 2] * scores.scale_log2));",
+        "scaled before the maximum is subtracted", COMMON,
+        "return exp2_fast((s - m) * scale_log2);",
+        "return exp2_fast(fmaf(s, scale_log2, -m * scale_log2));",
         "test_attention_hazards.py::test_huge_scores[cuda-fp32]",
     ),
     Mutant(
@@ -183,7 +185,7 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "dq pass: no mask", BACKWARD,
-        "if (diagonal && start + lane.column(n, e) > scores.last_key(query)) p[i][n][e] = 0;", "",
+        "if (masked && scores.mask.hides(query, key)) p[i][n][e] = 0;", "",
         SHORT.format(17, "fp32", ""),
     ),
     Mutant(
@@ -193,9 +195,9 @@ CUDA_MUTANTS = [
         SHORT.format(17, "bf16", ""),
     ),
     Mutant(
-        "dk dv pass: begins a tile late", BACKWARD,
-        "max(first - offset, 0) / Shape::kRead * Shape::kRead;",
-        "(max(first - offset, 0) / Shape::kRead + 1) * Shape::kRead;",
+        "dk dv pass: begins a tile late", COMMON,
+        "max(first - offset, 0) / tile * tile,",
+        "(max(first - offset, 0) / tile + 1) * tile,",
         PACKED.format("bf16"),
     ),
     Mutant(
@@ -205,13 +207,12 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "dk dv pass: lse and delta of rows past the end are read", BACKWARD,
-        "const bool valid = start + row < scores.Tq;\n      const int at",
-        "const bool valid = true;\n      const int at",
+        "const bool valid = start + row < rows;", "const bool valid = true;",
         SHORT.format(17, "bf16", ""),
     ),
     Mutant(
         "dk dv pass: mask one off", BACKWARD,
-        "key > scores.last_key(start + column)", "key >= scores.last_key(start + column)",
+        "hides(start + column, key)", "hides(start + column, key + 1)",
         SHORT.format(17, "bf16", ""),
     ),
     # dropout
@@ -231,19 +232,19 @@ CUDA_MUTANTS = [
         SHORT.format(17, "bf16", "drop"),
     ),
     Mutant(
-        "dropout: what is kept is not scaled", BACKWARD,
-        "return kept ? x * scores.dropout_scale : 0.0f;", "return kept ? x : 0.0f;",
+        "dropout: what is kept is not scaled", COMMON,
+        "return kept ? x * dropout_scale : 0.0f;", "return kept ? x : 0.0f;",
         SHORT.format(17, "bf16", "drop"),
     ),
     # decode
     Mutant(
         "decode: keys past the length have weight", DECODE,
-        "if (j + i * kGroups >= end) s[i] = -INFINITY;", "",
+        "if (j + i * kGroups >= range.end) s[i] = -INFINITY;", "",
         "test_decode_attention.py::test_decode[cuda-B3-T17-D64-bf16]",
     ),
     Mutant(
         "decode: keys past the length are read", DECODE,
-        "min(j + i * kGroups, end - 1)", "j + i * kGroups",
+        "min(j + i * kGroups, range.end - 1)", "j + i * kGroups",
         "test_decode_attention.py::test_decode[cuda-B1-T17-D64-bf16]",
     ),
     Mutant(
@@ -289,7 +290,7 @@ CUDA_MUTANTS = [
         "test_layer_norm.py::test_layer_norm[cuda-C17-N3-fp32-same]",
     ),
     Mutant(
-        "layer_norm: columns past the end are read", NORM,
+        "layer_norm: columns past the end are read", NORM_CUH,
         "if (c < C) f(i, c);", "f(i, c);",
         "test_layer_norm.py::test_layer_norm[cuda-C17-N3-fp32-same]",
     ),
@@ -304,8 +305,8 @@ CUDA_MUTANTS = [
         "test_layer_norm.py::test_constant_rows[cuda]",
     ),
     Mutant(
-        "layer_norm: the residual's gradient is dropped", NORM,
-        "if (!std::is_same_v<T, R> || ds) load(ds + n * C + c, g);", "",
+        "layer_norm: the residual's gradient is dropped", NORM_BWD,
+        "if (kMixed || args.ds) load(args.ds + n * C + c, g);", "",
         "test_layer_norm.py::test_add_layer_norm[cuda-C17-N5-fp32-same]",
     ),
     Mutant(
@@ -315,7 +316,7 @@ CUDA_MUTANTS = [
         "test_layer_norm.py::test_layer_norm[cuda-C17-N3-fp32-same]",
     ),
     Mutant(
-        "layer_norm: teams do not wait for each other", NORM,
+        "layer_norm: teams do not wait for each other", NORM_BWD,
         "      __syncthreads();\n", "",
         "test_layer_norm.py::test_layer_norm[cuda-C17-N3-fp32-same]",
     ),

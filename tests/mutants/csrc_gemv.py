@@ -196,45 +196,44 @@ BLOCK_MUTANTS = [
     # weights
     Mutant(
         "the first layer's weights in all", DECODE_LAYERS_CPP,
-        "params[layer * kParams + i]", "params[i]",
+        "&tensors[i * kPerLayer]", "&tensors[0]",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
         "the first layer's scales in all", DECODE_LAYERS_CPP,
-        "scales[layer * 4 + linear]", "scales[linear]",
+        "&scales[i * kScalesPerLayer]", "&scales[0]",
         BLOCKS.format("fp32-int8"),
     ),
     Mutant(
         "the bias before the GELU added twice", DECODE_LAYERS_CPP,
-        "weight == kFc ? nullptr : param", "weight < 0 ? nullptr : param",
+        "multiply(layer.fc, h, inner, false);", "multiply(layer.fc, h, inner);",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
         "the first norm twice", DECODE_LAYERS_CPP,
-        "param(layer, kNorm2), param(layer, kNorm2Bias)",
-        "param(layer, kNorm1), param(layer, kNorm1Bias)",
+        "add_norm(branch, layer.norm_2);", "add_norm(branch, layer.norm_1);",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
         "an eps of its own", DECODE_LAYERS_CPP,
-        "bias.const_data_ptr(), eps, h", "bias.const_data_ptr(), 2 * eps, h",
+        ".eps = eps,\n                               .x", ".eps = 2 * eps,\n.x",
         BLOCKS.format("fp32-whole"),
     ),
     # the sum that runs through the blocks
     Mutant(
         "a sum that does not grow", DECODE_LAYERS_CPP,
-        "      std::swap(s, next_s);\n", "",
+        "    std::swap(s, next_s);\n", "",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
         "a sum without the embedded tokens", DECODE_LAYERS_CPP,
-        "memcpy(s.mutable_data_ptr(), from.const_data_ptr(), B * C * x.element_size());",
+        "memcpy(s.mutable_data_ptr(), x.const_data_ptr(), B * C * x.element_size());",
         "memset(s.mutable_data_ptr(), 0, B * C * x.element_size());",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
-        "the last norm of the last product alone", DECODE_LAYERS_CPP,
-        "norm, norm_bias, layers == 0);", "norm, norm_bias, true);",
+        "the last norm of the embedded tokens", DECODE_LAYERS_CPP,
+        "layers == 0 ? norm_tokens(last_norm)", "layers >= 0 ? norm_tokens(last_norm)",
         BLOCKS.format("fp32-whole"),
     ),
     # the cache
@@ -260,7 +259,7 @@ BLOCK_MUTANTS = [
     ),
     Mutant(
         "keys for values", DECODE_LAYERS_CPP,
-        ".v = {cache + C * size,", ".v = {cache,",
+        ".v = {cache + C * x.element_size(),", ".v = {cache,",
         BLOCKS.format("fp32-whole"),
     ),
     Mutant(
