@@ -19,21 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _rows
+from .attention import _rows, view_of
 from .configs import DECODE_BLOCK_N, DECODE_SPLIT, DECODE_WARPS
-from .lang import LOG2E, LOWEST, NEG_INF, load_rows
+from .lang import LOG2E, LOWEST, NEG_INF, head_of, load_rows
 
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr,                             # (B, 1, H, D), contiguous in D
-    k_ptr, v_ptr,                      # (B, T, H, D), contiguous in D
+    q,                                 # View (B, 1, H, D)
+    k, v,                              # Views (B, T, H, D)
     acc_ptr,                           # (B * H, splits, D), float32
     stats_ptr,                         # (B * H, splits, 2), float32: m, l
     lengths_ptr,                       # (B,), int64
-    stride_qb, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
     T, H, splits,
     scale_log2,                        # softmax_scale * log2(e)
     D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -49,10 +46,8 @@ def _decode_attention_kernel(
     if split * SPLIT >= length:
         return
     offs_d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d, mask=offs_d < D, other=0.0)
-    q = q.to(tl.float32)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    q_row = tl.load(head_of(q, b, h) + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    k_ptr, v_ptr = head_of(k, b, h), head_of(v, b, h)
 
     m = tl.full((), LOWEST, tl.float32)
     l = tl.zeros((), tl.float32)
@@ -61,8 +56,8 @@ def _decode_attention_kernel(
     for start in range(split * SPLIT, end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         # s = q k^T
-        k = load_rows(k_ptr, offs_n, stride_kt, end, D, BLOCK_D, True)
-        s = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
+        k_tile = load_rows(k_ptr, offs_n, k.stride_t, end, D, BLOCK_D, True)
+        s = tl.sum(q_row[None, :] * k_tile.to(tl.float32), axis=1)
         s = tl.where(offs_n < end, s, NEG_INF)
         m_new = tl.maximum(m, tl.max(s, axis=0))
         p = tl.exp2((s - m_new) * scale_log2)
@@ -70,8 +65,8 @@ def _decode_attention_kernel(
         l = l * alpha + tl.sum(p, axis=0)
         m = m_new
         # acc = acc alpha + p v
-        v = load_rows(v_ptr, offs_n, stride_vt, end, D, BLOCK_D, True)
-        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        v_tile = load_rows(v_ptr, offs_n, v.stride_t, end, D, BLOCK_D, True)
+        acc = acc * alpha + tl.sum(p[:, None] * v_tile.to(tl.float32), axis=0)
 
     tl.store(acc_ptr + at * D + offs_d, acc, mask=offs_d < D)
     tl.store(stats_ptr + 2 * at, m)
@@ -122,8 +117,7 @@ def decode_attention(q, k_cache, v_cache, lengths, softmax_scale):
     block = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "SPLIT": DECODE_SPLIT}
     if acc.numel():
         _decode_attention_kernel[(B * H * splits,)](
-            q, k, v, acc, stats, lengths, q.stride(0), q.stride(2),
-            *k.stride()[:3], *v.stride()[:3], T, H, splits, scale_log2,
+            view_of(q), view_of(k), view_of(v), acc, stats, lengths, T, H, splits, scale_log2,
             **block, BLOCK_N=DECODE_BLOCK_N, num_warps=DECODE_WARPS,
         )  # fmt: skip
     if o.numel():

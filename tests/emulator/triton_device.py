@@ -88,12 +88,22 @@ def _module(text):
 def _title(src):
     """The kernel as its author sees it: the types of its pointers, and its own constants. Triton
     makes several of it, as arguments happen to be 1 or multiples of 16."""
-    own = [
-        str(src.constants.get((i,))) if p.is_constexpr else src.signature[p.name]
-        for i, p in enumerate(src.fn.params)
-        if p.is_constexpr or src.signature[p.name][0] == "*"
-    ]
+    own = []
+    for i, p in enumerate(src.fn.params):
+        if p.is_constexpr:
+            own.append(str(src.constants.get((i,))))
+        else:
+            own += [kind for kind in _flat([src.signature[p.name]]) if kind[0] == "*"]
     return f"{src.name}<{','.join(own)}>"
+
+
+def _flat(items):
+    """The items of nested tuples in sequence, as a kernel receives a tuple's."""
+    for item in items:
+        if isinstance(item, tuple):
+            yield from _flat(item)
+        else:
+            yield item
 
 
 class _Launcher:
@@ -102,7 +112,7 @@ class _Launcher:
     def __init__(self, device, src, metadata):
         if metadata.global_scratch_size or metadata.profile_scratch_size:
             raise UnsupportedPTX(f"{metadata.name} asks for scratch memory")
-        self.device, self.types = device, list(src.signature.values())
+        self.device, self.types = device, list(_flat(src.signature.values()))
         self.title = _title(src)
 
     def __call__(
@@ -113,7 +123,7 @@ class _Launcher:
         coverage.titles[name, module.hash] = self.title
         values = [
             self._argument(kind, value, memory)
-            for kind, value in zip(self.types, args, strict=True)
+            for kind, value in zip(self.types, _flat(args), strict=True)
             if kind != "constexpr"  # what Triton has compiled in, ones among it
         ]
         values += [0, 0][: len(kernel.params) - len(values)]  # global and profile scratch

@@ -58,7 +58,7 @@ DECODE_MUTANTS = [
     ),
     Mutant(
         "padding of the head read", DECODE,
-        "stride_qh + offs_d, mask=offs_d < D, other=0.0)", "stride_qh + offs_d)",
+        "head_of(q, b, h) + offs_d, mask=offs_d < D, other=0.0)", "head_of(q, b, h) + offs_d)",
         TESTED.format("1-T2-D7"),
     ),
     Mutant(

@@ -17,14 +17,14 @@ KERNEL_MUTANTS = [
     # layer_norm
     Mutant(
         "lanes beyond C in the variance", NORM,
-        "centred = tl.where((offs_c < C)[None, :], x - mean[:, None], 0.0)",
-        "centred = x - mean[:, None]",
+        "centred = tl.where((offs_c < C)[None, :], s - mean[:, None], 0.0)",
+        "centred = s - mean[:, None]",
         "test_layer_norm.py::test_mean_far_from_zero[triton-1000.0-C17-fp32]", quick=True,
     ),
     Mutant(
         "variance as E[x^2] - mean^2", NORM,
         "tl.sum(centred * centred, axis=1) / C + eps",
-        "tl.sum(x * x, axis=1) / C - mean * mean + eps",
+        "tl.sum(s * s, axis=1) / C - mean * mean + eps",
         "test_layer_norm.py::test_mean_far_from_zero[triton-1000.0-C768-fp32]",
     ),
     Mutant(
@@ -72,7 +72,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "norm of a sum that is not the stored one", NORM,
-        "x = s.to(tl.float32)", "x = x + residual.to(tl.float32)",
+        "s = stored.to(tl.float32)", "s = s + r.to(tl.float32)",
         "test_layer_norm.py::test_the_norm_sees_the_sum_as_it_is_stored[triton]",
     ),
     # gelu

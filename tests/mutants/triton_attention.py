@@ -34,7 +34,7 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "first query aligned with first key", ATTENTION,
-        "first_seen = start_m + 1 + Tk - Tq", "first_seen = start_m + 1",
+        "first_seen = start_m + 1 + scores.Tk - scores.Tq", "first_seen = start_m + 1",
         "test_attention.py::test_last_query_meets_last_key[triton-65-200-D16-fp32-]",
     ),
     Mutant(
@@ -68,8 +68,7 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "natural scale in powers of two", ATTENTION,
-        "softmax_scale * LOG2E.value, *_dropout_args(dropout_p),",
-        "softmax_scale, *_dropout_args(dropout_p),",
+        "scale_log2=softmax_scale * LOG2E.value,", "scale_log2=softmax_scale,",
         "test_attention.py::test_short[triton-T17-D16-contiguous-fp32-]",
     ),
     Mutant(
@@ -79,18 +78,18 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "dq not scaled", ATTENTION,
-        "store_rows(dq_ptr, dq * scale,", "store_rows(dq_ptr, dq,",
+        "head_of(dq, b, h), dq_tile * scores.scale,", "head_of(dq, b, h), dq_tile,",
         "test_attention.py::test_short[triton-T17-D16-contiguous-fp32-]",
     ),
     Mutant(
         "dk scaled twice", ATTENTION,
-        "store_rows(dk_ptr, dk * scale,", "store_rows(dk_ptr, dk * scale * scale,",
+        "dk_tile *= scores.scale", "dk_tile *= scores.scale * scores.scale",
         "test_attention.py::test_short[triton-T17-D16-contiguous-fp32-]",
     ),
     Mutant(
         "scale_log2 of the backward rounded apart from the forward's", ATTENTION,
-        "    scale_log2 = softmax_scale * LOG2E.value\n",
-        "    scale_log2 = softmax_scale * LOG2E.value * (1 + 2**-21)\n",
+        "tl.exp2(s * scores.scale_log2 - lse_log2[:, None])",
+        "tl.exp2(s * (scores.scale_log2 * (1 + 2**-21)) - lse_log2[:, None])",
         "test_attention.py::test_softmax_scale[triton-1.0]",
     ),
     Mutant(
@@ -120,9 +119,11 @@ ATTENTION_MUTANTS = [
     # attention: memory
     Mutant(
         "tail of the keys loaded unmasked", ATTENTION,
-        "DIAGONAL == 1)\n            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)\n"
+        "D, BLOCK_D, DIAGONAL == 1)\n"
+        "            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)\n"
         "            if DIAGONAL:",
-        "False)\n            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)\n"
+        "D, BLOCK_D, False)\n"
+        "            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)\n"
         "            if DIAGONAL:",
         "test_attention.py::test_short[triton-T17-D16-contiguous-fp32-]",
     ),
@@ -146,14 +147,14 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "o laid out with heads first", ATTENTION,
-        "o_ptr += (b * Tq * H + h) * D\n\n", "o_ptr += (b * H + h) * Tq * D\n\n",
+        "head_of(q, b, h), head_of(k, b, h), head_of(v, b, h)\n    o_ptr += (b * Tq * H + h) * D",
+        "head_of(q, b, h), head_of(k, b, h), head_of(v, b, h)\n    o_ptr += (b * H + h) * Tq * D",
         "test_attention.py::test_short[triton-T17-D16-contiguous-fp32-]",
     ),
     Mutant(
         "k of the wrong head in dk dv", ATTENTION,
-        "k_ptr += b * stride_kb + h * stride_kh\n    v_ptr += b * stride_vb + h * stride_vh\n"
-        "    dk_ptr",
-        "k_ptr += b * stride_kb\n    v_ptr += b * stride_vb + h * stride_vh\n    dk_ptr",
+        "head_of(k, b, h), head_of(v, b, h)\n    lse_ptr",
+        "head_of(k, b, 0), head_of(v, b, h)\n    lse_ptr",
         "test_attention.py::test_packed[triton-2-17-3-D16-fp32-]",
     ),
     Mutant(
@@ -164,18 +165,18 @@ ATTENTION_MUTANTS = [
     # attention: dropout
     Mutant(
         "dropout mask of dk dv shifted", ATTENTION,
-        "start_n, BLOCK_N, dropout_threshold)\n                keep_t",
-        "start_n + 4, BLOCK_N, dropout_threshold)\n                keep_t",
+        "start_n, BLOCK_N, scores.dropout_threshold)\n                keep_t",
+        "start_n + 4, BLOCK_N, scores.dropout_threshold)\n                keep_t",
         "test_dropout.py::test_dropout_mask_is_the_same_in_forward_and_backward[triton]",
     ),
     Mutant(
         "dropped output not scaled up", ATTENTION,
-        "acc *= dropout_scale", "acc *= 1.0",
+        "acc *= scores.dropout_scale", "acc *= 1.0",
         "test_dropout.py::test_dropout_rate[triton-0.5]",
     ),
     Mutant(
         "dv not scaled up", ATTENTION,
-        "dropped_t = tl.where(keep_t, p_t * dropout_scale, 0.0)",
+        "dropped_t = tl.where(keep_t, p_t * scores.dropout_scale, 0.0)",
         "dropped_t = tl.where(keep_t, p_t, 0.0)",
         "test_dropout.py::test_dropout_mask_is_the_same_in_forward_and_backward[triton]",
     ),
