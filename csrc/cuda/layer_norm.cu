@@ -5,8 +5,8 @@
 //   y    = xhat weight + bias
 //
 // Two passes for the moments: the centred sum does not cancel the way E[x^2] - mean^2 does when
-// |mean| >> std. What the centred row still sums to is the rounding of the first mean, which is put
-// right by it. Dimensions as in layer_norm.cuh.
+// |mean| >> std. What the centred row still sums to is the rounding of the first mean, which it
+// corrects. Dimensions as in layer_norm.cuh.
 #include "layer_norm.cuh"
 
 namespace gpt2::cuda {

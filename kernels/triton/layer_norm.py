@@ -45,14 +45,17 @@ def _layer_norm_fwd_kernel(
         stored = (s + r.to(tl.float32)).to(s_ptr.dtype.element_ty)
         store_rows(s_ptr, stored, offs_row, C, N, C, BLOCK_C)
         s = stored.to(tl.float32)
-    # mean, rstd
-    mean = tl.sum(s, axis=1) / C
-    centred = tl.where((offs_c < C)[None, :], s - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    # mean, rstd. What the centred row still sums to is the rounding of the first mean.
+    first_mean = tl.sum(s, axis=1) / C
+    centred = tl.where((offs_c < C)[None, :], s - first_mean[:, None], 0.0)
+    rest = tl.sum(centred, axis=1) / C
+    mean = first_mean + rest
+    variance = tl.sum(centred * centred, axis=1) / C - rest * rest
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # NaN stays NaN
     # y = xhat * weight + bias
     weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = (s - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
     tl.store(mean_ptr + offs_row, mean, mask=offs_row < N)
     tl.store(rstd_ptr + offs_row, rstd, mask=offs_row < N)
