@@ -34,10 +34,9 @@ struct BackwardArgs {
   int64_t N, C;
 };
 
-// dx of row n. Calls add(i, c, dy, xhat) for each of this thread's vectors, i counting them:
-// dweight gains dy xhat, and dbias dy.
-template <class Plan, int L, class T, class R, class Add>
-__device__ void backward_row(const BackwardArgs<T, R>& args, int64_t n, const Add& add) {
+// dx of row n. `parameters` gains this thread's columns of dweight and dbias: dy xhat and dy.
+template <class Plan, int L, class T, class R, class Sums>
+__device__ void backward_row(const BackwardArgs<T, R>& args, int64_t n, Sums& parameters) {
   constexpr bool kMixed = !std::is_same_v<T, R>;  // there are ds and dresidual then
   const int64_t C = args.C;
   const float mean = args.stats[n], rstd = args.stats[args.N + n];
@@ -69,34 +68,35 @@ __device__ void backward_row(const BackwardArgs<T, R>& args, int64_t n, const Ad
   const float mean_wdy = sums.a / C, mean_wdy_xhat = sums.b / C;
   // dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds
   for_columns<Plan, L>(C, [&](int i, int64_t c) {
-    float v[L], d[L], w[L], xhat[L], g[L] = {};
+    float v[L], d[L], w[L], g[L] = {};
     x_row.get(i, c, v);
     dy_row.get(i, c, d);
     load(args.weight + c, w);
     if (kMixed || args.ds) load(args.ds + n * C + c, g);
+    parameters.begin(c);
 #pragma unroll
     for (int k = 0; k < L; ++k) {
-      xhat[k] = (v[k] - mean) * rstd;
-      g[k] = fmaf(rstd, d[k] * w[k] - mean_wdy - xhat[k] * mean_wdy_xhat, g[k]);
+      const float xhat = (v[k] - mean) * rstd;
+      g[k] = fmaf(rstd, d[k] * w[k] - mean_wdy - xhat * mean_wdy_xhat, g[k]);
+      parameters.add(i, k, d[k], xhat);
     }
-    add(i, c, d, xhat);
     store(g, args.dx + n * C + c);
     if constexpr (kMixed) store(g, args.dresidual + n * C + c);
+    parameters.end(c);
   });
 }
 
-// A block's sums over its rows, in registers.
+// dweight and dbias of a block's rows, in registers.
 template <class Plan, int L>
-struct ParameterSums {
+struct RegisterSums {
   float dw[Plan::vectors(L)][L] = {}, db[Plan::vectors(L)][L] = {};
 
-  __device__ void add(int i, const float (&d)[L], const float (&xhat)[L]) {
-#pragma unroll
-    for (int k = 0; k < L; ++k) {
-      dw[i][k] = fmaf(d[k], xhat[k], dw[i][k]);
-      db[i][k] += d[k];
-    }
+  __device__ void begin(int64_t) {}
+  __device__ void add(int i, int k, float d, float xhat) {
+    dw[i][k] = fmaf(d, xhat, dw[i][k]);
+    db[i][k] += d;
   }
+  __device__ void end(int64_t) {}
 
   // One team after the other adds its sums to those so far; the last has them all. A thread's
   // columns lie beside its neighbours', so that no two of a warp meet in a bank.
@@ -129,15 +129,41 @@ struct ParameterSums {
   }
 };
 
+// The same in memory, a vector at a time.
+template <int L>
+struct MemorySums {
+  float* partial;  // (2, C)
+  int64_t C;
+  bool is_empty;
+  float dw[L], db[L];
+
+  __device__ void begin(int64_t c) {
+    if (is_empty) {
+#pragma unroll
+      for (int k = 0; k < L; ++k) dw[k] = db[k] = 0;
+    } else {
+      load(partial + c, dw);
+      load(partial + C + c, db);
+    }
+  }
+  __device__ void add(int, int k, float d, float xhat) {
+    dw[k] = fmaf(d, xhat, dw[k]);
+    db[k] += d;
+  }
+  __device__ void end(int64_t c) {
+    store(dw, partial + c);
+    store(db, partial + C + c);
+  }
+};
+
 // Rows that a warp holds in registers: eight teams of a block take every eighth of its rows.
 template <class Plan, int L, class T, class R>
 __device__ void backward_by_warps(const BackwardArgs<T, R>& args, float* partial) {
-  ParameterSums<Plan, L> sums;
+  RegisterSums<Plan, L> sums;
   const int team = threadIdx.x / Plan::TEAM;
   const int64_t first = int64_t(blockIdx.x) * Plan::TEAMS + team;
   for (int64_t n = first; n < args.N; n += int64_t(gridDim.x) * Plan::TEAMS) {
-    backward_row<Plan, L>(
-        args, n, [&](int i, int64_t, const auto& d, const auto& xhat) { sums.add(i, d, xhat); });
+    backward_row<Plan, L>(args, n, sums);
   }
   sums.add_teams(team, args.C);
   if (team == Plan::TEAMS - 1) sums.store_to(partial, args.C);
@@ -146,35 +172,20 @@ __device__ void backward_by_warps(const BackwardArgs<T, R>& args, float* partial
 // Rows that a block holds in registers.
 template <class Plan, int L, class T, class R>
 __device__ void backward_by_block(const BackwardArgs<T, R>& args, float* partial) {
-  ParameterSums<Plan, L> sums;
+  RegisterSums<Plan, L> sums;
   __builtin_assume(blockIdx.x < args.N);  // there are no more blocks than rows
-  for (int64_t n = blockIdx.x; n < args.N; n += gridDim.x) {
-    backward_row<Plan, L>(
-        args, n, [&](int i, int64_t, const auto& d, const auto& xhat) { sums.add(i, d, xhat); });
-  }
+  for (int64_t n = blockIdx.x; n < args.N; n += gridDim.x) backward_row<Plan, L>(args, n, sums);
   sums.store_to(partial, args.C);
 }
 
 // Rows that are too long for registers, and so are their sums: these grow in `partial`.
 template <class Plan, int L, class T, class R>
 __device__ void backward_in_memory(const BackwardArgs<T, R>& args, float* partial) {
-  const int64_t C = args.C, first = blockIdx.x;
+  const int64_t first = blockIdx.x;
   __builtin_assume(first < args.N);  // there are no more blocks than rows
   for (int64_t n = first; n < args.N; n += gridDim.x) {
-    backward_row<Plan, L>(args, n, [&](int, int64_t c, const auto& d, const auto& xhat) {
-      float dw[L] = {}, db[L] = {};
-      if (n > first) {
-        load(partial + c, dw);
-        load(partial + C + c, db);
-      }
-#pragma unroll
-      for (int k = 0; k < L; ++k) {
-        dw[k] = fmaf(d[k], xhat[k], dw[k]);
-        db[k] += d[k];
-      }
-      store(dw, partial + c);
-      store(db, partial + C + c);
-    });
+    MemorySums<L> sums{partial, args.C, n == first};
+    backward_row<Plan, L>(args, n, sums);
   }
 }
 

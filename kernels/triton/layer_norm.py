@@ -55,7 +55,8 @@ def _layer_norm_fwd_kernel(
     # y = xhat * weight + bias
     weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    y = (s - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    xhat = (s - mean[:, None]) * rstd[:, None]
+    y = tl.fma(xhat, weight[None, :], bias[None, :])
     store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
     tl.store(mean_ptr + offs_row, mean, mask=offs_row < N)
     tl.store(rstd_ptr + offs_row, rstd, mask=offs_row < N)
