@@ -8,8 +8,7 @@
 // that share a key hold 16 bytes of it each; a group of lanes carries m, l and acc over its own
 // keys, as attention.cu does, and groups, warps and at last splits are added in their order:
 //
-//   m = max m_i    l = sum a_i l_i    acc = sum a_i acc_i    with a_i = exp(softmax_scale (m_i -
-//   m))
+//   m = max m_i    a_i = exp(softmax_scale (m_i - m))    l = sum a_i l_i    acc = sum a_i acc_i
 //
 //   B batch   T rows of the cache   H heads   D head size
 #include "attention.cuh"
