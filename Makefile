@@ -30,7 +30,7 @@ wheel:  ## for machines without a compiler: dist/ gets a wheel of this platform 
 # library, whose exceptions they intercept.
 sanitize: export GPT2_KERNELS_SANITIZE = 1
 sanitize: GRID = --full
-sanitize: SANITIZED = tests/ -m cpu_kernels $(GRID) --ignore-glob "tests/test_mutants*.py"
+sanitize: SANITIZED = tests/ -m cpu_kernels $(GRID) --ignore-glob "tests/tools/test_mutants*.py"
 sanitize: RUNTIMES = $(foreach lib,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(lib)))
 sanitize:
 	python -m gpt2.kernels build

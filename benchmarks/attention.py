@@ -1,24 +1,24 @@
-"""Causal attention against every other way to compute it that this machine has.
+"""Causal attention against every other implementation that is installed.
 
     python benchmarks/attention.py                                  # small shapes on a CPU
     python benchmarks/attention.py --shapes 16x1024x12x64,4x4096x12x64 --dtype bfloat16
     python benchmarks/attention.py --json out.json --plot out.png
 
-Shapes are BxTxHxD: batch, time, heads, head size. The forward is counted as half of 4 B H T² D
-operations, since half of the score matrix is masked; the backward as 2.5 times that.
-causal_attention_qkv is the same on GPT-2's packed projection, with the packing in the clock.
+Shapes are BxTxHxD: batch, time, heads, head size. The forward counts as 2 B H T² D operations, half
+of 4 B H T² D because half of the score matrix is masked; the backward counts as 2.5 times that.
+causal_attention_qkv is attention on GPT-2's packed projection; its time includes unpacking.
 """
 
 import math
 import sys
 from dataclasses import replace
 
-import harness
 import torch
 import torch.nn.functional as F
-from clock import FLOP, Work
-from harness import BACKWARD, Contender, Op
-from peers import autotuned, compiled, deterministic_flash, flash
+from bench import harness
+from bench.clock import FLOP, Work
+from bench.harness import BACKWARD, Contender, Op
+from bench.peers import autotuned, compiled, deterministic_flash, flash
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2 import kernels
@@ -38,7 +38,7 @@ SDPA = {
 
 
 def eager(q, k, v):
-    """The formula, one PyTorch call per step; (B, T, H, D) in and out."""
+    """The formula, one PyTorch call per step. Inputs and result are (B, T, H, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
     future = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1)
@@ -70,7 +70,7 @@ def flex(device):
 
 
 def peers(device, wrap=lambda call: call):
-    """The likely fastest first, the slowest to compile last: time may end in between."""
+    """Peers, the likely fastest first and the slowest to compile last, in case time runs out."""
     for name, backend in SDPA.items():
         yield Contender(name, wrap(sdpa), lambda backend=backend: sdpa_kernel(backend))
     theirs = "flash_attn_func", lambda f, q, k, v: f(q, k, v, causal=True), device
@@ -84,7 +84,7 @@ def peers(device, wrap=lambda call: call):
 
 
 def packed_peers(device):
-    """On a GPU only those that compute as they are: packing is all that is new to the others."""
+    """Peers with packed inputs; on a GPU without eager and the peers that need compiling."""
     slow = () if device.type == "cpu" else ("eager", "compiled", "max-autotune", "flex")
     for peer in peers(device, unpacked):
         why_not = "measured without the packing" if peer.name in slow else peer.why_not
@@ -92,7 +92,7 @@ def packed_peers(device):
 
 
 def unpacked(call):
-    """The same on (B, T, 3, H, D), as c_attn leaves q, k and v."""
+    """`call` as a function of packed q, k and v, (B, T, 3, H, D), the output of c_attn."""
     return lambda qkv: call(*qkv.unbind(2))
 
 
@@ -102,8 +102,8 @@ def work(shape, step, _):
 
 
 def corners(x):
-    """First and last sequence and head, of long sequences only the last: the float64 scores of all
-    of them would not fit."""
+    """The first and the last sequence and head; for long sequences only the last. The float64
+    scores of all of them would not fit in memory."""
     ends = [0, -1] if x.shape[1] <= 8192 else [-1]
     return x[ends][..., ends, :]
 

@@ -1,22 +1,22 @@
-"""Cross-entropy over the vocabulary, from logits and fused with the head that makes them.
+"""Cross-entropy over the vocabulary, from logits, and fused with the head that computes them.
 
     python benchmarks/cross_entropy.py --shapes 16384x50257x768 --dtype bfloat16
 
-Shapes are NxVxC: tokens, vocabulary, features (C matters to linear_cross_entropy alone). Several
-ways to compute it prepare the gradient during the forward, so forward and backward are timed
-together. Counted are the logits' bytes, read once for the loss, read and written for the gradient;
-and for linear_cross_entropy the operations of its matrix products, one forward and two backward.
+Shapes are NxVxC: tokens, vocabulary, features (only linear_cross_entropy uses C). Forward and
+backward are timed together, because several contenders prepare the gradient in the forward. The
+rate of cross_entropy counts the bytes of the logits: read once for the loss, then read and written
+for the gradient. That of linear_cross_entropy counts the operations of its three matrix products.
 """
 
 import sys
 from functools import partial
 
-import harness
 import torch
 import torch.nn.functional as F
-from clock import BYTE, FLOP, Work
-from harness import BOTH, FORWARD, Contender, Op
-from peers import autotuned, compiled, liger, quack
+from bench import harness
+from bench.clock import BYTE, FLOP, Work
+from bench.harness import BOTH, FORWARD, Contender, Op
+from bench.peers import autotuned, compiled, liger, quack
 
 from gpt2 import kernels
 from gpt2.kernels import reference
@@ -59,7 +59,7 @@ def linear_peers(device):
 
 
 def targets(shape, randint):
-    """Random, a sixteenth of them ignored."""
+    """Random targets; one in sixteen is ignored."""
     y = randint(shape.V, shape.N)
     return torch.where(randint(16, shape.N) == 0, -1, y)
 

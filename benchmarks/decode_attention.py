@@ -1,22 +1,22 @@
-"""Attention of one new token per sequence over a cache, against PyTorch's, which has none of it.
+"""Attention of one new token per sequence over a cache, against PyTorch's attention.
 
     python benchmarks/decode_attention.py --shapes 8x1024x12x64 --dtype bfloat16
 
-Shapes are BxTxHxD: sequences, keys in the cache of each, heads, head size. Counted are the bytes of
-the two caches, read once. Every sequence sees its whole cache, so that peers that know no lengths
-need no mask: ours looks at them all the same.
+Shapes are BxTxHxD: sequences, keys in each sequence's cache, heads, head size. The rate counts the
+bytes of the two caches, read once. Every sequence attends to its whole cache, so peers without a
+lengths argument need no mask; our kernels read the lengths in any case.
 """
 
 import sys
 from dataclasses import replace
 
-import harness
 import torch
 import torch.nn.functional as F
 from attention import SDPA
-from clock import BYTE, Work
-from harness import FORWARD, Contender, Op
-from peers import autotuned, compiled, flash
+from bench import harness
+from bench.clock import BYTE, Work
+from bench.harness import FORWARD, Contender, Op
+from bench.peers import autotuned, compiled, flash
 from torch.nn.attention import sdpa_kernel
 
 from gpt2 import kernels
@@ -36,7 +36,7 @@ def inputs(shape, randn, _):
 
 
 def eager(q, k_cache, v_cache, lengths):
-    """The formula, one PyTorch call per step, with a mask as a cache of several lengths needs."""
+    """The formula, one PyTorch call per step, with the mask that caches of several lengths need."""
     return reference.decode_attention(q, k_cache, v_cache, lengths)
 
 

@@ -1,18 +1,18 @@
-"""GELU in its tanh form, alone and fused with the bias before it, against PyTorch's.
+"""GELU in its tanh form, alone and fused with the preceding bias, against PyTorch's.
 
     python benchmarks/gelu.py --shapes 16384x3072 --dtype bfloat16
 
-Shapes are NxC: rows and features, 4 * n_embd of them in GPT-2. Counted are the bytes of the (N, C)
-tensors that must be read and written: x and y, backward x, dy and dx.
+Shapes are NxC: rows and features; GPT-2 has C = 4 * n_embd. The rate counts the bytes of the (N, C)
+tensors that must be read and written: x and y in the forward; x, dy and dx in the backward.
 """
 
 import sys
 
-import harness
 import torch.nn.functional as F
-from clock import BYTE, Work
-from harness import FORWARD, Contender, Op
-from peers import autotuned, compiled
+from bench import harness
+from bench.clock import BYTE, Work
+from bench.harness import FORWARD, Contender, Op
+from bench.peers import autotuned, compiled
 
 from gpt2 import kernels
 from gpt2.kernels import reference

@@ -1,20 +1,20 @@
-"""Generation with GPT-2: a prompt is read, then tokens come one by one; ours against its peers.
+"""Generation with GPT-2, prefill and decoding, against other implementations.
 
     python benchmarks/generate.py --device cpu --dtype bfloat16 --shapes 1x16
-    python benchmarks/generate.py --models gpt2,gpt2-xl       # 124 million and 1.6 billion weights
+    python benchmarks/generate.py --models gpt2,gpt2-xl     # 124 million and 1.6 billion parameters
 
-Shapes are BxP: sequences, and tokens of the prompt of each. All models have the same random weights
+Shapes are BxP: sequences, and prompt tokens per sequence. All models have the same random weights
 and choose greedily. Two passes are timed: prefill, from the prompt to its first token; and decode,
-a step that gives every sequence one more, from whole calls: with --tokens N, (time of N tokens -
-time of 1) / (N - 1). A step is given as a share of what reading the weights and the cache once
-would take, at the best rate at which the same run reads a large tensor.
+one more token for every sequence. Decode is computed from whole calls: with --tokens N, it is
+(time of N tokens - time of 1) / (N - 1). The limit of a decode step is the time to read the weights
+and the cache once, at the highest rate at which the same run reads a large tensor.
 
-generate_int8 is the same model with int8 weights, beside its own whole ones and CTranslate2's int8.
+generate_int8 compares our int8 weights with our unquantized weights and with CTranslate2's int8.
 plain has no cache; compiled is transformers with a static cache and torch.compile; onnxruntime is
 the graph that Hugging Face's optimum exports. Peak memory is what a call takes beyond the weights.
 
-What a contender chose is checked with the plain model in float32, over its own tokens: a choice may
-be short of the likeliest by no more than rounding explains.
+The plain model in float32 checks the tokens that each contender chose: the logit of a chosen token
+may be below the largest by no more than rounding explains.
 """
 
 import argparse
@@ -22,15 +22,16 @@ import contextlib
 import functools
 import sys
 
-import harness
 import torch
-from clock import FLOP, READ, Clock, Work, peak_memory
-from contest import contest, rehearse, released
-from generators import BACKENDS, COMPILED, INT8, PEERS, WHOLE, Makers, why_not
-from harness import Contender, Wrong
-from record import Case, Record
+from bench import harness
+from bench.clock import FLOP, READ, Clock, Work, peak_memory
+from bench.contenders import check_and_time, rehearse, released
+from bench.generators import BACKENDS, COMPILED, INT8, PEERS, WHOLE, Makers, why_not
+from bench.harness import Contender, Wrong
+from bench.result_file import Case, Record
 
-from gpt2 import Config, Model, generation
+from gpt2 import Config, Model
+from gpt2.generate import decoding
 
 DIMS = "BxP"
 SHAPES = {"cpu": "1x16,1x512,8x16", "cuda": "1x16,1x512,8x16,8x512,64x16,64x512"}
@@ -39,8 +40,8 @@ PREFILL, DECODE = "prefill", "decode"
 
 
 def shortfall(truth: Model, prompts, tokens) -> tuple[float, float]:
-    """The most by which a chosen logit was below the largest, and the largest there was: of the
-    first sequences, by the plain model over the tokens that were chosen."""
+    """Returns the most by which a chosen token's logit was below the largest logit, and the largest
+    magnitude of a logit. The plain model judges the first CHECKED sequences."""
     prompts, tokens = prompts[:CHECKED], tokens[:CHECKED].to(prompts.device)
     whole = torch.cat([prompts, tokens], dim=1)
     with torch.no_grad():
@@ -62,14 +63,14 @@ def measure(
     chosen: list[str],
     tokens: int,
 ) -> Case | None:
-    """Every contender at one shape: its choices checked, then both passes timed."""
+    """Checks every contender's tokens at one shape, then times both passes."""
     if name not in chosen:
         return None
     case = Case(op, vars(shape), str(dtype).removeprefix("torch."), (PREFILL, DECODE))
     torch.compiler.reset()
     torch.manual_seed(0)
     device, config = clock.device, Config.named(name)
-    plain = Model(config).to(dtype)  # the weights of all are rounded alike
+    plain = Model(config).to(dtype)  # rounds the weights of all contenders alike
     make = Makers(plain, device, dtype)
     wanted = record.wanted(case, [
         Contender(c, make.by_name(c), kind="backend" if c in BACKENDS else "peer",
@@ -132,7 +133,7 @@ def measure(
         lengths = [shape.P + tokens // 2] * shape.B
         return Work(bytes_of_a_step(config, contender.name, dtype, lengths), READ)
 
-    contest(record, case, wanted, clock, limit, work, check, timed)
+    check_and_time(record, case, wanted, clock, limit, work, check, timed)
     truth.clear()
     released(device)
     return case
@@ -143,10 +144,10 @@ def per_second(tokens: int, times: dict) -> float:
 
 
 def bytes_of_a_step(config: Config, name: str, dtype: torch.dtype, lengths: list[int]) -> int:
-    """What a step must read; of an int8 matrix (N, K), N K bytes and N scales in float32."""
+    """Bytes that a step must read. An int8 matrix (N, K) has N K bytes and N scales in float32."""
     with torch.device("meta"):
         model = Model(config).to(dtype)
-    least = generation.step_bytes(model, lengths)
+    least = decoding.step_bytes(model, lengths)
     if "int8" in name:
         matrices = {p for n, p in model.named_parameters() if p.dim() == 2 and "wpe" not in n}
         least -= sum(p.nbytes - p.numel() - 4 * len(p) for p in matrices)

@@ -1,24 +1,24 @@
-"""Host time: what Python, dispatch, autograd and the launcher take before a kernel can run.
+"""Host time: what Python, dispatch, autograd and the launcher cost before a kernel runs.
 
     python benchmarks/host.py --device cpu
     python benchmarks/host.py --device cuda --json out.json
     python benchmarks/host.py --backends triton-stub          # on a CPU: Triton's launcher
 
-Every op of gpt2.kernels on tensors so small that the work itself hardly counts, beside PyTorch's
-own op: the forward without gradients, then forward and backward. Then a step (forward, backward) of
-a toy GPT-2 of 12 layers, fast and plain. Then where the time of a forward goes, from nested calls
-with the same arguments, each less the one inside it:
+Times every op of gpt2.kernels beside PyTorch's own op, on tensors so small that the work itself
+hardly counts: the forward without gradients, then forward and backward. Then a step (forward and
+backward) of a small 12-layer GPT-2, fast and plain. Then the parts of a forward. They come from
+nested calls with the same arguments; a part is the time of a call less that of the call inside it:
 
-    argument checks     the public op; with it what a loss does around its kernel
+    argument checks     the public op, including a loss's work around its kernel
     dispatch            the choice of a backend
     autograd function   Function.apply
     raw op              torch.ops.gpt2_kernels: from torch.library to the launcher
     launcher            the backend's function: output tensors, grid, launch
 
-Shapes are BxTxHxD: batch, time, heads, head size. On a CPU the time is one thread's own, so that a
-busy machine is not in it, and includes the small kernels. triton-stub launches Triton's kernels on
-a driver that does nothing (stub_driver.py): its results are not checked. On a GPU the time is that
-of issuing the work; where an op waits for the GPU, the wait is in it.
+Shapes are BxTxHxD: batch, time, heads, head size. On a CPU the time is the CPU time of one thread:
+it includes the small kernels, but not other processes. triton-stub launches Triton's kernels on a
+driver that does nothing (stub_driver.py), so their results are not checked. On a GPU the time is
+the time to issue the work; if an op waits for the GPU, it includes the wait.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
-import harness
-import stub_driver
 import torch
-from contest import Contender, ContextLost, Wrong, contest
-from harness import as_tuple
-from host_clock import HostClock, within
-from host_ops import Op, V, operations
-from host_parts import summed, taken_apart
-from host_report import BOTH, FORWARD, OP, PEER, PLAIN, STEP, WITH_GRAD, tables, text
-from machine import environment
-from options import DTYPES, parse
-from record import Case, Record
-from report import label
+from bench import harness
+from bench.contenders import Contender, ContextLost, Wrong, check_and_time
+from bench.environment import environment
+from bench.harness import as_tuple
+from bench.host import stub_driver
+from bench.host.host_clock import HostClock, within
+from bench.host.ops import Op, V, operations
+from bench.host.parts import summed, taken_apart
+from bench.host.tables import BOTH, FORWARD, OP, PEER, PLAIN, STEP, WITH_GRAD, tables, text
+from bench.options import DTYPES, parse
+from bench.result import label
+from bench.result_file import Case, Record
 
 from gpt2 import Config, Model, kernels
 from gpt2.kernels import dispatch
@@ -48,11 +48,11 @@ from gpt2.kernels import dispatch
 DIMS = "BxTxHxD"
 SHAPES = {"cpu": "1x16x2x16", "cuda": "1x16x2x16"}
 STUB = "triton-stub"
-BACKENDS = {"cpu": ("cpu", STUB), "cuda": ("triton", "cuda")}  # of a device
+BACKENDS = {"cpu": ("cpu", STUB), "cuda": ("triton", "cuda")}  # device type -> backends
 
 
 def ours(record: Record, device, dtype, ops: list[str], size: int, call) -> list[Contender]:
-    """The backends of this device, as far as the record wants them, for a call of these ops."""
+    """A contender for each backend of this device that the record wants, calling these ops."""
     found, only = [], record.only["backend"]
     for name in BACKENDS[device.type]:
         if (only is None or name in only) and name not in record.without:
@@ -67,8 +67,9 @@ def ours(record: Record, device, dtype, ops: list[str], size: int, call) -> list
 
 
 def serving(backend: str, base: Callable, ops: list[str], *asked) -> tuple[Callable, str | None]:
-    """The context in which the backend serves all ops, and why it cannot. Nothing is forced where
-    dispatch takes it by itself: so its choice costs what it costs a user."""
+    """Returns (context in which the backend runs all the ops, None or why it cannot run them). The
+    context forces nothing if dispatch chooses the backend anyway, so that the choice costs what it
+    costs a user."""
     with base():
         for op in ops:
             if reason := kernels.why_not(backend, op, *asked):
@@ -80,7 +81,7 @@ def serving(backend: str, base: Callable, ops: list[str], *asked) -> tuple[Calla
 
 
 def stepper(op: Op, step: str, call: Callable, grads) -> tuple[Callable, Callable]:
-    """A pass as a function of nothing, and the context around its runs."""
+    """Returns (one pass as a function without arguments, the context to run it in)."""
     if step == FORWARD:
         return partial(call, *op.inputs), torch.no_grad
     if step == WITH_GRAD:
@@ -90,7 +91,7 @@ def stepper(op: Op, step: str, call: Callable, grads) -> tuple[Callable, Callabl
 
 
 def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
-    """Every contender for one op: its results compared, then each pass timed."""
+    """Compares every contender's results for one op, then times each pass."""
     device = clock.device
     case = Case(OP + op.name, vars(shape), str(dtype).removeprefix("torch."), op.steps)
     contenders = ours(record, device, dtype, [op.kernel], op.size, op.ours)
@@ -118,7 +119,7 @@ def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
         times = clock(runs)
         for c in group:
             times[c]["details"] = {"launches": launched(*runs[c])} if c.name == STUB else {}
-        # The forward with a gradient to come is taken apart, where there is one
+        # Splits the forward that records a gradient, if the op has one
         if step == (WITH_GRAD if WITH_GRAD in op.steps else FORWARD):
             nested = {(c, part): call for c in group
                       for part, call in taken_apart(*runs[c]).items()}  # fmt: skip
@@ -128,12 +129,12 @@ def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
                 times[c]["details"]["parts_us"] = summed(mine)
         return times
 
-    contest(record, case, contenders, clock, {}, None, check, timed)
+    check_and_time(record, case, contenders, clock, {}, None, check, timed)
     record.settle(case)
 
 
 def launched(run: Callable, context: Callable) -> int:
-    """How many kernels one run launches on the stub."""
+    """The number of kernels that one run launches on the stub driver."""
     with context():
         before = stub_driver.launches()
         run()
@@ -141,8 +142,9 @@ def launched(run: Callable, context: Callable) -> int:
 
 
 def compared(contender: Contender, found, truth) -> float | None:
-    """The largest difference from PyTorch's, None for the stub, whose kernels never run. Raises
-    Wrong where only another op could differ as much: the other benchmarks judge precision."""
+    """The largest difference from PyTorch's results; None for the stub, whose kernels never run.
+    Raises Wrong only for a difference that shows another op was computed: the other benchmarks
+    judge precision."""
     if contender.name == STUB:
         return None
     pairs = list(zip(found, truth, strict=True))
@@ -155,7 +157,7 @@ def compared(contender: Contender, found, truth) -> float | None:
 
 
 def measure_step(shape, dtype, clock: HostClock, record: Record) -> None:
-    """Forward and backward of the toy, fast and plain; autocast over float32 in half precision."""
+    """Times forward and backward of a small model, fast and plain; half precision is autocast."""
     device = clock.device
     case = Case(STEP, vars(shape), str(dtype).removeprefix("torch."), (BOTH,))
     config = Config(block_size=shape.T, vocab_size=V, n_layer=12, n_head=shape.H,
@@ -201,12 +203,12 @@ def measure_step(shape, dtype, clock: HostClock, record: Record) -> None:
             times[c]["details"] = details
         return times
 
-    contest(record, case, contenders, clock, {}, None, check, timed)
+    check_and_time(record, case, contenders, clock, {}, None, check, timed)
     record.settle(case)
 
 
 def main(argv=None) -> int:
-    """The exit code is 1 where a backend of ours is wrong or fails, 3 where the GPU is lost."""
+    """Returns exit code 1 if a backend of ours is wrong or fails, 3 if the GPU is lost."""
     known = list(dict.fromkeys(itertools.chain(*BACKENDS.values())))
     parsers = []
     options = parse(argv, __doc__, DIMS, SHAPES, known, [PEER, PLAIN], parsers.append)
@@ -217,7 +219,7 @@ def main(argv=None) -> int:
     if options.plot:
         parsers[0].error("--plot: host time is given in tables alone")
     if options.compile_only:
-        return 0  # nothing here is compiled by torch.compile
+        return 0  # torch.compile compiles nothing here
     torch.set_num_threads(1)
     clock = HostClock(options.device, options.quick)
     about = environment(options.device)
@@ -235,7 +237,7 @@ def main(argv=None) -> int:
             measure_step(shape, DTYPES[dtype], clock, record)
     except ContextLost as error:
         lost = f"the CUDA context is lost, nothing more can run in this process: {error}"
-    record.add()  # nothing is running any more
+    record.add()  # nothing is running now
     for lines in tables([asdict(r) for r in record.results]):
         print(f"\n{text(lines)}")
     untimed = [r for r in record.results if r.status != "ok"]

@@ -1,19 +1,19 @@
-"""LayerNorm, alone and fused with the residual addition before it, against PyTorch's.
+"""LayerNorm, alone and fused with the preceding residual addition, against PyTorch's.
 
     python benchmarks/layer_norm.py --shapes 65536x768 --dtype bfloat16
 
-Shapes are NxC: rows and features. Counted are the bytes of the (N, C) tensors that must be read
-and written: x and y; with the residual x, residual, y and their sum; backward dy, x and dx; with
-the residual also the gradient of the sum.
+Shapes are NxC: rows and features. The rate counts the bytes of the (N, C) tensors that must be read
+and written. Forward: x and y; with the residual also residual and the sum. Backward: dy, x and dx;
+with the residual also the gradient of the sum.
 """
 
 import sys
 
-import harness
 import torch.nn.functional as F
-from clock import BYTE, Work
-from harness import FORWARD, Contender, Op
-from peers import autotuned, compiled, liger
+from bench import harness
+from bench.clock import BYTE, Work
+from bench.harness import FORWARD, Contender, Op
+from bench.peers import autotuned, compiled, liger
 
 from gpt2 import kernels
 from gpt2.kernels import reference
@@ -32,7 +32,7 @@ def add_layer_norm(x, residual, weight, bias):
 
 
 def formula(x, weight, bias):
-    """What LayerNorm means, one PyTorch call per step, with float32 statistics."""
+    """LayerNorm's formula, one PyTorch call per step, with float32 statistics."""
     wide = x.float()
     centred = wide - wide.mean(-1, keepdim=True)
     xhat = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()

@@ -1,13 +1,13 @@
-"""The tables and pictures of README.md and docs/benchmarks.md, from the results that the scripts
-wrote: never typed by hand.
+"""Writes the tables and pictures of README.md and docs/benchmarks.md from the scripts' results.
 
     python benchmarks/table.py            # print docs/benchmarks.md's tables
     python benchmarks/table.py --write    # rewrite both files between the markers, and the pictures
     python benchmarks/table.py --check    # write nothing; exit code 1 if anything is out of date
 
-For each operation, pass and shape: the fastest backend of ours beside the fastest of all peers of
-the same run. README shows the pictures (pictures.py) and the ratio of the two alone, from the
-newest run. docs/benchmarks.md starts with every goal (goals.py) beside its newest measurement.
+The tables compare our fastest backend with the fastest peer of the same run, for each operation,
+pass and shape. README shows the pictures (bench/report/pictures.py) and the ratio of the two, from
+the newest run on a GPU and the newest on all cores of a CPU. docs/benchmarks.md starts with every
+goal (bench/report/goals.py) beside its newest measurement.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from goals import GOALS, judged, targets
-from host_report import tables as host_tables
-from pictures import pictures
-from report import is_ours, label, significant
+from bench.host.tables import tables as host_tables
+from bench.report.goals import GOALS, judged, targets
+from bench.report.pictures import pictures
+from bench.result import is_ours, label, significant
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,14 +30,14 @@ BEGIN, END = (
 WHERE = {"h200": "H200", "avx512": "AVX-512", "cpu": "any CPU"}
 GOALS_TITLE = "**Goals**, and the newest measurement of each"
 RATIOS_TITLE = (
-    "**Times as fast as the best peer in the same run**, over all measured shapes. Below 1× the "
-    "peer is faster."
+    "**Times as fast as the best peer in the same run**, over all measured shapes; of a CPU, "
+    "float32 with all threads."
 )
 HEADER = ("shape", "pass", "ours", "median", "rate", "of limit", "best peer", "ratio", "max error")
 
 
 class BadInput(Exception):
-    """A file that is not what it should be; the message is one line."""
+    """A file cannot be read or has another format; the message is one line."""
 
 
 def load(path: Path) -> dict:
@@ -51,7 +51,7 @@ def load(path: Path) -> dict:
 
 
 def load_all(root: Path) -> list[dict]:
-    """Every document of results: those of GPUs first, then by the name of the file."""
+    """All result documents: those of GPUs first, then by file name."""
     documents = [load(path) for path in sorted((root / "benchmarks/results").glob("*.json"))]
     return sorted(documents, key=lambda d: d["environment"].get("device") != "cuda")
 
@@ -66,7 +66,7 @@ def render(documents: list[dict]) -> str:
         if about != previous:
             blocks.append(about)
             previous = about
-        if document.get("script") == "host":  # it has neither rates nor limits
+        if document.get("script") == "host":  # host time has neither rates nor limits
             blocks += ["**Host time**", *map(host_table, host_tables(document["results"]))]
             continue
         timed = [r for r in document["results"] if r["status"] == "ok"]
@@ -84,8 +84,8 @@ def host_table(lines: list[tuple[str, ...]]) -> str:
 
 
 def summary(documents: list[dict]) -> str:
-    """Markdown: a table per machine and version, a line per operation and dtype, and for each pass
-    the newest ratios over all shapes. Host time is not among them."""
+    """Markdown: a table per machine and version, a line per operation and dtype, with the newest
+    ratios of each pass over all shapes. Host time is left out."""
     documents = [d for d in documents if d.get("script") != "host"]
     if not documents:
         return "No measurement is recorded in benchmarks/results yet."
@@ -95,7 +95,7 @@ def summary(documents: list[dict]) -> str:
     for name, group in machines.items():
         commits = dict.fromkeys(commit(document["environment"]) for document in group)
         blocks.append(f"*{name}, {', '.join(commits)}*")
-        newest = {}  # of each case: its date, and the two that the same run measured
+        newest = {}  # case -> date, our fastest and the fastest peer of one run
         for document in group:
             date = document["environment"]["date"]
             for key, pair in cases_of(document["results"]).items():
@@ -105,16 +105,27 @@ def summary(documents: list[dict]) -> str:
         for (op, dtype, _, step), (_, (ours, peer)) in newest.items():
             by_pass = ratios.setdefault((op, dtype), {})
             by_pass.setdefault(step, []).append(peer["median_ms"] / ours["median_ms"])
-        passes = dict.fromkeys(step for by_pass in ratios.values() for step in by_pass)
-        lines = [("operation", "dtype", *passes), ("---",) * (2 + len(passes))]
+        lines = [("operation", "dtype", "times as fast"), ("---",) * 3]
         for (op, dtype), by_pass in ratios.items():
-            lines.append((op, dtype, *(span(by_pass.get(step, [])) for step in passes)))
+            found = ", ".join(f"{step} {span(values)}" for step, values in by_pass.items())
+            lines.append((op, dtype, found))
         blocks.append(markdown(lines))
     return "\n\n".join(blocks)
 
 
+def headline(documents: list[dict]) -> list[dict]:
+    """The documents of README's table: GPUs, and float32 on CPUs with the most threads."""
+    most = max((d["environment"]["threads"] or 0 for d in documents), default=0)
+    chosen = [d for d in documents if (d["environment"]["threads"] or 0) in (0, most)]
+    return [
+        d | {"results": [r for r in d["results"] if r["dtype"] == "float32"]}
+        if d["environment"]["threads"] else d
+        for d in chosen
+    ]  # fmt: skip
+
+
 def goal_table(documents: list[dict]) -> str:
-    """Markdown: every goal, its newest measurement, and the targets that are missed or open."""
+    """Markdown: every goal, its newest measurement, and the targets missed or not measured."""
     head = ("operation", "pass", "dtype", "shape", "on", "goal", "measured", "best peer",
             "ratio", "of limit", "met")  # fmt: skip
     lines = [head, ("---",) * len(head)]
@@ -141,8 +152,6 @@ def goal_table(documents: list[dict]) -> str:
 
 def span(ratios: list[float]) -> str:
     """ "1.3 to 1.9×" """
-    if not ratios:
-        return ""
     least, most = (f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
     return f"{least}×" if least == most else f"{least} to {most}×"
 
@@ -168,8 +177,8 @@ def commit(about: dict) -> str:
 
 
 def cases_of(rows: list[dict]) -> dict:
-    """(op, dtype, shape, pass) -> (the fastest of ours, the fastest peer), None where none ran.
-    The reference is neither."""
+    """(op, dtype, shape, pass) -> (our fastest row, the fastest peer's row); None if there is none.
+    The reference counts as neither."""
     cases = {}
     for row in rows:
         if row["status"] == "ok" and (is_ours(row) or row["kind"] == "peer"):
@@ -209,7 +218,7 @@ def median(result: dict) -> float:
 
 
 def replaced(text: str, tables: str, path: Path) -> str:
-    """`text` with `tables` between the two markers."""
+    """`text` with `tables` between its two markers. Raises BadInput if there are no markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise BadInput(f"{path}: needs one line {BEGIN!r} and after it one line {END!r}")
     return f"{text.partition(BEGIN)[0]}{BEGIN}\n\n{tables}\n\n{END}{text.partition(END)[2]}"
@@ -228,12 +237,14 @@ def main(argv=None) -> int:
     try:
         documents = load_all(root)
         shown = pictures(documents)
-        details = f"{GOALS_TITLE}\n\n{goal_table(documents)}\n\n{render(documents)}"
-        overview = [picture.markup() for picture in shown] + [RATIOS_TITLE, summary(documents)]
+        details = "\n\n".join([GOALS_TITLE, goal_table(documents), RATIOS_TITLE,
+                               summary(documents), render(documents)])  # fmt: skip
+        overview = [picture.markup() for picture in shown]
+        overview += [RATIOS_TITLE, summary(headline(documents))]
         tables = {"README.md": "\n\n".join(overview), "docs/benchmarks.md": details}
         old = {name: (root / name).read_text() for name in tables}
         new = {name: replaced(old[name], tables[name], root / name) for name in tables}
-        # what is out of date -> the function that writes it
+        # outdated file -> the function that writes it
         stale = {name: partial((root / name).write_text, new[name])
                  for name in tables if new[name] != old[name]}  # fmt: skip
         stale |= {str(p): partial(p.write, root) for p in shown if p.stale(root)}

@@ -1,4 +1,4 @@
-"""A subset of the benchmarks for pytest-benchmark, to notice regressions between two commits.
+"""A few benchmarks for pytest-benchmark, to find regressions between two commits.
 
 pytest --benchmark-only benchmarks/ --benchmark-autosave
 pytest --benchmark-only benchmarks/ --benchmark-compare --benchmark-compare-fail=median:10%
@@ -9,11 +9,10 @@ import os
 import attention
 import cross_entropy
 import gelu
-import harness
 import layer_norm
-import options
 import pytest
 import torch
+from bench import harness, options
 
 from gpt2 import kernels
 

@@ -2,47 +2,45 @@
 
     python benchmarks/train_step.py --device cpu
     python benchmarks/train_step.py --shapes 4x64 --dtype float32,bfloat16 --json out.json
-    python benchmarks/train_step.py --profile --largest-batch        # the latter on a GPU only
+    python benchmarks/train_step.py --profile --largest-batch        # --largest-batch: GPU only
 
-Shapes are BxT: sequences and tokens of each. float32 is plain; bfloat16 and float16 are autocast
-over float32 parameters. All start from the same weights, and each first loss is compared with that
-of the plain model in float32 before anything is timed. Operations are counted as 6 per
-parameter and token and 12 L C T for attention (Chowdhery et al., PaLM, 2022), and given as a share
-of a large matrix product's rate.
+Shapes are BxT: sequences, and tokens per sequence. float32 is plain; bfloat16 and float16 are
+autocast over float32 parameters. All models start from the same weights. Before anything is timed,
+each model's first loss is compared with the loss of the plain model in float32. A token counts as
+6 operations per parameter and 12 L C T for attention (Chowdhery et al., PaLM, 2022); the rate is
+given as a share of the rate of a large matrix product.
 
 fast-graph is fast with the whole step, AdamW included, captured as one CUDA graph; fast-compiled
 and fast-reduce-overhead are torch.compile of the fast model, the latter with its own CUDA graphs.
-compiled, reduce-overhead and max-autotune are torch.compile of the plain model; transformers' GPT-2
-is its own code with SDPA attention; nanogpt is an eager model in nanoGPT's form. Peak memory is of
-the whole step, parameters and AdamW's state included.
+compiled, reduce-overhead and max-autotune are torch.compile of the plain model; transformers is
+Hugging Face's GPT-2 with SDPA attention; nanogpt is an eager model with nanoGPT's architecture.
+Peak memory is that of the whole step, including parameters and AdamW's state.
 """
 
 import contextlib
 import copy
 import sys
 
-import harness
-import models
-import step_profile
 import torch
 import torch.nn as nn
-from clock import FLOP, Clock, Work
-from contest import contest, rehearse, released
-from harness import Contender, Wrong
-from record import Case, Record
+from bench import harness, models, step_profile
+from bench.clock import FLOP, Clock, Work
+from bench.contenders import check_and_time, rehearse, released
+from bench.harness import Contender, Wrong
+from bench.result_file import Case, Record
 
 from gpt2 import Config, Model
 
 DIMS = "BxT"
 SHAPES = {"cpu": "1x1024,4x64", "cuda": "64x1024,4x1024,32x1024,8x1024"}
 CONFIG = Config.named("gpt2")
-SEARCHED = 8  # the largest batch is found to a multiple of this
-WARM_UP = 3  # steps before a capture, as PyTorch asks for
+SEARCHED = 8  # the largest batch is a multiple of this
+WARM_UP = 3  # steps before a capture, as PyTorch requires
 
 
 def stepper(model: nn.Module, idx, targets, dtype, graph=False):
-    """One training step as a function of nothing; it returns the loss before the update. With
-    graph it is captured once, and replayed."""
+    """One training step as a function without arguments, which returns the loss before the update.
+    With graph the step is captured once, and each call replays it."""
     fused = torch.optim.AdamW(
         model.parameters(), lr=1e-5, weight_decay=0.1, fused=True, capturable=graph
     )
@@ -63,8 +61,9 @@ def stepper(model: nn.Module, idx, targets, dtype, graph=False):
 
 
 def captured(step, model: nn.Module, optimizer: torch.optim.Optimizer):
-    """The step as one CUDA graph; weights and the optimizer's state are then what they were. Its
-    peak_memory, in bytes, is what the step takes: a replay allocates nothing."""
+    """The step captured as one CUDA graph. Restores the weights and resets the optimizer's state
+    afterwards. The result's peak_memory, in bytes, is that of the capture: a replay allocates
+    nothing."""
     start = [p.detach().to("cpu", copy=True) for p in model.parameters()]  # not in the peak
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -100,7 +99,7 @@ def batch(shape, device):
 
 
 def true_loss(plain: Model, idx, targets) -> float:
-    """The plain model's, in float32, a few sequences at a time: all their logits may not fit."""
+    """The plain model's loss in float32, a few sequences at a time: all logits may not fit."""
     model = copy.deepcopy(plain).to(idx.device)
     with torch.no_grad():
         pieces = zip(idx.split(4), targets.split(4), strict=True)
@@ -111,15 +110,15 @@ def true_loss(plain: Model, idx, targets) -> float:
 def measure(
     shape, dtype, clock: Clock, limit: dict, record: Record, profile=False, largest_batch=False
 ) -> Case | None:
-    """Every contender at one shape: the loss compared, then steps timed, then what else is asked
-    of those that were."""
+    """Compares every contender's loss at one shape, then times its steps, then takes the profile
+    and finds the largest batch if asked to."""
     torch.compiler.reset()
     torch.manual_seed(0)
     device = clock.device
     if largest_batch and device.type == "cpu":
         sys.exit("train_step.py: error: --largest-batch needs a GPU")
     case = Case("train_step", vars(shape), str(dtype).removeprefix("torch."), ("step",))
-    plain = Model(CONFIG)  # all models start from its weights, which stay on the CPU
+    plain = Model(CONFIG)  # its weights are copied to every model, and stay on the CPU
     makers = models.makers(plain)
     contenders = record.wanted(case, [
         Contender(name, make, kind="backend" if name in models.BACKENDS else "peer",
@@ -143,7 +142,7 @@ def measure(
             truth.append(true_loss(plain, idx, targets))
         run = stepping(contender)
         error = abs(run().item() - truth[0])
-        # bfloat16 has 8 bits: a loss of 11 is known to a few hundredths
+        # bfloat16 has 8 bits: a loss near 11 is exact to a few hundredths
         if not error <= 8 * torch.finfo(dtype).eps:
             raise Wrong(f"the first loss is off by {error:.2e}")
         runs[contender] = run
@@ -163,7 +162,7 @@ def measure(
             runs.clear()  # the next model may need all of the memory
         return times
 
-    contest(record, case, contenders, clock, limit, lambda step, contender: work, check, timed)
+    check_and_time(record, case, contenders, clock, limit, lambda *of: work, check, timed)
     rows = [r for r in record.results if case.holds(r) and r.median_ms]
     for row in rows if largest_batch else ():
         if "largest_batch" not in row.details and not record.late():
@@ -187,10 +186,10 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def peak(run, device: torch.device) -> int | None:
-    """Bytes at the most during a step, with all that was there before it; None on a CPU."""
+    """Peak bytes allocated during a step, including earlier allocations; None on a CPU."""
     if device.type != "cuda":
         return None
-    if hasattr(run, "peak_memory"):  # of its capture
+    if hasattr(run, "peak_memory"):  # measured by the capture
         return run.peak_memory
     torch.cuda.reset_peak_memory_stats(device)
     run()
@@ -198,8 +197,8 @@ def peak(run, device: torch.device) -> int | None:
 
 
 def largest(make, shape, dtype, device: torch.device, graph: bool) -> int:
-    """The most sequences of T tokens whose step fits in memory, to a multiple of SEARCHED; 0 where
-    not even those do. A compiled model is compiled anew for each."""
+    """The largest batch of sequences of T tokens whose step fits in memory, a multiple of SEARCHED;
+    0 if SEARCHED sequences do not fit. A compiled model is recompiled for every batch."""
 
     def fits(B) -> bool:
         torch.compiler.reset()
@@ -210,17 +209,17 @@ def largest(make, shape, dtype, device: torch.device, graph: bool) -> int:
             fit = True
         except torch.OutOfMemoryError:
             fit = False
-        released(device)  # after the exception, whose traceback holds the model
+        released(device)  # after the handler: the traceback holds the model
         return fit
 
     return bisected(fits, SEARCHED)
 
 
 def bisected(fits, step: int) -> int:
-    """The largest multiple of `step` that fits, 0 if none does; what fits is all below a bound."""
+    """The largest multiple of `step` that fits, 0 if none does; fits(n) must be monotone."""
     if not fits(step):
         return 0
-    low, high = 1, 2  # in steps; low fits
+    low, high = 1, 2  # in units of step; low fits
     while fits(high * step):
         low, high = high, 2 * high
     while high - low > 1:
@@ -231,7 +230,7 @@ def bisected(fits, step: int) -> int:
 
 def more(parser) -> None:
     parser.add_argument("--profile", action="store_true", help="show where the step's time goes")
-    parser.add_argument("--largest-batch", action="store_true", help="search it; GPU only, minutes")
+    parser.add_argument("--largest-batch", action="store_true", help="find it (GPU only; minutes)")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Which tile is fastest? Every candidate of one Triton kernel against the one in configs.py.
+"""Times tile candidates of one Triton kernel against the tile in tiles.py.
 
     python benchmarks/tune.py attention_fwd --shapes 16x1024x12x64,4x4096x12x64 --dtype bfloat16
     python benchmarks/tune.py layer_norm_bwd --json out.json
 
-The candidates stand among the peers, so that each is checked against float64 before it is timed,
-and the fastest is the first of its table; "triton" is what configs.py has now. One that does not
-compile, or needs more shared memory than there is, says so. Names are the fields of configs.py's
-tuples, in their order. The options after the kernel are those of the other scripts. A winner goes
-into configs.py with its reason, and the measurement into docs/log.md.
+The candidates are listed as peers: each is checked against float64 before it is timed, and the
+fastest comes first in its table; "triton" is the present tile. A candidate that does not compile,
+or needs more shared memory than the GPU has, is reported with that reason. A candidate's name is
+its values for the fields of tiles.py's tuple, in order. The options after the kernel are those of
+the other scripts. A winner goes into tiles.py with its reason, its measurement into docs/log.md.
 """
 
 import contextlib
@@ -20,35 +20,35 @@ from unittest import mock
 import attention
 import cross_entropy
 import gelu
-import harness
 import layer_norm
-from harness import Contender
+from bench import harness
+from bench.harness import Contender
 
 from gpt2 import kernels
 from gpt2.kernels.triton import attention as triton_attention
-from gpt2.kernels.triton import configs
 from gpt2.kernels.triton import cross_entropy as triton_cross_entropy
 from gpt2.kernels.triton import gelu as triton_gelu
 from gpt2.kernels.triton import layer_norm as triton_layer_norm
+from gpt2.kernels.triton import tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """One kernel's candidates: `extents` are the values of each field, all combinations are tried;
-    `patches(candidate)` says which names of which module stand for it."""
+    """One kernel's candidates: all combinations of `extents`, the values of each field.
+    `patches(candidate)` gives the module attributes to replace."""
 
     script: object
-    op: int  # which of the script's OPS runs it
+    op: int  # index of the kernel's operation in the script's OPS
     extents: tuple[tuple[int, ...], ...]
     patches: Callable
 
 
 def attention_tile(kernel: str) -> Callable:
     def patches(candidate):
-        now = configs.attention_config
+        now = tiles.attention_config
 
         def chosen(name, *rest):
-            return configs.AttentionTile(*candidate) if name == kernel else now(name, *rest)
+            return tiles.AttentionTile(*candidate) if name == kernel else now(name, *rest)
 
         return triton_attention, {"attention_config": chosen}
 
@@ -56,11 +56,11 @@ def attention_tile(kernel: str) -> Callable:
 
 
 def norm_tile(kernel: str) -> Callable:
-    """Candidates are (ROWS, num_warps) of the forward, (ROWS, num_warps, per_sm) of a backward."""
+    """Candidates: (ROWS, num_warps) for a forward, (ROWS, num_warps, per_sm) for a backward."""
 
     def patches(candidate):
-        now = configs.layer_norm_config
-        tile = configs.RowTile(*candidate)
+        now = tiles.layer_norm_config
+        tile = tiles.RowTile(*candidate)
 
         def chosen(name, C):
             return tile if name == kernel else now(name, C)
@@ -72,10 +72,10 @@ def norm_tile(kernel: str) -> Callable:
 
 def cross_entropy_tile(kernel: str) -> Callable:
     def patches(candidate):
-        now = configs.cross_entropy_config
+        now = tiles.cross_entropy_config
 
         def chosen(name):
-            return configs.VocabularyTile(*candidate) if name == kernel else now(name)
+            return tiles.VocabularyTile(*candidate) if name == kernel else now(name)
 
         return triton_cross_entropy, {"cross_entropy_config": chosen}
 
@@ -113,14 +113,14 @@ SWEEPS = {
 
 @contextlib.contextmanager
 def with_tile(patches: Callable, candidate: tuple[int, ...]) -> Iterator[None]:
-    """Within it, the Triton backend serves, with this candidate."""
+    """A context in which the Triton backend runs with this candidate."""
     module, names = patches(candidate)
     with kernels.use("triton"), mock.patch.multiple(module, **names):
         yield
 
 
 def candidates(sweep: Sweep) -> harness.Op:
-    """The operation, with every candidate in the place of its peers."""
+    """The operation with the candidates as its peers."""
     op = sweep.script.OPS[sweep.op]
 
     def peers(device):

@@ -1,10 +1,11 @@
-// The seam between the operators (ops*.cpp) and the kernels of a library: one table of functions
-// per dtype. The operators are compiled once for each library, which supplies the rest: its tables,
-// what an Executor is, and kMaxPartial.
+// The seam between the operators (ops/) and the kernels of a library: an argument struct for each
+// kernel, and one table of functions per dtype. The operators are compiled once for each library,
+// which supplies the rest: its tables, what an Executor is, and kMaxPartial.
 //
 // Pointers are to contiguous memory unless strides are given; void is the table's dtype T. Weights,
 // biases, statistics and their gradients are in the accumulator's type S: float, and double where T
-// is double. Sizes are checked by the caller, outputs allocated by it.
+// is double. Sizes are checked by the caller, outputs allocated by it. A struct lists sizes, then
+// inputs, then outputs, then memory to work in.
 //
 //   B batch   T time (Tq queries, Tk keys)   H heads   D head size   N rows   C features   V
 //   vocabulary
@@ -17,6 +18,14 @@ namespace gpt2 {
 // What carries a kernel's work out: PyTorch's threads, or a stream of a GPU.
 struct Executor;
 
+#ifdef __CUDACC__
+#define GPT2_HOST_DEVICE __host__ __device__
+#else
+#define GPT2_HOST_DEVICE
+#endif
+
+// ---- attention
+
 // Element (b, t, h, d) of a (B, T, H, D) view is at data + b * batch + t * time + h * head + d.
 template <class Data>
 struct ViewOf {
@@ -26,21 +35,128 @@ struct ViewOf {
 using View = ViewOf<const void>;
 using OutView = ViewOf<void>;
 
+// What the forward and the backward of attention have in common.
 struct Attention {
   int64_t B, H, Tq, Tk, D;
   View q, k, v;
   double softmax_scale, dropout_p;
-  const int64_t* seed;  // where q is; null where dropout_p is 0
+  const int64_t* seed;  // on q's device; null where dropout_p is 0
 };
 
-#ifdef __CUDACC__
-#define GPT2_HOST_DEVICE __host__ __device__
-#else
-#define GPT2_HOST_DEVICE
-#endif
+struct AttentionFwd {
+  Attention problem;
+  void* o;          // (B, Tq, H, D)
+  void* lse;        // (B, H, Tq) S
+  void* workspace;  // see Ops
+};
+
+struct AttentionBwd {
+  Attention problem;
+  View dout;
+  const void* o;    // (B, Tq, H, D)
+  const void* lse;  // (B, H, Tq) S
+  OutView dq, dk, dv;
+  void* workspace;
+};
 
 // Targets and lengths index memory, and their own memory is the caller's: it may change after they
-// were validated. No kernel forms an address of one that lies outside; the result is NaN there.
+// were validated. No kernel forms an address from one that lies outside; the result is NaN there.
+
+// One query per sequence: q has a single row of time, k and v have T, of which the first
+// lengths[b] count.
+struct DecodeAttention {
+  int64_t B, H, T, D;
+  View q, k, v;
+  const int64_t* lengths;
+  double softmax_scale;
+  void* o;  // (B, H, D)
+  void* workspace;
+
+  GPT2_HOST_DEVICE bool has(int64_t length) const { return length >= 0 && length <= T; }
+  // How many keys of sequence b are read.
+  GPT2_HOST_DEVICE int64_t keys(int64_t b) const {
+    const int64_t length = lengths[b];
+    return has(length) ? length : 0;
+  }
+};
+
+// ---- linear
+
+// y = x W^T + bias for few rows of x. W is (N, K) T, or int8 in packed rows (cpu/linear.h).
+struct Linear {
+  int64_t M, N, K;
+  const void* x;       // (M, K)
+  const void* weight;  // (N, K), or (N, packed(K)) int8
+  const float* scale;  // (N,) where the weight is int8, else null
+  const void* bias;    // (N,) T, or null
+  void* y;             // (M, N)
+  void* workspace;     // (M, workspace_size(K)) S
+
+  // A packed row of int8 has whole blocks of 64 numbers.
+  static constexpr int64_t packed(int64_t K) { return (K + 63) / 64 * 64; }
+  // How many S of workspace a row of x takes: for each 64 of its numbers, these and their unit.
+  static constexpr int64_t workspace_size(int64_t K) { return (K + 63) / 64 * 65; }
+};
+
+// ---- GELU
+
+struct GeluFwd {
+  int64_t n;
+  const void* x;
+  void* y;
+};
+
+struct GeluBwd {
+  int64_t n;
+  const void *dy, *x;
+  void* dx;
+};
+
+struct BiasGeluFwd {
+  int64_t N, C;
+  const void* x;     // (N, C)
+  const void* bias;  // (C,) S
+  void* y;           // (N, C)
+};
+
+struct BiasGeluBwd {
+  int64_t N, C;
+  const void *dy, *x;  // (N, C)
+  const void* bias;    // (C,) S
+  void* dx;            // (N, C)
+  void* dbias;         // (C,) S
+  void* partial;       // (min(N, kMaxPartial), C) S
+};
+
+// ---- LayerNorm
+//
+// R is T, or S in the mixed form: the stream of autocast, whose branches are T.
+
+struct LayerNormFwd {
+  int64_t N, C;
+  double eps;
+  const void* x;              // (N, C)
+  const void* residual;       // (N, C) R, or null; the mixed form has one
+  const void *weight, *bias;  // (C,) S
+  void* y;                    // (N, C)
+  void* s;                    // (N, C) R: x + residual, where there is a residual
+  void* stats;                // (2, N) S: mean, rstd
+};
+
+struct LayerNormBwd {
+  int64_t N, C;
+  const void* dy;      // (N, C)
+  const void* ds;      // (N, C) R, or null; the mixed form has one
+  const void* s;       // (N, C) R: what the norm saw
+  const void* weight;  // (C,) S
+  const void* stats;   // (2, N) S
+  void* dx;            // (N, C)
+  void* dresidual;     // (N, C) R in the mixed form; else null, as dx is this gradient too
+  void* dparams;       // (2, C) S: of weight and bias
+  void* partial;       // (min(N, kMaxPartial), 2, C) S
+};
+
+// ---- cross-entropy
 
 // Logits (N, V) at data + n * stride + v, and a target for each row; rows whose target is
 // ignore_index have no loss. Label smoothing moves `smoothing` of the target's weight to all V
@@ -53,87 +169,56 @@ struct LogitsRows {
   GPT2_HOST_DEVICE bool has(int64_t target) const { return target >= 0 && target < V; }
 };
 
-// One query per sequence: q has a single row of time, k and v have T, of which the first
-// lengths[b] count.
-struct Decode {
-  int64_t B, H, T, D;
-  View q, k, v;
-  const int64_t* lengths;
-  double softmax_scale;
-
-  GPT2_HOST_DEVICE bool has(int64_t length) const { return length >= 0 && length <= T; }
-  // How many keys of sequence b are read.
-  GPT2_HOST_DEVICE int64_t keys(int64_t b) const {
-    const int64_t length = lengths[b];
-    return has(length) ? length : 0;
-  }
+struct CrossEntropyFwd {
+  LogitsRows rows;
+  const void* logits;
+  void* losses;  // (N,) S
+  void* stats;   // (2, N) S: m, l
 };
 
-// x (M, K) times the transpose of a weight (N, K), for few rows of x; scale (N,) where the weight
-// is int8, else null.
-struct Gemv {
-  int64_t M, N, K;
-  const float* scale;
-
-  // A packed row of int8 has whole blocks of 64 numbers.
-  static constexpr int64_t packed(int64_t K) { return (K + 63) / 64 * 64; }
-  // How many S of workspace a row of x takes: 64 and a unit for each 64 of its numbers.
-  static constexpr int64_t workspace(int64_t K) { return (K + 63) / 64 * 65; }
+struct CrossEntropyBwd {
+  LogitsRows rows;
+  const void* logits;
+  const void* dlosses;  // (N,) S
+  const void* stats;    // (2, N) S
+  void* dlogits;        // (N, V) with its own row stride, or logits itself
+  int64_t dlogits_stride;
 };
+
+// The gradient for dlosses = 1 over logits, 0 in the columns from V to V_padded.
+struct CrossEntropyFwdBwd {
+  LogitsRows rows;
+  int64_t V_padded;
+  void* logits;
+  void* losses;  // (N,) S
+};
+
+// ---- the table
 
 struct Ops {
-  // o (B, Tq, H, D) and lse (B, H, Tq) S. Both return the bytes of workspace that they need, and
-  // do nothing else where workspace is null.
-  int64_t (*attention_fwd)(const Attention&, void* o, void* lse, void* workspace, const Executor&);
-  int64_t (*attention_bwd)(const Attention&, View dout, const void* o, const void* lse, OutView dq,
-                           OutView dk, OutView dv, void* workspace, const Executor&);
-  // o (B, H, D); workspace as above.
-  int64_t (*attention_decode)(const Decode&, void* o, void* workspace, const Executor&);
+  // These three return the bytes of workspace that they need, and do nothing else where workspace
+  // is null.
+  int64_t (*attention_fwd)(const AttentionFwd&, const Executor&);
+  int64_t (*attention_bwd)(const AttentionBwd&, const Executor&);
+  int64_t (*decode_attention)(const DecodeAttention&, const Executor&);
 
-  // y (M, N); bias (N,) T, or null; wide (M, Gemv::workspace(K)) S. The weight is (N, K) T, or
-  // int8 in packed rows of K rounded up to 64 (cpu/gemv.h). On a GPU PyTorch's products do
-  // it, and these are null.
-  void (*gemv)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
-               void* y, const Executor&);
-  void (*gemv_int8)(const Gemv&, const void* x, const void* weight, const void* bias, void* wide,
-                    void* y, const Executor&);
+  // Null on a GPU, where PyTorch multiplies.
+  void (*linear)(const Linear&, const Executor&);
+  void (*linear_int8)(const Linear&, const Executor&);
 
-  void (*gelu_fwd)(const void* x, void* y, int64_t n, const Executor&);
-  void (*gelu_bwd)(const void* dy, const void* x, void* dx, int64_t n, const Executor&);
-  void (*bias_gelu_fwd)(const void* x, const void* bias, void* y, int64_t N, int64_t C,
-                        const Executor&);
-  // dbias (C,) S, partial (min(N, kMaxPartial), C) S.
-  void (*bias_gelu_bwd)(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                        void* partial, int64_t N, int64_t C, const Executor&);
+  void (*gelu_fwd)(const GeluFwd&, const Executor&);
+  void (*gelu_bwd)(const GeluBwd&, const Executor&);
+  void (*bias_gelu_fwd)(const BiasGeluFwd&, const Executor&);
+  void (*bias_gelu_bwd)(const BiasGeluBwd&, const Executor&);
 
-  // s = x + residual where there is a residual; stats (2, N) S: mean, rstd. In the mixed form there
-  // is one, and residual and s are S: the stream of autocast, whose branches are T.
-  void (*layer_norm_fwd)(const void* x, const void* residual, const void* weight, const void* bias,
-                         double eps, void* y, void* s, void* stats, int64_t N, int64_t C,
-                         const Executor&);
-  void (*mixed_layer_norm_fwd)(const void* x, const void* residual, const void* weight,
-                               const void* bias, double eps, void* y, void* s, void* stats,
-                               int64_t N, int64_t C, const Executor&);
-  // s is what the norm saw. ds may be null; dparams (2, C) S, partial (min(N, kMaxPartial), 2, C)
-  // S. dresidual is null, as dx is its gradient too. The mixed form has ds and dresidual, and they
-  // and s are S.
-  void (*layer_norm_bwd)(const void* dy, const void* ds, const void* s, const void* weight,
-                         const void* stats, void* dx, void* dresidual, void* dparams, void* partial,
-                         int64_t N, int64_t C, const Executor&);
-  void (*mixed_layer_norm_bwd)(const void* dy, const void* ds, const void* s, const void* weight,
-                               const void* stats, void* dx, void* dresidual, void* dparams,
-                               void* partial, int64_t N, int64_t C, const Executor&);
+  void (*layer_norm_fwd)(const LayerNormFwd&, const Executor&);
+  void (*mixed_layer_norm_fwd)(const LayerNormFwd&, const Executor&);
+  void (*layer_norm_bwd)(const LayerNormBwd&, const Executor&);
+  void (*mixed_layer_norm_bwd)(const LayerNormBwd&, const Executor&);
 
-  // losses (N,) S; stats (2, N) S: m, l.
-  void (*cross_entropy_fwd)(const LogitsRows&, const void* logits, void* losses, void* stats,
-                            const Executor&);
-  // dlosses (N,) S; dlogits (N, V) with its own row stride, or logits itself.
-  void (*cross_entropy_bwd)(const LogitsRows&, const void* dlosses, const void* logits,
-                            const void* stats, void* dlogits, int64_t dlogits_stride,
-                            const Executor&);
-  // The gradient for dlosses = 1 over logits, 0 in the columns from V to V_padded.
-  void (*cross_entropy_fwd_bwd)(const LogitsRows&, void* logits, int64_t V_padded, void* losses,
-                                const Executor&);
+  void (*cross_entropy_fwd)(const CrossEntropyFwd&, const Executor&);
+  void (*cross_entropy_bwd)(const CrossEntropyBwd&, const Executor&);
+  void (*cross_entropy_fwd_bwd)(const CrossEntropyFwdBwd&, const Executor&);
 };
 
 }  // namespace gpt2

@@ -1,7 +1,7 @@
 """GPT-2 with hand-written kernels: the model, its configuration, and the kernels themselves.
 
-Model, load and kernels are imported when first asked for: they need torch, the command line's help
-does not, and some of PyTorch's settings count only before it is loaded.
+Model, load and kernels are imported at their first use. They need torch; the command line's help
+does not, and some of PyTorch's settings have an effect only before torch is imported.
 """
 
 import importlib

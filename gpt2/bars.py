@@ -1,4 +1,4 @@
-"""Progress of whatever takes long, on stderr, and how fast it goes."""
+"""Progress bars, rates and messages on stderr."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def bar(**options) -> tqdm:
-    """A progress bar, which a terminal sees five times a second and a file every ten seconds."""
+    """A progress bar, updated five times a second in a terminal, every ten seconds in a file."""
     if sys.stderr is None:  # it is closed
         options["disable"] = True
         return tqdm(**options)
@@ -14,10 +14,15 @@ def bar(**options) -> tqdm:
 
 
 def per_second(count: float, seconds: float) -> float | None:
-    """count / seconds; None where the clock did not advance, so that nothing is known."""
+    """count / seconds, or None if the clock did not advance."""
     return count / seconds if seconds > 0 else None
 
 
 def shown(rate: float | None, form: str = ",.0f") -> str:
-    """A rate as a line of text has it."""
+    """A rate as text; None is "unknown"."""
     return "unknown" if rate is None else format(rate, form)
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What defines a GPT-2: six numbers, and the four published sizes."""
+"""The six numbers that define a GPT-2, and the four published sizes."""
 
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -15,7 +15,7 @@ _NAMED = {  # name: (n_layer, n_head, n_embd), as published
 class Config:
     """The shape of a GPT-2. Lengths are in tokens, widths in features; all counts are positive.
 
-    Raises ValueError, naming the field, where a value cannot make a model.
+    Raises ValueError, naming the field, for a value that no model can have.
     """
 
     block_size: int = 1024

@@ -1,4 +1,4 @@
-"""The one exception that means: what was given cannot be used."""
+"""Errors that the command line prints as one line, and text from outside, shortened."""
 
 
 class InputError(ValueError):
@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss, a gradient or the logits of a step are not finite: stopped before using them.
+    """A loss, a gradient or the logits of a step are not finite. Raised before they are used.
 
     The command line prints it as one line and exits with code 1.
     """
@@ -34,7 +34,7 @@ def brief(thing: object) -> str:
 
 
 def quoted(name: object) -> str:
-    """A path or another name from outside, in quotes: one line of at most 200 characters, of a
-    longer name both ends."""
+    """An external name in quotes, on one line of at most 200 characters; a longer name keeps its
+    start and its end."""
     text = repr(str(name))
     return text if len(text) <= 200 else f"{text[:60]}…{text[-139:]}"

@@ -1,8 +1,8 @@
-"""The layers of a model as the kernels use them, and whether they may.
+"""Computes a model's layers by kernels, if that is allowed.
 
-A kernel takes the parameters of a layer and passes its forward by. That is right for a layer as
-this package makes it. One that was replaced or wrapped (an adapter, a parametrization), or that has
-hooks, is called as the module that it is, so that nothing of it is lost.
+A kernel reads the parameters of a layer and bypasses its forward. That is right only for an
+unchanged layer. A layer that was replaced or wrapped (an adapter, a parametrization), or that has
+hooks, is called as a module.
 """
 
 import torch
@@ -27,26 +27,25 @@ class Int8Linear(nn.Module):
         return kernels.linear_int8(x, self.weight, self.scale, self.bias)
 
     def _apply(self, fn, recurse=True):
-        """scale stays float32 where the model is turned to another dtype."""
+        """Keeps scale float32 when the model is converted to another dtype."""
         super()._apply(fn, recurse)
         self.scale = self.scale.float()
         return self
 
 
 def is_stock(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether layer is exactly one of these, and its forward does nothing but what their class
-    says: no hooks, no forward of its own."""
+    """Whether layer has exactly one of these types, no hooks, and the forward of its class."""
     return type(layer) in kinds and not is_hooked(layer)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of module does more, or other, than its class says."""
+    """Whether a call of module runs hooks, or another forward than that of its class."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__  # as accelerate replaces it
+        or "forward" in module.__dict__  # replaced, for example by accelerate
         or module._compiled_call_impl is not None
     ):
         return True
@@ -54,7 +53,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def project(layer: nn.Module, h: Tensor, ops) -> Tensor:
-    """layer(h), by the kernels where they may."""
+    """layer(h), computed by ops if layer is stock."""
     if is_stock(layer, nn.Linear):
         return ops.linear(h, layer.weight, layer.bias)
     if is_stock(layer, Int8Linear):
@@ -63,7 +62,7 @@ def project(layer: nn.Module, h: Tensor, ops) -> Tensor:
 
 
 def project_gelu(layer: nn.Module, h: Tensor, ops) -> Tensor:
-    """gelu(layer(h)), the bias added by the kernel of the GELU where it may be."""
+    """gelu(layer(h)); the GELU kernel adds the bias if layer is stock."""
     if is_stock(layer, nn.Linear) and layer.bias is not None:
         return ops.bias_gelu(ops.linear(h, layer.weight), layer.bias)
     if is_stock(layer, Int8Linear) and layer.bias is not None:
@@ -72,7 +71,7 @@ def project_gelu(layer: nn.Module, h: Tensor, ops) -> Tensor:
 
 
 def add_norm(norm: nn.Module, x: Tensor, s: Tensor | None, ops) -> tuple[Tensor, Tensor]:
-    """(norm(s + x), s + x); before the first block there is no s."""
+    """(norm(s + x), s + x); s is None before the first block."""
     if not is_stock(norm, nn.LayerNorm):
         s = x if s is None else s + x
         return norm(s), s
@@ -82,8 +81,11 @@ def add_norm(norm: nn.Module, x: Tensor, s: Tensor | None, ops) -> tuple[Tensor,
 
 
 def own(x: Tensor) -> Tensor:
-    """x, not as a view of another tensor, without a copy. The output of nn.Linear is a view, and
-    FSDP2 warns of modules that return one: its hooks would be lost if it were changed in place."""
+    """x without a copy, but not as a view of another tensor.
+
+    The output of nn.Linear is a view. FSDP2 warns about modules that return a view, because its
+    hooks would be lost if the view were changed in place.
+    """
     if torch.compiler.is_compiling() or x._base is None:
         return x
     return torch.ops.aten._unsafe_view(x, x.shape)

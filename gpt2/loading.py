@@ -1,26 +1,26 @@
-"""A model and its tokenizer, from whatever holds a GPT-2: `gpt2.load`, also for the command line.
+"""gpt2.load: a model and its tokenizer, from any file that holds a GPT-2.
 
-A tokenizer that is named is taken. Otherwise a run and a Hugging Face folder bring their own; for
-any other model it is GPT-2's, where the sizes are near. Both then know the same ids: the model's
-rows beyond the tokenizer (padding) are left off, so that no such id is ever sampled; a model with
-fewer ids gets a tokenizer that refuses every text that takes others.
+The tokenizer is the one that the caller names. By default it is the model's own, for a run or a
+Hugging Face folder, and GPT-2's for any other model with a vocabulary of nearly that size. Model
+and tokenizer then have the same ids: rows of the embedding beyond the tokenizer (padding) are
+dropped, so that no such id is sampled. If the model has fewer ids, the tokenizer refuses text that
+needs the others.
 """
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import convert, nanogpt, weights
-from . import tokenizer as tokenizers
-from .convert import Source
+from .checkpoints import convert, nanogpt, weights
+from .checkpoints.convert import Source
+from .data import tokenizers
+from .data.tokenizer import Tokenizer
+from .device import pick_device
 from .errors import InputError, quoted
-from .machine import pick_device
 from .model import Model
-from .tokenizer import Tokenizer
 
-_NEAR = 0.75  # sizes of a model and a tokenizer that nobody named: smaller by larger, at least
+_NEAR = 0.75  # least ratio of the smaller to the larger vocabulary, to use GPT-2's by default
 
 
 def load(
@@ -34,11 +34,11 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """A model in eval mode, and its tokenizer.
 
-    source is a published name (gpt2, …), a folder of Hugging Face's, the folder of a run, nanoGPT's
-    or build-nanogpt's checkpoint, or llm.c's model.bin. tokenizer is byte, gpt2 or a file or folder
-    that holds one; tokenizer_dir holds GPT-2's vocab.bpe and encoder.json. dtype is PyTorch's
-    default unless given. Raises InputError, naming the file, where one is missing, broken, or does
-    not fit the other.
+    source is a published name (gpt2, …), a Hugging Face folder, the folder of a run, nanoGPT's or
+    build-nanogpt's checkpoint, or llm.c's model.bin. tokenizer is byte, gpt2, or a file or folder
+    with a tokenizer. tokenizer_dir holds GPT-2's vocab.bpe and encoder.json. dtype is PyTorch's
+    default unless given. Raises InputError, naming the file, if one is missing or broken, or if
+    model and tokenizer do not fit.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype must be a floating torch.dtype or None, got {dtype!r}")
@@ -47,22 +47,14 @@ def load(
     reads = tokenizer_of(found, None if tokenizer is None else str(tokenizer), tokenizer_dir)
     nanogpt.say(found)
     config, state = weights.crop(found.config, found.state(), vocab_size=reads.vocab_size)
-    return weights.to_model(config, state, fast=fast, dtype=dtype).to(device), reads
-
-
-def model(source: str | Path, *, fast: bool = False, dropout: float | None = 0.0) -> Model:
-    """What Model.from_pretrained returns: every row of the embedding, padding included."""
-    found = convert.read(source, dropout=dropout)
-    nanogpt.say(found)
-    config = found.config if dropout is None else replace(found.config, dropout=dropout)
-    return weights.to_model(config, found.state(), fast=fast)
+    return Model.from_state(config, state, fast=fast, dtype=dtype).to(device), reads
 
 
 def tokenizer_of(model: Source, spec: str | None, folder: str | Path | None) -> Tokenizer:
-    """The tokenizer of a model, with at most its ids: the one named, or its own, or GPT-2's.
+    """The named tokenizer, or the model's own, or GPT-2's, cut to the model's ids.
 
-    Raises InputError where it cannot be read, where that of a run does not have the run's size,
-    and where GPT-2's, which nobody named, has another size altogether.
+    Raises InputError if it cannot be read, if the tokenizer of a run does not have the run's size,
+    or if GPT-2's is assumed and the model's size is not close to it.
     """
     size = model.config.vocab_size
     own = convert.own_tokenizer(model, folder) if spec is None else None
@@ -90,5 +82,5 @@ def _near(a: int, b: int) -> bool:
 
 def _advice(model: Source) -> str:
     if model.format == "nanogpt":
-        return "name its own, which nanoGPT keeps: --tokenizer data/DATASET/meta.pkl"
-    return "--tokenizer FILE names another, gpt2 convert --vocab-size N leaves off padding"
+        return "name nanoGPT's own: --tokenizer data/DATASET/meta.pkl"
+    return "--tokenizer FILE names another, gpt2 convert --vocab-size N removes padding"

@@ -1,6 +1,6 @@
-"""What a computation takes at least, and the memory there is: what cannot fit is refused before.
+"""Lower bounds of the memory that a computation needs, compared with the memory that is free.
 
-The figures are lower bounds, so that nothing is refused which would have fitted.
+Work that cannot fit is refused before it starts. Work that fits is never refused.
 
     P parameters   L layers   B windows   T tokens   C features   V vocabulary
 """
@@ -25,13 +25,13 @@ _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def check_fits(subject: str, need: int, device: torch.device, what: str) -> None:
-    """Raises InputError where device has less than `need` bytes: subject, such as "batch_size must
-    be smaller, got 9", then what takes them, and both figures."""
-    there = available(device)
-    if there is not None and need > there:
+    """Raises InputError if device has less than `need` bytes free. The message begins with subject,
+    such as "batch_size must be smaller, got 9"; what names the work that needs the memory."""
+    free_bytes = available(device)
+    if free_bytes is not None and need > free_bytes:
         raise InputError(
             f"{subject}: {what} takes at least {_gigabytes(need)} of memory, "
-            f"{device} has {_gigabytes(there)}"
+            f"{device} has {_gigabytes(free_bytes)}"
         )
 
 
@@ -44,17 +44,17 @@ def check_training(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Raises InputError, naming options, values and memory, where a run cannot fit on device."""
-    states = 16 * parameters(config)  # weights, gradients, and AdamW's two moments in float32
+    """Raises InputError, naming options, values and memory, if a run cannot fit on device."""
+    state_bytes = 16 * parameters(config)  # weights, gradients, and AdamW's two moments in float32
     check_fits(
-        _smaller_model(config), states, device, f"training {parameters(config):,} parameters"
+        _smaller_model(config), state_bytes, device, f"training {parameters(config):,} parameters"
     )
     of_tokens = f"windows of {config.block_size} tokens"
     saved = batch_size * activations(config, fast=fast, itemsize=dtype.itemsize)
-    # The gradients come while the activations go; the rest is there beside them.
+    # The gradients, a quarter of that, grow while activations are freed.
     check_fits(
         f"batch_size must be smaller, got {batch_size}",
-        states * 3 // 4 + saved,
+        state_bytes * 3 // 4 + saved,
         device,
         f"a step over {batch_size:,} {of_tokens}",
     )
@@ -73,29 +73,29 @@ def check_training(
 
 
 def check_inference(config: Config, B: int, T: int, *, itemsize: int, device: torch.device) -> None:
-    """Raises InputError, naming batch_size, where a run of the model over T tokens of B sequences
-    cannot fit on device: the MLP's input and what is before GELU, of one block."""
+    """Raises InputError, naming batch_size, if a forward over T tokens of B sequences cannot fit on
+    device. Counts the input of one MLP and the input of its GELU."""
     check_fits(
         f"batch_size must be smaller, got {B}",
         B * T * 5 * config.n_embd * itemsize,
         device,
-        f"a run over {B:,} windows of {T} tokens",
+        f"a forward pass over {B:,} windows of {T} tokens",
     )
 
 
 def check_cache(config: Config, B: int, T: int, *, itemsize: int, device: torch.device) -> None:
-    """Raises InputError, naming batch_size, where keys and values of T tokens of B sequences cannot
-    fit on device."""
+    """Raises InputError, naming batch_size, if the keys and values of T tokens of B sequences
+    cannot fit on device."""
     check_fits(
         f"batch_size must be smaller, got {B}",
         config.n_layer * B * T * 2 * config.n_embd * itemsize,
         device,
-        f"keeping keys and values of {B:,} texts of {T} tokens",
+        f"caching the keys and values of {B:,} sequences of {T} tokens",
     )
 
 
 def _smaller_model(config: Config) -> str:
-    """Which option makes the model large."""
+    """The option that would make the model smaller."""
     in_blocks = config.n_layer * 12 * config.n_embd
     if max(config.block_size, config.vocab_size) <= in_blocks:
         return f"n_layer and n_embd must be smaller, got {config.n_layer} and {config.n_embd}"
@@ -104,22 +104,22 @@ def _smaller_model(config: Config) -> str:
 
 
 def parameters(config: Config) -> int:
-    """P, the tied head counted once."""
+    """The number of parameters P; the tied head counts once."""
     C = config.n_embd
     return (config.vocab_size + config.block_size + 2) * C + config.n_layer * (12 * C + 13) * C
 
 
 def activations(config: Config, *, fast: bool, itemsize: int) -> int:
-    """Bytes of one window that the backward needs, whatever is computed anew: of each block qkv,
-    the output of attention, and the MLP's before GELU; plain PyTorch's logits."""
+    """The least number of bytes per window that are saved for the backward: in each block qkv, the
+    attention's output and the GELU's input; and without fast, the logits."""
     T, C = config.block_size, config.n_embd
     logits = 0 if fast else T * config.vocab_size
     return itemsize * (config.n_layer * 8 * T * C + logits)
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that device has free, or None where that is not known. Of the CPU: swap counts, and
-    what other processes leave; within a container, its limit does, and ulimit -v."""
+    """Free bytes of device, or None if unknown. For the CPU this includes swap, and respects the
+    limits of the container and of ulimit -v."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -127,7 +127,7 @@ def available(device: torch.device) -> int | None:
 
 
 def free() -> int | None:
-    """The same of the CPU."""
+    """Free bytes of main memory, or None if unknown."""
     try:
         kilobytes = {
             name: int(value.split()[0])
@@ -142,11 +142,11 @@ def free() -> int | None:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
-    return min([min([unused, *_cgroup_rooms()]) + swap, *_address_rooms()])
+    return min([min([unused, *_cgroup_bytes_left()]) + swap, *_address_bytes_left()])
 
 
-def _address_rooms() -> list[int]:
-    """Bytes that the limit on this process's addresses (ulimit -v) leaves, where there is one."""
+def _address_bytes_left() -> list[int]:
+    """Bytes left by the limit on this process's addresses (ulimit -v), if there is one."""
     rooms = []
     with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -156,8 +156,8 @@ def _address_rooms() -> list[int]:
     return rooms
 
 
-def _cgroup_rooms() -> list[int]:
-    """Bytes that each control group of this process, and those around it, leaves."""
+def _cgroup_bytes_left() -> list[int]:
+    """Bytes left in each control group of this process and in its parents."""
     try:
         lines = _CGROUP.read_text().splitlines()
     except OSError:
@@ -174,19 +174,19 @@ def _cgroup_rooms() -> list[int]:
             continue
         folder = root / own.strip("/")
         while folder.is_relative_to(root):
-            if (room := _room(folder, *files, prefix)) is not None:
+            if (room := _bytes_left(folder, *files, prefix)) is not None:
                 rooms.append(room)
             folder = folder.parent
     return rooms
 
 
-def _room(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
-    """What a control group leaves; None without a limit. Cached files are given back when asked."""
+def _bytes_left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
+    """Bytes left in a control group; None without a limit. Cached files count as free."""
     try:
         most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
         pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         stat = {name: int(value) for name, value in pairs}
-    except (OSError, ValueError):  # "max", or a group that is not to be seen in this container
+    except (OSError, ValueError):  # "max", or a group that this container does not show
         return None
     files = stat.get(f"{prefix}active_file", 0) + stat.get(f"{prefix}inactive_file", 0)
     return max(most - used + files, 0)

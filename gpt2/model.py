@@ -1,7 +1,7 @@
-"""GPT-2, once, for both ways to compute it.
+"""GPT-2. One model for the kernels and for plain PyTorch.
 
-Every operation that has a kernel is called through `ops`: the kernels with fast=True, their plain
-PyTorch meaning with fast=False. Parameters, state dict and code are the same.
+Every operation that has a kernel is called through `ops`: gpt2.kernels with fast=True, and
+gpt2.kernels.reference with fast=False. Parameters, state dict and code are the same.
 
     B batch   T time   H heads   D head size   C = H * D features   V vocabulary
 """
@@ -9,6 +9,7 @@ PyTorch meaning with fast=False. Parameters, state dict and code are the same.
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from . import kernels
 from .config import Config
 from .kernels import reference
 from .kernels.checks import check_ids
-from .layers import add_norm, is_stock, own, project, project_gelu
+from .layers import Int8Linear, add_norm, is_stock, own, project, project_gelu
 
-IGNORED = -1  # a target without a loss, as nanoGPT has it; -100, PyTorch's, is read as it
+IGNORED = -1  # a target without a loss, as in nanoGPT; -100, as in PyTorch, becomes -1
 
 
 class Attention(nn.Module):
@@ -34,7 +35,7 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, ops, attend=None) -> Tensor:
         qkv = project(self.c_attn, h, ops)  # (B, T, 3C)
-        if attend is not None:  # over what a cache holds, too
+        if attend is not None:  # attention over cached keys and values
             return project(self.c_proj, attend(qkv, ops), ops)
         dropout_p = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout_p else None
@@ -58,8 +59,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm: s += attn(ln_1(s)), then s += mlp(ln_2(s)).
 
-    The last addition of a block is left to the norm of the next, which does both in one pass: x is
-    what is still to be added to the stream s.
+    The last addition is fused with the next block's norm, so a block passes on x, the pending
+    addition, beside the stream s.
     """
 
     def __init__(self, config: Config):
@@ -78,8 +79,8 @@ class Block(nn.Module):
 class Model(nn.Module):
     """GPT-2 (Radford et al., 2019) with the state-dict names of the published checkpoints.
 
-    fast may be switched at any time. With fast=True an op that no kernel can serve here falls back
-    to plain PyTorch and says so once.
+    fast may be switched at any time. With fast=True an op without a kernel for this machine falls
+    back to plain PyTorch, with one warning.
     """
 
     def __init__(self, config: Config | None = None, *, fast: bool = False):
@@ -101,7 +102,7 @@ class Model(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal 0.02; less for the 2 n_layer projections into the stream, which add up."""
+        """Normal with std 0.02; 0.02 / sqrt(2 n_layer) for the projections into the stream."""
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Linear) and module is not self.lm_head:
@@ -117,11 +118,12 @@ class Model(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of token ids idx (B, T), int64.
 
-        With targets (B, T), int64, loss is the mean cross-entropy in nats over those that are
-        neither -1 nor -100 (NaN of none, with gradients of 0), else None. logits (B, T, V) are
-        returned unless return_logits is False, or None while training with targets: the loss is
-        then computed without ever storing B T V numbers. Raises ValueError where T exceeds
-        block_size or an id lies outside the vocabulary.
+        loss is None without targets. With targets (B, T), int64, it is the mean cross-entropy in
+        nats over targets other than -1 and -100; if there are none, it is NaN, with gradients of 0.
+
+        logits (B, T, V) are None if return_logits is False, or if it is None while training with
+        targets: the loss is then computed without storing B T V numbers. Raises ValueError if T
+        exceeds block_size, or if an id lies outside the vocabulary.
         """
         self._check_shape("idx", idx)
         if targets is not None:
@@ -137,7 +139,7 @@ class Model(nn.Module):
         if targets is None:
             return self.logits_of(h), None  # (B, T, V)
         targets = torch.where(targets == -100, IGNORED, targets)
-        if not self.fast:  # the kernels' wrappers check targets themselves
+        if not self.fast:  # the kernels check targets themselves
             targets = check_ids("targets", targets, self.config.vocab_size, IGNORED)
         if return_logits is None:
             return_logits = not self.training
@@ -149,8 +151,11 @@ class Model(nn.Module):
         return (logits if return_logits else None), loss
 
     def hidden(self, idx: Tensor, past=None) -> Tensor:
-        """What the head sees of idx (B, T), int64: (B, T, C). past is a form of a cache (cache.py),
-        after whose tokens these come; with one, nothing is dropped out."""
+        """The input of the head for idx (B, T), int64: (B, T, C).
+
+        past is a Prefill or Decode (generate/kv_cache.py): idx follows its tokens, and dropout is
+        off.
+        """
         ops = self._ops()
         idx = check_ids("idx", idx, self.config.vocab_size)
         wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
@@ -198,11 +203,14 @@ class Model(nn.Module):
     ) -> Tensor:
         """idx (B, T), T >= 1, continued by max_new_tokens sampled tokens: (B, T + max_new_tokens).
 
-        temperature 0 is greedy; top_k and top_p cut the distribution before it is sampled; the same
-        seed gives the same tokens, whatever else is in the batch, and equal prompts differ. With
-        fast=True keys and values are cached: a token costs one token's work. Beyond block_size the
-        model sees the last block_size tokens, and as positions are absolute, each costs a run over
-        them all. generation.tokens takes prompts of different lengths, and stops.
+        temperature 0 is greedy; top_k and top_p restrict the choice to the likeliest tokens. The
+        same seed gives the same tokens, whatever else is in the batch; equal prompts get different
+        tokens.
+
+        With fast=True keys and values are cached, so a step computes only the new token. Beyond
+        block_size the model sees the last block_size tokens. Positions are absolute, so each token
+        then costs a forward over all of them. gpt2.generate.decoding.tokens takes prompts of
+        different lengths, and can stop early.
         """
         return torch.cat(
             [idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, seed)], dim=1
@@ -217,55 +225,106 @@ class Model(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[Tensor]:
-        """The tokens of generate, (B, 1) each, as they are sampled."""
-        from . import generation  # not above: it builds on the model
+        """Yields the tokens of generate one step at a time, (B, 1) each."""
+        from .generate import decoding
 
         self._check_tokens("idx", idx)
         if idx.shape[1] == 0:
             raise ValueError(f"idx must have shape (B, T) with T >= 1, got {tuple(idx.shape)}")
-        sampling = generation.Sampling(temperature, top_k, top_p)
+        sampling = decoding.Sampling(temperature, top_k, top_p)
         prompts = idx.tolist()
         return (
             token[:, None]
-            for token in generation.tokens(self, prompts, max_new_tokens, sampling, seed=seed)
+            for token in decoding.tokens(self, prompts, max_new_tokens, sampling, seed=seed)
         )
+
+    def is_stock(self) -> bool:
+        """Whether no layer was replaced or has hooks, so that the parameters define the result."""
+        norms, linears = [self.transformer["ln_f"]], []
+        for block in self.transformer["h"]:
+            parts = zip((block, block.attn, block.mlp), (Block, Attention, MLP), strict=True)
+            if not all(is_stock(part, kind) for part, kind in parts):
+                return False
+            norms += block.ln_1, block.ln_2
+            linears += block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+        return all(is_stock(norm, nn.LayerNorm) for norm in norms) and all(
+            is_stock(layer, nn.Linear, Int8Linear) for layer in linears
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Config,
+        state: dict[str, Tensor],
+        *,
+        fast: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> "Model":
+        """A model in eval mode with a copy of these weights (names: checkpoints/weights.py), in
+        PyTorch's default dtype unless dtype is given."""
+        with torch.device("meta"):  # shapes without memory
+            model = cls(config, fast=fast)
+        dtype = dtype or torch.get_default_dtype()
+        names = [name for name, _ in model.named_parameters()]
+        copies = {name: state[name].to(dtype, copy=True).contiguous() for name in names}
+        copies["lm_head.weight"] = copies["transformer.wte.weight"]
+        model.load_state_dict(copies, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model.eval()
+
+    def to_state(self) -> dict[str, Tensor]:
+        """The weights by name, the tied one once, on the CPU. CPU weights share the model's memory.
+
+        Raises InputError if the weights are int8, which no file format here supports.
+        """
+        from .checkpoints import weights
+
+        return weights.complete(self.config, dict(self.named_parameters()))
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, *, fast: bool = False, dropout: float | None = 0.0
     ) -> "Model":
-        """The model of a folder in Hugging Face's format, a run's folder, nanoGPT's ckpt.pt or
+        """A model from a folder in Hugging Face's format, a run's folder, nanoGPT's ckpt.pt or
         llm.c's model.bin; or a published one: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2
-        (through huggingface_hub; a folder so called is `./gpt2`). gpt2.load gives its tokenizer.
+        (through huggingface_hub; a local folder of that name is `./gpt2`). gpt2.load also returns
+        the tokenizer.
 
-        In eval mode, in PyTorch's default dtype, on the CPU. dropout is the new model's, for
-        training; None takes the file's, of which config.json must have one. Raises InputError,
-        naming file, key and value, for a configuration that this model does not compute, and
-        unless the weights are exactly its own: before memory is taken for them.
+        The model is in eval mode, in PyTorch's default dtype, on the CPU. dropout is for training;
+        None takes the file's rate. Raises InputError, naming file, key and value, for a
+        configuration that this model cannot compute, and if the weights are not exactly those of
+        the configuration. Both are checked before memory is allocated for weights.
         """
-        from . import loading  # not above: it builds on the model
+        from .checkpoints import convert, nanogpt
 
-        return loading.model(name_or_path, fast=fast, dropout=dropout)
+        found = convert.read(name_or_path, dropout=dropout)
+        nanogpt.say(found)
+        config = found.config if dropout is None else replace(found.config, dropout=dropout)
+        return cls.from_state(config, found.state(), fast=fast)
 
     def save_pretrained(
         self, folder: str | Path, *, tokenizer=None, max_shard_size: int | str = "50GB"
     ) -> None:
-        """Writes config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them;
-        and a tokenizer (tokenizer.Tokenizer), if given, as AutoTokenizer loads it.
+        """Writes config.json and model.safetensors for transformers' GPT2LMHeadModel. With
+        tokenizer (a gpt2.data.tokenizer.Tokenizer), also writes its files for AutoTokenizer.
 
-        Weights beyond max_shard_size (bytes, or such as "5GB") go into several files and an index.
-        Each file appears whole; those of a model that lay there before are replaced. Raises
-        InputError, with nothing written, for a tokenizer with more ids than the model.
+        Weights larger than max_shard_size (bytes, or text such as "5GB") are split into several
+        files with an index. Each file is written atomically and replaces that of an earlier model.
+        Raises InputError, with nothing written, if the tokenizer has more ids than the model.
         """
-        from . import interop
+        from .checkpoints import huggingface
 
-        interop.save(self, folder, tokenizer=tokenizer, max_shard_size=max_shard_size)
+        huggingface.write(
+            self.config, self.to_state(), folder, tokenizer=tokenizer, max_shard_size=max_shard_size
+        )
 
     def num_params(self, non_embedding: bool = True) -> int:
-        """The number of parameters, shared ones once; position embeddings count if asked for."""
+        """The number of parameters. Shared ones count once; position embeddings count only with
+        non_embedding=False."""
         total = sum(p.numel() for p in self.parameters())
         return total - self.transformer.wpe.weight.numel() * non_embedding
 
     def flops_per_token(self, T: int) -> int:
-        """Of one training step, forward and backward: 6 N + 12 L C T (Chowdhery et al., PaLM)."""
+        """FLOPs of a training step, forward and backward: 6 N + 12 L C T (Chowdhery et al.,
+        PaLM)."""
         return 6 * self.num_params() + 12 * self.config.n_layer * self.config.n_embd * T

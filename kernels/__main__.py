@@ -1,4 +1,5 @@
-"""python -m gpt2.kernels: which backend serves each op here, and why the others do not.
+"""python -m gpt2.kernels: prints the backend of each op on this machine, and why others are not
+available.
 
 python -m gpt2.kernels build [--cuda] [--out DIR] [--force]: compiles csrc ahead of its first use.
 """
@@ -8,32 +9,33 @@ import sys
 import time
 from pathlib import Path
 
-from . import _cache, native, report
+from . import report
+from .native import build_cache, libraries
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gpt2.kernels",
-        description="Which backend serves each op on this machine, and why the others do not.",
+        description="Print the backend of each op on this machine, and why others are unavailable.",
     )
     commands = parser.add_subparsers(dest="command")
     build = commands.add_parser("build", help="compile the CPU kernels ahead of their first use")
-    build.add_argument("--cuda", action="store_true", help="the CUDA kernels instead")
+    build.add_argument("--cuda", action="store_true", help="compile the CUDA kernels instead")
     build.add_argument("--out", type=Path, metavar="DIR", help="copy the library to this folder")
-    build.add_argument("--force", action="store_true", help="compile even if that has been done")
+    build.add_argument("--force", action="store_true", help="compile even if a build exists")
     options = parser.parse_args()
     if options.command is None:
         print(report())
         return 0
     start = time.perf_counter()
     try:
-        library = native.build(
+        library = libraries.build(
             "cuda" if options.cuda else "cpu", out=options.out, force=options.force
         )
-    except native.BuildError as error:
+    except libraries.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{_cache.one_line(library)} ({time.perf_counter() - start:.1f} s)")
+    print(f"{build_cache.one_line(library)} ({time.perf_counter() - start:.1f} s)")
     return 0
 
 

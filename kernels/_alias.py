@@ -1,9 +1,9 @@
-"""What `import kernels` means from the root of this repository.
+"""Makes `import kernels`, from the root of this repository, an alias of gpt2.kernels.
 
-The folder lies where Python finds it as a top-level package; installed, it is gpt2.kernels and
-nothing else. So here `kernels` becomes another name for gpt2.kernels, submodules included: a second
-copy would register the same ops twice. But an unrelated library owns that name on PyPI, and
-transformers imports it; where it is installed, this folder steps aside for it.
+In the repository, Python finds this folder as a top-level package; once installed, it is only
+gpt2.kernels. A second copy of the modules would register the same ops twice, so `kernels` becomes
+another name for gpt2.kernels, submodules included. But an unrelated library on PyPI has the same
+name, and transformers imports it. If that library is installed, `kernels` is that library.
 """
 
 import importlib
@@ -17,7 +17,7 @@ _OURS = Path(__file__).resolve().parent
 
 
 def stand_aside() -> None:
-    """Replaces sys.modules["kernels"]: by the library of that name, else by gpt2.kernels."""
+    """Replaces sys.modules["kernels"] by the library of that name, or by gpt2.kernels."""
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != _OURS.parent]
     spec = importlib.machinery.PathFinder.find_spec("kernels", elsewhere)
     if spec is not None and spec.origin and Path(spec.origin).resolve().parent != _OURS:
@@ -45,5 +45,5 @@ class _SameModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module):
-        # The import system has just given the module the alias's spec: hand its own back.
+        # The import system has just set the alias's spec on the module: restore its own.
         module.__spec__ = module.__spec__.loader_state

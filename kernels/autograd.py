@@ -1,8 +1,8 @@
-"""The autograd functions around the raw ops (raw_ops.py): what is saved, and both passes.
+"""The autograd functions around the raw ops (raw_ops.py): saved tensors, forward and backward.
 
-They stand outside of the raw ops, the cheapest boundary there is. The forward chooses the backend
-of both passes. Asked for a graph of its gradients (create_graph=True), a backward computes them by
-the reference instead, so that every higher derivative is PyTorch's.
+Autograd wraps the raw ops from outside, which costs the least per call. The forward fixes the
+backends of both passes. With create_graph=True, a backward computes its gradients by the reference
+instead, so that PyTorch computes all higher derivatives.
 """
 
 import torch
@@ -13,15 +13,15 @@ from .raw_ops import raw
 
 
 class _NoBackward:
-    """A ctx that keeps nothing."""
+    """A ctx that saves nothing."""
 
     def save_for_backward(self, *tensors):
         pass
 
 
 def call(function: type[torch.autograd.Function], *args):
-    """function.apply(*args); its forward alone, a third of the price of a small call, where nothing
-    needs a gradient."""
+    """function.apply(*args), or only its forward if no argument needs a gradient, which takes a
+    third of the time in a small call."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return function.apply(*args)
     return function.forward(_NoBackward(), *args)
@@ -35,8 +35,8 @@ def _wants_graph() -> bool:
 def _by_reference(function, inputs, needed, *grad_outputs):
     """The gradients of function(*inputs), with a graph; None for inputs that need none.
 
-    By fresh views of the inputs: an input may have been computed from another one, and its history
-    is the engine's business, not this function's.
+    They are taken with respect to fresh views of the inputs. One input may have been computed from
+    another, and gradients through that history are the engine's task.
     """
     inputs = [x.view_as(x) for x in inputs]
     wanted = [x for x, needs in zip(inputs, needed, strict=False) if needs]
@@ -100,7 +100,7 @@ class AttentionQKV(torch.autograd.Function):
 
 
 def _norm_by_reference(ctx, dy, x, weight, bias, needed):
-    """dx, dweight and dbias of the norm alone, with a graph."""
+    """dx, dweight and dbias of the norm without the addition, with a graph."""
     return _by_reference(
         lambda *inputs: reference.layer_norm(*inputs, ctx.eps).to(dy.dtype),
         *((x, weight, bias), needed, dy),
@@ -190,7 +190,7 @@ class BiasGelu(torch.autograd.Function):
 
 
 def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str):
-    """The losses (N,) as `reduction` wants them; and for the mean how many targets count, ()."""
+    """The reduced losses (N,); and for the mean the number of targets that are not ignored, ()."""
     if reduction == "none":
         return losses, None
     total = losses.sum()
@@ -201,13 +201,14 @@ def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str)
 
 
 def _of_each(dloss: Tensor, count: Tensor | None) -> Tensor:
-    """The gradient of each loss, of the mean's () or as it is. Where no target counts every loss is
-    a constant, and 1 / 0 times its gradient of 0 would be NaN."""
+    """The gradient of each loss, from the gradient of the reduced one. count is None unless that is
+    a mean. If all targets are ignored, the gradient must be 0, but dloss / 0 would make it NaN."""
     return dloss if count is None else dloss / count.clamp(min=1)
 
 
 class CrossEntropy(torch.autograd.Function):
-    """The loss of logits (N, V), float32 (float64 of float64): (), or (N,) for reduction "none"."""
+    """The loss of logits (N, V): (), or (N,) for reduction "none"; float32, or float64 for float64
+    logits."""
 
     @staticmethod
     def forward(
@@ -236,11 +237,11 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The loss of logits x weight^T, as CrossEntropy.
+    """The loss of logits x weight^T, like CrossEntropy's.
 
-    For a mean or a sum the forward takes the gradients too, for a loss gradient of 1, of x and
-    weight as far as they are needed: under no_grad they are not, whatever they require. With
-    reduction "none" each loss has a gradient of its own, and the backward computes logits again.
+    For a mean or a sum, the forward also computes the gradients of x and weight, for a loss
+    gradient of 1. need_dx and need_dweight say which are needed; under no_grad neither is. With
+    reduction "none", each loss has its own gradient, so the backward computes the logits again.
     """
 
     @staticmethod
@@ -277,7 +278,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_by_reference(function, targets, ctx):
-    """function(*inputs), a loss of the reference, with the options that ctx keeps."""
+    """function, a loss of the reference, with the targets and ctx's options filled in."""
     ignore_index, smoothing = ctx.options
     return lambda *inputs: function(
         *inputs, targets, ignore_index, reduction=ctx.reduction, label_smoothing=smoothing

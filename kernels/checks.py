@@ -1,5 +1,5 @@
-"""What the public functions ask of their arguments: each check once, with an error that names the
-argument, what was given and what was expected.
+"""Checks of the public functions' arguments. An error names the argument, what was expected and
+what was given.
 
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   V vocabulary
 """
@@ -11,8 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .product import is_autocasting
-from .raw_ops import look_at_ids, raw
+from .matmul import is_autocasting
+from .raw_ops import raw, validate_ids
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -22,15 +22,15 @@ def autocasting(x: Tensor) -> bool:
 
 
 def check_ids(name: str, ids: Tensor, size: int, ignore_index: int | None = None) -> Tensor:
-    """ids, once every one is known to lie in [0, size) or to equal ignore_index.
+    """Returns ids after checking that each lies in [0, size) or equals ignore_index.
 
-    Raises ValueError with the first that does not: a clear error in place of an assertion on the
-    device. On a GPU the check synchronizes, so it is skipped during graph capture. It is skipped
-    too where ids have no values: on the meta device, and for a batch inside torch.func.vmap.
+    Raises ValueError with the first id that does not, because an assertion on the device would not
+    name it. On a GPU the check synchronizes, so it is skipped during graph capture. It is also
+    skipped if ids have no values: on the meta device, and for a batch inside torch.func.vmap.
     """
     if torch.compiler.is_compiling():
         return raw.check_ids(ids, name, size, ignore_index)
-    look_at_ids(ids, name, size, ignore_index)
+    validate_ids(ids, name, size, ignore_index)
     return ids
 
 
@@ -106,7 +106,7 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
 
 
 def check_number(name: str, value) -> None:
-    if type(value) is not float and not isinstance(value, Real):  # the latter takes 0.3 µs
+    if type(value) is not float and not isinstance(value, Real):  # isinstance takes 0.3 µs
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         float(value)
@@ -122,7 +122,7 @@ def check_integer(name: str, value) -> None:
 
 
 def attention_scalars(x, D, softmax_scale, dropout_p, seed):
-    """softmax_scale and seed as the kernels take them."""
+    """softmax_scale as a float, and seed as a (1,) int64 tensor, or None without dropout."""
     if D == 0:
         raise ValueError("the head size must be at least 1, got 0")
     check_number("dropout_p", dropout_p)

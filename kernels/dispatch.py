@@ -1,13 +1,13 @@
-"""Which backend serves a call, and why the others do not.
+"""Chooses the backend of a call, and explains why others are not used.
 
-A backend is a module with two functions,
+A backend is a module with two functions:
 
-    why_not(op, device, dtype, size) -> str | None     # None: it can serve; else a human reason
+    why_not(op, device, dtype, size) -> str | None     # None: supported; else the reason
     module(op) -> module                               # holds attention_fwd, attention_bwd, ...
 
-where size is the one extent that a kernel may not support: the head size D of attention, the row
-length C of a norm. `reference` is no such module: ops.py calls it directly, and autograd does the
-rest. Both choices are made in the forward: its own backend, and the backward's.
+size is the only extent that a kernel may not support: the head size D of attention, the row length
+C of a norm. `reference` is not such a module: ops.py calls it directly, and PyTorch differentiates
+it. The forward chooses its own backend and the backward's.
 """
 
 import contextlib
@@ -18,23 +18,25 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda, native, reference, triton
+from . import reference, triton
 from .gpu import unsuitable
+from .linear_cross_entropy import DEFAULT, Chunks
+from .native import cpu, cuda, libraries
+from .tracing import untraced
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
-# The backends of an op, in the order in which they are asked. On an NVIDIA GPU triton comes before
-# cuda, whose library takes nvcc most of a minute to build. The figures are the kernels' own times
-# on an H200 in bfloat16 (docs/log.md, 2026-11-27), triton's first. On a CPU there is only cpu (and
-# triton, in its interpreter), measured against plain PyTorch in docs/log.md. Elementwise GELU is
-# left to Inductor inside torch.compile: it fuses into its neighbours there, which a kernel of its
-# own never can.
+# The backends of an op, in order of preference. On an NVIDIA GPU triton comes before cuda, because
+# nvcc takes most of a minute to build cuda's library. The figures are kernel times on an H200 in
+# bfloat16, triton's against cuda's (docs/log.md, 2026-11-27). On a CPU there is only cpu, measured
+# against plain PyTorch in docs/log.md (and triton, in its interpreter). Inside torch.compile, GELU
+# is left to Inductor, which fuses it into the neighbouring operations; a kernel cannot be fused.
 PRIORITY = {
     # T = 512, 1024, 2048, 4096: forward 66, 101, 170, 308 µs against 82, 130, 229, 420; backward
     # 1.5 to 1.7 times as fast
     "attention": ("triton", "cuda", "cpu"),
     "decode_attention": ("triton", "cuda", "cpu"),  # see FASTER
-    "gemv": ("cpu",),  # on a GPU PyTorch's own product is used
+    "linear": ("cpu",),  # on a GPU PyTorch's own product is used
     # 65536 x 768: forward 54 µs against 58, with the residual 101 against 106
     "layer_norm": ("triton", "cuda", "cpu"),
     # 65536 x 3072: forward 191 µs against 209, backward 305 against 307; with the bias 199 against
@@ -47,14 +49,15 @@ OPS = tuple(PRIORITY)
 
 
 class Faster(NamedTuple):
-    """A backend that beats the first of PRIORITY on a GPU, where its library is built already."""
+    """A backend that is faster on a GPU than the first of PRIORITY. It is preferred if its library
+    is already built."""
 
     backend: str
     than: str
     measured: str  # a sentence for the report
 
 
-# By op, or by op and "_bwd" for the backward alone.
+# Keyed by op, or by op and "_bwd" for the backward alone.
 FASTER = {
     "decode_attention": Faster(
         "cuda", "triton", "7, 11, 58 µs against 7, 12, 79 for 1024 cached rows, B = 1, 8, 64 (H200)"
@@ -79,31 +82,33 @@ _built: dict[str, bool] = {}
 
 
 class _Own(threading.local):
-    """The use() blocks that this thread is in, the newest last: each a list of one backend."""
+    """The use() blocks that this thread is in, newest last. Each entry is a list of one backend, so
+    that entries can be told apart by identity."""
 
     def __init__(self):
         self.entries: list[list[str]] = []
 
 
 _own = _Own()
-_all: list[list[str]] = []  # those of every thread
-_newest: str | None = None  # the backend of the newest of them
+_all: list[list[str]] = []  # the use() blocks of all threads
+_newest: str | None = None  # the backend of the newest of these
 _entering = threading.Lock()
 
 
 class BackendUnavailable(RuntimeError):
-    """A forced backend cannot serve a call; the message holds every reason."""
+    """A forced backend does not support a call; the message has the reason."""
 
 
 @contextlib.contextmanager
 def use(backend: str):
     """Force `backend`, one of BACKENDS, for every op called inside the with block.
 
-    It holds for the thread that enters the block, and for threads that are in no block of their
-    own, such as those in which autograd runs a backward; of several blocks the newest counts. A
-    forked child keeps the blocks of the thread that forked, and no others.
-    Raises ValueError for an unknown name; an op that the backend cannot serve raises
-    BackendUnavailable with the reason instead of falling back.
+    It applies to the thread that enters the block, and to threads without a block of their own,
+    such as those in which autograd runs a backward. The newest block wins. A forked child keeps
+    only the blocks of the thread that forked.
+
+    Raises ValueError for an unknown name. Inside the block, an op that the backend does not support
+    raises BackendUnavailable with the reason instead of falling back.
     """
     global _newest
     if backend not in BACKENDS:
@@ -117,14 +122,14 @@ def use(backend: str):
         yield
     finally:
         with _entering:
-            for stack in stacks:  # blocks may end in another order than they began
+            for stack in stacks:  # blocks of different threads may end in any order
                 stack[:] = [other for other in stack if other is not entry]
             _newest = _all[-1][0] if _all else None
 
 
 def _forget_other_threads() -> None:
-    """A forked child has only the thread that forked: the blocks of others never end there, and a
-    lock that another held is never released."""
+    """Keeps only this thread's blocks in a forked child. Other threads do not exist there, so their
+    blocks would never end, and a lock that one of them held would never be released."""
     global _entering, _newest
     _entering = threading.Lock()
     _all[:] = _own.entries
@@ -136,15 +141,19 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def forced() -> str | None:
-    """The backend that use() forces for this thread, or None. torch.compile traces this: a
-    compiled function is compiled anew where the answer changes."""
+    """The backend that use() forces for this thread, or None. torch.compile traces this, so a
+    compiled function is recompiled when the result changes."""
     own = _own.entries
     return own[-1][0] if own else _newest
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
-    """The name of the backend that serves this call."""
-    chosen = forced()  # read once: another thread may leave its block meanwhile
+    """The name of the backend for this call.
+
+    If no kernel supports it, warns once and returns "reference". Raises BackendUnavailable if a
+    forced backend does not support it.
+    """
+    chosen = forced()  # read only once, because another thread may leave its block meanwhile
     if chosen == "reference":
         return "reference"
     if reference.is_transformed():
@@ -173,8 +182,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
 def choose_backward(
     op: str, forward: str, device: torch.device, dtype: torch.dtype, size: int = 0
 ) -> str:
-    """The backend of the backward of a call that `forward` serves: the same, unless another is
-    measured to be faster and its library is there."""
+    """The backend for the backward of a call: the forward's, unless FASTER has another one whose
+    library is built."""
     faster = FASTER.get(f"{op}_bwd")
     if faster is not None and forced() is None and forward == faster.than:
         name = faster.backend
@@ -184,7 +193,7 @@ def choose_backward(
 
 
 def _candidates(op: str, device: torch.device) -> tuple[str, ...]:
-    """The backends to ask for this op, in order."""
+    """The backends to try for this op, in order."""
     faster = FASTER.get(op)
     if faster is not None and faster.backend in PRIORITY[op] and _is_ready(faster.backend, device):
         return (faster.backend, *PRIORITY[op])
@@ -195,16 +204,17 @@ def _is_ready(backend: str, device: torch.device) -> bool:
     return device.type == "cuda" and _library_is_built(backend)
 
 
+@untraced
 def _library_is_built(name: str) -> bool:
-    """Decided once per process, so that a choice does not change within it."""
+    """Whether a library is built. Decided once per process, so that choices do not change."""
     if name not in _built:
-        _built[name] = native.unbuilt(name) is None
+        _built[name] = libraries.unbuilt(name) is None
     return _built[name]
 
 
 def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The backend with a kernel for this call, or None: for an op that PyTorch serves as a rule, so
-    that there is nothing to say, and nothing to raise where a backend without one is forced."""
+    """The backend with a kernel for this call, or None. For an op that PyTorch normally computes,
+    so no kernel is no reason for a warning, nor for an error if a backend is forced."""
     if reference.is_transformed():
         return None
     chosen = forced()
@@ -214,51 +224,53 @@ def kernel_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, size: int = 0):
-    """None where `backend` can serve the call, else the reason as a short phrase."""
+    """The reason why `backend` does not support the call, as a short phrase; None if it does."""
     return None if backend == "reference" else _MODULES[backend].why_not(op, device, dtype, size)
 
 
+def logits_chunks(backend: str, dtype: torch.dtype) -> Chunks:
+    """The layout of linear_cross_entropy's logits on this backend, for x of this dtype."""
+    return cpu.logits_chunks(dtype) if backend == "cpu" else DEFAULT
+
+
 def module(backend: str, op: str):
-    """The module that holds this backend's launchers of `op`."""
+    """The module with this backend's launchers for `op`."""
     return _MODULES[backend].module(op)
 
 
+@untraced
 def _say_once(op: str, reason: str) -> None:
     if (op, reason) not in _said:
         _said.add((op, reason))
         warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
 
 
+@untraced
 def _say_no_library(reason: str) -> None:
-    """One reason for every op is one line, whichever op comes first."""
+    """Warns once that the CPU library is missing; this one warning covers all ops."""
     if ("", reason) not in _said:
         _said.add(("", reason))
         message = f"plain PyTorch computes in place of every kernel: {reason}"
         warnings.warn_explicit(message, UserWarning, "gpt2.kernels", 0)  # shows no line of code
 
 
-# torch.compile calls these instead of tracing them: what torch.compiler.assume_constant_result
-# sets, without importing the compiler, which takes longer than all the rest of this package.
-for _function in (_say_once, _say_no_library, _library_is_built):
-    _function._dynamo_marked_constant = True
-
-
 def report() -> str:
-    """The table of python -m gpt2.kernels: per op the backend that serves it on this machine, and
-    for every backend "yes" or the reason why it cannot. Sampled at GPT-2's sizes, D = 64, C = 768.
+    """The table of python -m gpt2.kernels: for each op, the backend that computes it on this
+    machine, and for every backend "yes" or the reason why it does not support the op. The sizes are
+    GPT-2's: D = 64, C = 768.
 
-    Builds the library for the CPU if need be, as a first call would, and never the one for GPUs:
-    where that would be faster, the lines below the table say so, and how to build it.
+    Builds the CPU library if necessary, as a first call would, but never the CUDA library. If that
+    would be faster, lines below the table name the ops and the command that builds it.
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dtype = torch.bfloat16 if on_gpu else torch.float32
     suits = on_gpu and unsuitable("cuda", device.index) is None
-    unbuilt = native.unbuilt("cuda") if suits else None
+    unbuilt = libraries.unbuilt("cuda") if suits else None
     rows = [("op", "served by", *BACKENDS)]
     for op in OPS:
         size = {"attention": 64, "decode_attention": 64, "layer_norm": 768}.get(op, 0)
-        unasked = unbuilt if "cuda" in PRIORITY[op] else None  # to ask it would build it
+        unasked = unbuilt if "cuda" in PRIORITY[op] else None  # why_not would build it
         reasons = {
             b: unasked if b == "cuda" and unasked else why_not(b, op, device, dtype, size)
             for b in BACKENDS
@@ -279,8 +291,8 @@ def report() -> str:
 
 
 def _advice(unbuilt: str | None) -> list[str]:
-    """Lines that name the ops on which cuda would be faster than Triton; none once it is built, or
-    where Triton does not serve."""
+    """Lines that name the ops for which cuda would be faster than Triton; none if cuda is built or
+    Triton cannot be used."""
     if unbuilt is None or triton.import_error() is not None:
         return []
     faster = (f"  {name}: {faster.measured}" for name, faster in FASTER.items())

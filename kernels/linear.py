@@ -1,8 +1,8 @@
-"""x weight^T + bias, as training and as decoding need it.
+"""x weight^T + bias, for training and for decoding.
 
-Many rows are PyTorch's product (product.py). A few rows without a gradient, on a CPU, are a
-kernel's (csrc/cpu/gemv.h): each weight is used once there, and the time is that of reading it.
-So is what int8 saves, a byte a weight in place of two or four:
+Many rows use PyTorch's matrix product (matmul.py). A few rows without a gradient, on a CPU, use a
+kernel (csrc/cpu/linear.h): each weight is used only once then, so the time is that of reading the
+weights. int8 weights shorten it, with one byte per weight instead of two or four:
 
     weight[n, k] = scale[n] * number[n, k]      scale[n] = max_k |weight[n, k]| / 127
 
@@ -15,48 +15,51 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
-from .product import product
+from .matmul import matmul
 from .raw_ops import raw
 
-FEW = 8  # rows: with more, products pay for themselves (docs/log.md)
-FEW_INT8 = 64  # rows: with more, so does spelling the weight out
+FEW = 8  # most rows for the kernel; with more, a matrix product is faster (docs/log.md)
+FEW_INT8 = 64  # the same for int8; with more, dequantizing the weight first is faster
 BLOCK = 64  # int8 numbers of a row that are packed together
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,): (..., N), in the autocast dtype under autocast.
 
-    Shapes and errors are torch.nn.functional.linear's. On a CPU, up to 8 rows of x for which no
-    gradient is wanted are a kernel's: a row has the same bits there whatever rows stand beside it.
+    Shapes and errors are torch.nn.functional.linear's. On a CPU, up to 8 rows of x without a
+    gradient use a kernel, in which the bits of a row do not depend on the other rows.
     """
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if weight.dtype == x.dtype and (backend := _few(x, weight, bias)):
+    if weight.dtype == x.dtype and (backend := gemv_backend(x, weight, bias)):
         return _gemv(x, weight, bias, None, backend)
-    return product(x, weight, bias)
+    return matmul(x, weight, bias)
 
 
 def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """linear with the weight of quantize_int8: packed (N, K rounded up to 64) int8, scale (N,).
 
-    x (..., K) of any floating dtype. On a CPU up to 64 rows for which no gradient is wanted read
-    the numbers as they are, and lose of 64 numbers of a 16-bit x what lies below 2^-13 of the
-    largest (docs/decoding.md); else the weight is spelled out in x's dtype first. Gradients reach x
-    and bias, not the weight. Raises TypeError or ValueError, naming the argument.
+    x (..., K) has any floating dtype. On a CPU, up to 64 rows without a gradient use a kernel that
+    reads the int8 numbers directly; if x has 16 bits, it rounds each block of 64 elements of x to
+    steps of 2^-13 of the block's largest magnitude (docs/decoding.md). Otherwise the weight is
+    dequantized to x's dtype first. Gradients reach x and bias, not the weight. Raises TypeError or
+    ValueError, naming the argument.
     """
     _check_int8(x, packed, scale, bias)
-    if backend := _few(x, packed, bias, FEW_INT8):
+    if backend := gemv_backend(x, packed, bias, FEW_INT8):
         return _gemv(x, packed, bias, scale, backend)
-    return product(x, reference.dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
+    return matmul(x, reference.dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (N, K) as (packed, scale): int8 numbers (N, K rounded up to 64) of which the nearest
-    multiple of scale (N,), float32, is each weight's; the largest of a row is +-127.
+    """Quantizes weight (N, K) to (packed, scale): int8 numbers (N, K rounded up to 64), and scale
+    (N,) float32.
 
-    packed holds 64 numbers of a row as 32 words: byte j of word i is number 32 j + i. Raises
-    TypeError where weight is no floating matrix, ValueError where it is not finite.
+    Each weight is rounded to the nearest multiple of its row's scale; the largest of a row becomes
+    +-127. packed holds each 64 numbers of a row as 32 words: byte j of word i is number 32 j + i.
+    Raises TypeError if weight is not a floating tensor, and ValueError if it is not a finite
+    matrix.
     """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -75,9 +78,10 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, scale
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None, most: int = FEW) -> str | None:
-    """The backend whose kernel serves: of up to `most` rows, for which nobody wants a gradient."""
-    if torch.compiler.is_compiling():  # before a look at the rows: their number may vary there
+def gemv_backend(x: Tensor, weight: Tensor, bias: Tensor | None, most: int = FEW) -> str | None:
+    """The backend with a kernel for x, or None. Kernels take up to `most` rows, on a CPU, without
+    autocast and without a gradient."""
+    if torch.compiler.is_compiling():  # checked first: the number of rows may be dynamic there
         return None
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
@@ -91,7 +95,7 @@ def _few(x: Tensor, weight: Tensor, bias: Tensor | None, most: int = FEW) -> str
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return None
-    return dispatch.kernel_for("gemv", x.device, x.dtype)
+    return dispatch.kernel_for("linear", x.device, x.dtype)
 
 
 def _gemv(x, weight, bias, scale, backend) -> Tensor:
@@ -103,7 +107,7 @@ def _gemv(x, weight, bias, scale, backend) -> Tensor:
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1]).split(FEW)
-    y = [raw.gemv(some, weight, bias, scale, backend) for some in rows]
+    y = [raw.linear(some, weight, bias, scale, backend) for some in rows]
     y = torch.cat(y) if len(y) > 1 else y[0]
     return y.view(*x.shape[:-1], len(weight))
 

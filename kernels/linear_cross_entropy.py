@@ -3,23 +3,36 @@
     logits = x weight^T    losses = lse(logits) - logits[target]
     dlogits = softmax - onehot    dx = dlogits weight    dweight = dlogits^T x
 
-A chunk of rows goes through all five steps before the next begins: its logits become their own
-gradient in place. The products are PyTorch's; a backend brings the row kernel. Gradients are taken
-in the forward, for a loss gradient of 1, and scaled in the backward: dlogits would otherwise have
-to be computed again, or kept. Unscaled they also stay clear of float16's underflow. Losses with a
-gradient each (reduction "none") cannot be scaled afterwards, as dweight sums over rows: their
-backward goes through the chunks again.
+All five steps are done for a chunk of rows before the next chunk; its gradient overwrites its
+logits. PyTorch computes the matrix products; a backend supplies the row kernel. The forward
+computes the gradients, for a loss gradient of 1, and the backward only scales them. Otherwise
+dlogits would have to be stored, or computed again. Unscaled gradients also avoid underflow in
+float16. With reduction "none", each row has its own loss gradient. dweight sums over rows and
+cannot be scaled afterwards, so the backward then goes through the chunks again.
 
     N rows   C features   V vocabulary   V_padded: V, on a GPU rounded up to whole 128-byte
     lines of logits
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from .product import onednn_multiplies, times_transposed
+from .matmul import matmul_transposed, uses_onednn
 
-MAX_CHUNK = 8192  # rows; larger products gain nothing
+MAX_CHUNK = 8192  # rows; a larger matrix product is not faster
+
+
+class Chunks(NamedTuple):
+    """A backend's layout of a chunk of logits, and the precision of its products."""
+
+    align: int = 64  # V is padded to a multiple of this
+    tile: int = 64  # the rows of a chunk are a multiple of this
+    wide: bool = False  # compute products in float32, and round afterwards
+
+
+DEFAULT = Chunks()
 
 
 def linear_cross_entropy_fwd(
@@ -31,14 +44,12 @@ def linear_cross_entropy_fwd(
     smoothing: float,
     need_dx: bool,
     need_dweight: bool,
-    *,
-    align: int = 64,
-    tile: int = 64,
+    chunks: Chunks = DEFAULT,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (N,) float32, and the gradients of their sum: dx (N, C) in x's dtype and dweight
-    (V, C) float32; each has no rows where it is not needed. float64 stays float64.
+    """The losses (N,) float32, and the gradients of their sum: dx (N, C) in x's dtype, and dweight
+    (V, C) float32. float64 stays float64. A gradient that is not needed has no rows.
 
-    row_kernel is the backend's module: it has cross_entropy_fwd and cross_entropy_fwd_bwd_.
+    row_kernel is the backend's module, with cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
     V = weight.shape[0]
     losses = torch.empty(len(x), dtype=_accumulator(x), device=x.device)
@@ -53,7 +64,7 @@ def linear_cross_entropy_fwd(
                 chunk[:, :V], targets[part], ignore_index, smoothing
             )
 
-    return losses, *_through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile)
+    return losses, *_through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks)
 
 
 def linear_cross_entropy_bwd(
@@ -66,13 +77,11 @@ def linear_cross_entropy_bwd(
     smoothing: float,
     need_dx: bool,
     need_dweight: bool,
-    *,
-    align: int = 64,
-    tile: int = 64,
+    chunks: Chunks = DEFAULT,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight, as of linear_cross_entropy_fwd, for the gradients dlosses (N,) of the losses.
+    """dx and dweight, as from linear_cross_entropy_fwd, given the gradients dlosses (N,).
 
-    row_kernel has cross_entropy_fwd and cross_entropy_bwd_.
+    row_kernel is the backend's module, with cross_entropy_fwd and cross_entropy_bwd_.
     """
     V = weight.shape[0]
 
@@ -83,16 +92,16 @@ def linear_cross_entropy_bwd(
         row_kernel.cross_entropy_bwd_(dlosses[part], logits, targets[part], stats, *options)
         chunk[:, V:] = 0
 
-    return _through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile)
+    return _through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks)
 
 
-def _through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile):
-    """dx and dweight; gradient_of(chunk, part) turns the logits of a chunk, rows `part` of x, into
-    their gradient, in place."""
+def _through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks):
+    """dx and dweight. gradient_of(chunk, part) replaces the logits of a chunk, for the rows `part`
+    of x, by their gradient, in place."""
     (N, C), V = x.shape, weight.shape[0]
-    # On a GPU an odd vocabulary (50257) misaligns every row of the product: pad it with zero rows.
-    # The copy is the cast to x's dtype that autocast needs anyway.
-    V_padded = -(-V // align) * align
+    # On a GPU an odd vocabulary (50257) would misalign every row of the product, so the weight is
+    # padded with zero rows. The copy also does the cast to x's dtype that autocast needs.
+    V_padded = -(-V // chunks.align) * chunks.align
     padded = weight
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_zeros((V_padded, C))
@@ -102,12 +111,12 @@ def _through_chunks(gradient_of, x, weight, need_dx, need_dweight, align, tile):
     dweight = (torch.empty if N else torch.zeros)(
         dweight_shape, dtype=_accumulator(x), device=x.device
     )
-    rows = chunk_rows(N, tile)
-    logits = x.new_empty((0 if onednn_multiplies(x, padded) else rows, V_padded))
+    rows = chunk_rows(N, chunks.tile)
+    logits = x.new_empty((0 if uses_onednn(x, padded) else rows, V_padded))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        chunk = None  # the last one's memory, if it was its own, goes first
-        chunk = times_transposed(x[part], padded, out=logits[: part.stop - start])
+        chunk = None  # frees the previous chunk first, if it had memory of its own
+        chunk = matmul_transposed(x[part], padded, out=logits[: part.stop - start])
         gradient_of(chunk, part)
         if need_dx:
             torch.mm(chunk, padded, out=dx[part])
@@ -121,15 +130,15 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def chunk_rows(N: int, tile: int = 64) -> int:
-    """Rows per chunk: at most an eighth of the logits exists at a time, rounded up to whole tiles
-    of rows, which a matrix product needs to be fast."""
+    """The number of rows per chunk: an eighth of N, at most MAX_CHUNK, rounded up to whole tiles
+    for a fast matrix product."""
     eighth = -(-N // 8)
     return max(1, min(N, MAX_CHUNK, -(-eighth // tile) * tile))
 
 
 def _add_mm(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b for the first chunk; half precision's product is summed in
-    float32: chunks add up without rounding in between."""
+    """total += a @ b, or total = a @ b for the first chunk. Chunks in half precision are summed in
+    float32, without rounding in between."""
     if a.is_cuda and a.dtype != total.dtype:
         product = torch.mm(a, b, out_dtype=total.dtype)
         total.copy_(product) if first else total.add_(product)

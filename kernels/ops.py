@@ -1,6 +1,6 @@
-"""The public functions: arguments checked once (checks.py), then a backend chosen.
+"""The public functions. Each checks its arguments (checks.py) and chooses a backend (dispatch.py).
 
-Where no kernel serves, the reference does, and dispatch.py says why.
+If no kernel supports a call, the reference computes it, and a warning gives the reason.
 
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   C features   V vocabulary
 """
@@ -34,13 +34,13 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention; shapes (B, Tq, H, D) and (B, Tk, H, D), result (B, Tq, H, D).
+    """Causal softmax attention: q (B, Tq, H, D), k and v (B, Tk, H, D), result (B, Tq, H, D).
 
     Query i sees the keys up to i + Tk - Tq: the last query is aligned with the last key. Views
     are read in place if they are contiguous in D. softmax_scale is 1 / sqrt(D) by default.
-    dropout_p drops probabilities by a mask that depends on seed and position alone (see
-    reference.dropout_keep); seed, an int or a (1,) int64 tensor, is drawn from PyTorch's
-    generator by default. Raises TypeError or ValueError, naming the argument.
+    dropout_p is the probability that an attention probability is dropped; the mask depends only on
+    seed and position (see reference.dropout_keep). seed is an int or a (1,) int64 tensor, drawn
+    from PyTorch's generator by default. Raises TypeError or ValueError, naming the argument.
 
     Vaswani et al., 2017; Dao et al., FlashAttention-2, 2023.
     """
@@ -74,11 +74,11 @@ def causal_attention_qkv(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """causal_attention straight from the packed projection: qkv (B, T, 3C) to (B, T, C).
+    """causal_attention on the packed projection: qkv (B, T, 3C) to (B, T, C).
 
-    The last dimension of qkv holds q, k and v, each as n_head heads of C / n_head. Nothing is
-    transposed or copied on the way, and the gradient is one packed tensor. Other arguments and
-    errors as causal_attention.
+    The last dimension of qkv holds q, k and v, each as n_head heads of size C / n_head. Nothing is
+    transposed or copied, and the gradient is one packed tensor. Other arguments and errors are
+    those of causal_attention.
     """
     check_tensor("qkv", qkv, like=qkv)
     if qkv.dim() != 3:
@@ -107,11 +107,11 @@ def decode_attention(
     *,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Attention of one new token per sequence over a cache; no gradient.
+    """Attention of one new token per sequence over a cache, (B, 1, H, D); without a gradient.
 
     q (B, 1, H, D), k_cache and v_cache (B, T, H, D), lengths (B,) int64: sequence b sees the first
-    lengths[b] rows of its cache, the new token's own among them; zeros come out where it sees none.
-    Views are read in place if they are contiguous in D. softmax_scale is 1 / sqrt(D) by default.
+    lengths[b] rows of its cache, including the new token's own. The result is zero if lengths[b] is
+    0. Views are read in place if they are contiguous in D. softmax_scale is 1 / sqrt(D) by default.
     Raises TypeError or ValueError, naming the argument.
     """
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
@@ -151,8 +151,9 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; statistics in float32.
 
-    x (..., C); weight and bias (C,), of any floating dtype, None for 1 and 0. The result has x's
-    dtype, under autocast too. Raises TypeError or ValueError, naming the argument. Ba et al., 2016.
+    x is (..., C). weight and bias are (C,), of any floating dtype; None means 1 and 0. The result
+    has x's dtype, also under autocast. Raises TypeError or ValueError, naming the argument. Ba et
+    al., 2016.
     """
     check_norm(x, weight, bias, eps)
     backend, backward = _norm_backends(x)
@@ -169,10 +170,10 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(s), s) with s = x + residual, in one pass; shapes and errors as layer_norm.
+    """(layer_norm(s), s) with s = x + residual, in one pass. Shapes and errors are layer_norm's.
 
-    The norm has x's dtype, s that of residual: the same, or float32 beside an x of 16 bits, as a
-    model has them under autocast. Under autocast any other residual is converted.
+    The norm has x's dtype, and s has residual's. These are equal, or x has 16 bits and residual is
+    float32, as in a model under autocast. Under autocast, any other residual is converted.
     """
     check_norm(x, weight, bias, eps)
     check_residual(residual, x)
@@ -195,13 +196,13 @@ def gelu(x: Tensor) -> Tensor:
     """
     check_tensor("x", x, like=x)
     if torch.compiler.is_compiling() and dispatch.forced() is None:
-        return reference.gelu(x)  # Inductor fuses it into its neighbours
+        return reference.gelu(x)  # Inductor fuses it with the neighbouring operations
     backend = dispatch.choose("gelu", x.device, x.dtype)
     return reference.gelu(x) if backend == "reference" else autograd.call(autograd.Gelu, x, backend)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias): x (..., C), bias (C,) of any floating dtype."""
+    """gelu(x + bias) for x (..., C) and bias (C,) of any floating dtype."""
     check_tensor("x", x, like=x)
     check_row("bias", bias, x)
     if torch.compiler.is_compiling() and dispatch.forced() is None:
@@ -223,16 +224,17 @@ def cross_entropy(
 ) -> Tensor:
     """-log softmax(logits)[target], in float32 (float64 for float64 logits).
 
-    logits (..., V), targets (...) int64. reduction, ignore_index and label_smoothing have the names
-    and the meaning of torch.nn.functional.cross_entropy's: "mean" is over the targets that are not
-    ignore_index, "sum" () over them too, "none" gives each its loss, (...), 0 where it is ignored.
-    Where every target is ignored the mean is NaN and the gradients are 0.
+    logits (..., V), targets (...) int64. reduction, ignore_index and label_smoothing are those of
+    torch.nn.functional.cross_entropy: "mean" and "sum" run over the targets that are not
+    ignore_index, and return (); "none" returns each loss, (...), 0 for an ignored target. If every
+    target is ignored, the mean is NaN and the gradients are 0.
 
-    The forward keeps two floats per row. With inplace_backward the gradient overwrites logits, so
-    that no second tensor of their size ever exists; nobody may read them afterwards. Raises
-    ValueError naming the first target outside [0, V). A target that leaves [0, V) after that makes
-    its row's loss and gradient NaN. On a CPU, an in-place backward raises RuntimeError for logits
-    that are mapped read-only.
+    The forward saves two floats per row. With inplace_backward the gradient overwrites logits, so
+    no second tensor of their size exists; logits must not be read afterwards. On a CPU this raises
+    RuntimeError if logits are mapped read-only.
+
+    Raises ValueError, naming the first target outside [0, V). A target that is changed to a value
+    outside [0, V) after this check makes the loss and gradient of its row NaN.
     """
     check_loss(reduction, label_smoothing)
     check_tensor("logits", logits, like=logits)
@@ -257,11 +259,11 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """cross_entropy(x @ weight.T, targets) without ever storing the logits as a whole.
+    """cross_entropy(x @ weight.T, targets) without ever storing all logits.
 
-    x (..., C), weight (V, C) of any floating dtype (its gradient has it too), targets (...) int64.
-    Other arguments, result and errors as cross_entropy. With reduction "none" the backward computes
-    the logits a second time.
+    x (..., C), weight (V, C) of any floating dtype, which its gradient has too, targets (...)
+    int64. Other arguments, result and errors are those of cross_entropy. With reduction "none",
+    the backward computes the logits a second time.
     """
     check_loss(reduction, label_smoothing)
     check_tensor("x", x, like=x)
@@ -295,7 +297,7 @@ def _norm_backends(x: Tensor) -> tuple[str, str]:
 
 
 def _rows(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight and bias as the kernels take them: a row each."""
+    """weight and bias, with None replaced by ones and zeros."""
     given = bias if weight is None else weight
     like = {"dtype": given.dtype if given is not None else None, "device": x.device}
     if weight is None:
@@ -304,7 +306,7 @@ def _rows(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> tuple[Tensor
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype where autocast is on."""
+    """The tensors, converted to the autocast dtype if autocast is on."""
     if not autocasting(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)

@@ -1,8 +1,8 @@
-"""The raw ops: one per pass of a kernel, as PyTorch sees it.
+"""The raw ops, which PyTorch sees: one for each forward and each backward.
 
-Each is registered under torch.ops.gpt2_kernels, with a fake implementation, so that torch.compile,
-CUDA graphs and selective checkpointing see one opaque node. A raw op's last argument names the
-backend. No raw op has a gradient of its own: see autograd.py.
+Each is registered under torch.ops.gpt2_kernels with a fake implementation, so torch.compile, CUDA
+graphs and selective checkpointing see one opaque node. The last argument names the backend. Raw ops
+have no gradient; autograd.py adds it.
 
     B batch   T time (Tq queries, Tk keys)   H heads   D head size
     N rows   C features   V vocabulary
@@ -17,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dispatch
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
-from .product import multiplies
 
 _library = torch.library.Library("gpt2_kernels", "DEF")
-raw = SimpleNamespace()  # the one overload of each op: a call need not look for it
+raw = SimpleNamespace()  # the only overload of each op, so that a call need not resolve it
 
 
 def _register(schema: str, run, fake) -> None:
@@ -33,8 +32,8 @@ def _register(schema: str, run, fake) -> None:
 
 
 def _launcher(op: str, schema: str):
-    """Registers `schema`, run by the function of its name in the backend's module of `op`. The
-    decorated function is the fake implementation; its outputs must be contiguous."""
+    """Registers an op that calls the function of the same name in the backend's module for `op`.
+    The decorated function is the fake implementation; its outputs must be contiguous."""
     name = schema.partition("(")[0]
 
     def run(*args):
@@ -60,7 +59,7 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
-    """Of statistics and sums: float32, and float64 where x is."""
+    """The dtype of statistics and sums: float32, or float64 for a float64 x."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -105,18 +104,18 @@ def _(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, backend):
     return _like(qkv)
 
 
-# The weight is (N, K) of x's dtype, or with a scale int8, packed (linear.py). No gradient.
+# The weight is (N, K) in x's dtype, or packed int8 with a scale (linear.py). No gradient.
 @_launcher(
-    "gemv",
-    "gemv(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
+    "linear",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, str backend) -> Tensor",
 )
 def _(x, weight, bias, scale, backend):
     return _like(x, x.shape[0], weight.shape[0])
 
 
-# params and scales as csrc/cpu/ops_decode.cpp has them; kv is written to. No gradient.
+# params and scales are as in csrc/ops/decode_layers.cpp; kv is written to. No gradient.
 @_launcher(
-    "gemv",
+    "linear",
     "decode_layers(Tensor x, Tensor[] params, Tensor[] scales, Tensor norm, Tensor norm_bias, "
     "Tensor(a!) kv, Tensor lengths, int n_head, float eps, str backend) -> Tensor",
 )
@@ -164,10 +163,10 @@ def _(x, residual, weight, bias, eps, backend):
     " -> (Tensor dx, Tensor dparams)",
 )
 def _(dy, ds, x, weight, stats, backend):
-    return _like(x), _like(weight, 2, weight.numel())  # of weight and bias
+    return _like(x), _like(weight, 2, weight.numel())  # gradients of weight and bias
 
 
-# x and residual have two dtypes, dy's and s's, and a gradient each.
+# x and residual have different dtypes, dy's and s's, so each has its own gradient.
 @_launcher(
     "layer_norm",
     "mixed_layer_norm_bwd(Tensor dy, Tensor ds, Tensor s, Tensor weight, Tensor stats, "
@@ -235,17 +234,14 @@ def _(dlosses, logits, targets, stats, ignore_index, smoothing, backend):
 
 
 def _by_chunks(run):
-    """What serves a raw op of linear_cross_entropy.py: `run` with the backend's row kernel."""
+    """A raw op of linear_cross_entropy.py: `run` with the backend's row kernel and layout."""
 
     def on_backend(x, weight, *args):
         *args, backend = args
         row_kernel = dispatch.module(backend, "cross_entropy")
-        if backend != "cpu":
-            return _on_device_of(x, run, row_kernel, x, weight, *args)
-        # Odd rows cost nothing there, and small products are slow.
-        wide = not multiplies(x.dtype, "cpu")  # see linear.py
-        operands = (x.float(), weight.to(x.dtype).float()) if wide else (x, weight)
-        *losses, dx, dweight = run(row_kernel, *operands, *args, align=1, tile=128)
+        chunks = dispatch.logits_chunks(backend, x.dtype)
+        wide = (x.float(), weight.to(x.dtype).float()) if chunks.wide else (x, weight)
+        *losses, dx, dweight = _on_device_of(x, run, row_kernel, *wide, *args, chunks)
         return *losses, dx.to(x.dtype), dweight
 
     return on_backend
@@ -288,9 +284,9 @@ _register(
 # ---- token ids
 
 
-def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
-    """Raises ValueError with the first id outside [0, size) that is not ignore_index; ids without
-    values pass."""
+def validate_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
+    """Raises ValueError with the first id outside [0, size) that is not ignore_index. Ids without
+    values are not checked."""
     if _has_no_values(ids):
         return
     bad = (ids < 0) | (ids >= size)
@@ -301,7 +297,8 @@ def look_at_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> 
 
 
 def _has_no_values(x: Tensor) -> bool:
-    """Whether nobody can read x now: shapes alone, a batch inside vmap, or a graph's capture."""
+    """Whether the values of x cannot be read now: it is a meta or fake tensor or a batch inside
+    vmap, or a CUDA graph is being captured."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     if x.is_meta or isinstance(x, FakeTensor):
@@ -310,7 +307,7 @@ def _has_no_values(x: Tensor) -> bool:
 
 
 def _checked_copy(ids, name, size, ignore_index):
-    look_at_ids(ids, name, size, ignore_index)
+    validate_ids(ids, name, size, ignore_index)
     return ids.clone()
 
 

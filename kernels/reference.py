@@ -1,8 +1,8 @@
-"""What every kernel means, in plain PyTorch.
+"""The definition of every kernel, in plain PyTorch.
 
-The only reference in the repository: the fallback where no kernel serves, the truth that tests
-evaluate in float64, the plain column of every benchmark. It runs on any device, in any floating
-dtype, and autograd differentiates it. Arguments are checked in ops.py.
+This is the only reference in the repository: the fallback if no kernel supports a call, the truth
+that tests evaluate in float64, and the baseline of every benchmark. It runs on any device, in any
+floating dtype, and autograd differentiates it. Arguments are checked in ops.py.
 
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   C = H * D   V vocabulary
 """
@@ -24,7 +24,8 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # (1,) int64
 ) -> Tensor:  # (B, Tq, H, D)
-    """softmax(scale * q k^T, keys up to the query's own) v; the last query meets the last key."""
+    """softmax(scale * q k^T, over keys up to the query's own) v; the last query is aligned with the
+    last key."""
     Tq, Tk, D = q.shape[1], k.shape[1], q.shape[-1]
     scale = 1.0 / math.sqrt(D) if softmax_scale is None else softmax_scale
     if dropout_p or Tq != Tk or not q.numel() or q.dtype == torch.float64 or is_transformed():
@@ -36,8 +37,8 @@ def causal_attention(
 def attention_by_formula(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """causal_attention step by step: the truth in float64, and what can be differentiated twice,
-    which PyTorch's fused attention cannot."""
+    """causal_attention step by step. It is the truth in float64, and unlike PyTorch's fused
+    attention it can be differentiated twice."""
     Tq, Tk = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
     s = (q @ k.transpose(-2, -1)) * softmax_scale  # (B, H, Tq, Tk)
@@ -63,7 +64,7 @@ def causal_attention_qkv(
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v, (B, T, H, D) each, of the packed projection (B, T, 3C)."""
+    """q, k and v, (B, T, H, D) each, as views of the packed projection (B, T, 3C)."""
     return qkv.unflatten(-1, (3, n_head, -1)).unbind(2)
 
 
@@ -71,11 +72,11 @@ def decode_attention(
     q: Tensor,  # (B, 1, H, D)
     k_cache: Tensor,  # (B, T, H, D)
     v_cache: Tensor,  # (B, T, H, D)
-    lengths: Tensor,  # (B,) int64: the rows of the cache that count
+    lengths: Tensor,  # (B,) int64: the number of valid rows in the cache
     *,
     softmax_scale: float | None = None,
 ) -> Tensor:  # (B, 1, H, D)
-    """softmax(scale * q k^T, the first lengths[b] keys) v; zeros where there are none."""
+    """softmax(scale * q k^T, over the first lengths[b] keys) v; zeros if there are none."""
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))  # (B, H, T, D)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     s = (q @ k.transpose(-2, -1)) * scale  # (B, H, 1, T)
@@ -99,7 +100,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(s), s) with s = x + residual; the norm is in x's dtype, s in the wider one."""
+    """(layer_norm(s), s) with s = x + residual. The norm has x's dtype, s the wider of the two."""
     s = x + residual
     return layer_norm(s, weight, bias, eps).to(x.dtype), s
 
@@ -120,13 +121,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_int8(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:  # (..., N)
-    """linear with a weight that is kept as int8: see linear.quantize_int8."""
+    """linear with the int8 weight of linear.quantize_int8."""
     return F.linear(x, dequantize_int8(packed, scale, x.shape[-1], x.dtype), bias)
 
 
 def dequantize_int8(packed: Tensor, scale: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K): scale (N,) times the numbers that packed (N, K rounded up to 64) holds,
-    byte 2 i + j of 64 being number 32 j + i; rounded to dtype."""
+    """The weight (N, K) in dtype: scale (N,) times the numbers in packed (N, K rounded up to 64).
+    Of each 64 bytes, byte 2 i + j is number 32 j + i."""
     numbers = packed.view(len(packed), -1, 32, 2).transpose(-1, -2).reshape(packed.shape)[:, :K]
     return (numbers * scale[:, None]).to(dtype)
 
@@ -139,7 +140,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:  # () or, for reduction "none", (...)
-    """-log softmax(logits)[target] of the targets that count, at least in float32."""
+    """-log softmax(logits)[target] for targets that are not ignored, in float32 or wider."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
     losses = F.cross_entropy(
         logits,
@@ -168,22 +169,22 @@ def linear_cross_entropy(
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is under way: both see
-    through plain PyTorch alone."""
+    """Whether a transform of torch.func or forward-mode differentiation is active. Both work only
+    with plain PyTorch."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def dropout_keep(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
-    """Which attention probabilities survive dropout: (B, H, Tq, Tk) bool, the same on any device.
+    """The mask of attention probabilities that dropout keeps, (B, H, Tq, Tk) bool.
 
-    Element (b, h, i, j) is kept where the upper 24 bits of word j % 4 of
+    Element (b, h, i, j) is kept if the upper 24 bits of word j % 4 of
 
         Philox4x32-7(key = seed, counter = (j // 4, i, b H + h, 0))
 
-    are at least p 2^24 (Salmon et al., SC 2011). A function of position alone: every backend, tile
-    size and pass regenerates the same mask.
+    are at least p 2^24 (Salmon et al., SC 2011). The mask depends only on seed and position, so
+    every device, backend, tile size and pass regenerates the same one.
     """
     B, H, Tq, Tk = shape
     device = seed.device
@@ -199,7 +200,7 @@ def dropout_keep(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
 
 
 def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7):
-    """Four 32-bit words per counter, as int64; counters broadcast, the fourth is 0."""
+    """Four 32-bit words per counter, as int64. The counters broadcast; the fourth is 0."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -212,7 +213,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 7):
 
 
 def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The upper and lower 32 bits of a * b, unsigned, without leaving int64."""
+    """The upper and lower 32 bits of the unsigned product a * b, computed in int64."""
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,35 +1,32 @@
-"""How every test runs: where there is no GPU, Triton kernels in the repaired interpreter; fresh
-random inputs; memory that nobody has written yet full of NaN.
+"""Settings and fixtures of all tests. Without a GPU, Triton kernels run in the repaired
+interpreter. Every test gets its own random inputs; uninitialized memory is filled with NaN.
 
-    pytest tests/            every op, backend and bug class: a fair sample of the grid
+    pytest tests/            every op, backend and bug class: a sample of the grid
     pytest tests/ --full     the whole grid
 
-Both in several processes, unless -n 0 says otherwise: see workers().
+Both run in several processes unless -n 0 is given: see workers().
 """
 
-import contextlib
 import fcntl
-import functools
 import os
-import sys
 import tempfile
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's small products: threads only wait
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's small products: more threads only wait
 
+import cuda_backend
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cuda_backend
+from backends import CPU, CPU_SETS, CUDA, TRITON, isa_of, serving, why_no_cpu_kernels
 from counts import Counts
 from emulation import emulation
-from shares import backends_of, keep_those_of, long_ones_first, sample, workers
+from shares import keep_those_of, long_ones_first, sample, workers
 
 ON_GPU = torch.cuda.is_available()
-# Triton's kernels compiled, and their PTX run: a process of its own, as a function that Triton has
-# decorated is interpreted or compiled for good. tests/test_triton_ptx.py starts it.
+# Compiles Triton's kernels and runs their PTX. This needs a separate process, because a decorated
+# function is either interpreted or compiled for the whole process. tests/builds/test_triton_ptx.py
+# starts it.
 EMULATE_TRITON = os.environ.get("GPT2_TEST_TRITON") == "emulator"
 if EMULATE_TRITON:
     os.environ.pop("TRITON_INTERPRET", None)
@@ -45,16 +42,15 @@ else:
         NO_TRITON = "triton is not installed: its interpreter cannot stand in for a GPU"
     else:
         NO_TRITON = None
-        import interpreter
+        import triton_interpreter
 
-        interpreter.install()
+        triton_interpreter.install()
 
 if os.environ.get("GPT2_TEST_SDPA") == "math":  # plain PyTorch's attention without fused kernels
     for fused in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{fused}_sdp")(False)
 
 GPU_MEMORY_OF_THE_LARGEST_TEST = 64 << 30
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")  # instruction sets of the cpu backend
 
 
 def pytest_addoption(parser):
@@ -63,9 +59,9 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The whole suite goes to several processes, of one thread each, where pytest-xdist is there;
-    -n 0 leaves it to one. A process that is done takes tests from another: in xdist's own way, one
-    that had begun with a test of minutes kept dozens of others waiting on an H200."""
+    """Runs the whole suite in several processes of one thread each if pytest-xdist is installed; -n
+    0 uses one process. Idle processes take tests from busy ones (worksteal): with xdist's default,
+    one process with a test of minutes kept dozens of other tests waiting on an H200."""
     option = config.option
     within = "PYTEST_XDIST_WORKER" in os.environ
     if within or not config.pluginmanager.hasplugin("xdist") or option.dist != "no":
@@ -81,9 +77,9 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "grid(full=N): one of many cases; sampled, with --full one in N"
-    )
+    grid = "grid(full=N): one of many cases; sampled, with --full one in N. one_dtype=True: of "
+    grid += "Triton's emulated kernels those of bfloat16, as another test runs every dtype's code"
+    config.addinivalue_line("markers", grid)
     config.addinivalue_line("markers", "full: runs only with --full")
     config.addinivalue_line("markers", "long: takes long, and begins before the others")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
@@ -117,16 +113,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def fresh_random_numbers(request):
-    """Inputs of its own for each test, the same in every run."""
+    """Seeds the random numbers of each test: different per test, the same in every run."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request, monkeypatch):
-    """torch.empty and its like return NaN (integers: the lowest there are), never old zeros.
+    """Makes torch.empty and similar functions return NaN (integers: the lowest value), never old
+    zeros.
 
-    Not where there is nothing to fill, and not leaves of a gradient, which may not be written to:
-    torch.utils.checkpoint asks for torch.empty((0,), requires_grad=True).
+    Skips empty tensors, and leaves that require a gradient, because writing to them raises:
+    torch.utils.checkpoint calls torch.empty((0,), requires_grad=True).
     """
     if "no_poison" in request.keywords:
         return
@@ -149,13 +146,13 @@ def poisoned_memory(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
-    """A run measures its machine's peak for no longer than it must."""
-    monkeypatch.setattr("gpt2.machine.PEAK_SECONDS", 0.0)
+    """Shortens the measurement of the machine's peak rate at the start of a run."""
+    monkeypatch.setattr("gpt2.device.PEAK_SECONDS", 0.0)
 
 
 @pytest.fixture
 def most_of_the_gpu():
-    """For tensors of tens of gigabytes: one such test at a time, in whichever process."""
+    """Lets only one test at a time, over all processes, allocate tens of gigabytes."""
     if torch.cuda.get_device_properties(0).total_memory < GPU_MEMORY_OF_THE_LARGEST_TEST:
         pytest.skip(f"needs a GPU with {GPU_MEMORY_OF_THE_LARGEST_TEST >> 30} GiB of memory")
     with open(Path(tempfile.gettempdir(), f"gpt2-tests-{os.getuid()}.lock"), "w") as lock:
@@ -166,14 +163,15 @@ def most_of_the_gpu():
 
 @pytest.fixture
 def ran(request):
-    """Called with a backend's name for each of its results that is compared: the summary counts."""
+    """Returns a function that counts a compared result for a backend; the summary prints the
+    counts."""
     return lambda backend: request.node.user_properties.append(("compared", backend))
 
 
 @pytest.fixture
 def own_coverage(monkeypatch):
-    """What the test emulates is no kernel of ours: it does not count."""
-    from emulator import coverage
+    """Keeps PTX that is not from our kernels out of the coverage report."""
+    from ptx_emulator import coverage
 
     fresh = type(coverage)()
     for name, value in vars(fresh).items():
@@ -181,31 +179,25 @@ def own_coverage(monkeypatch):
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A small library in place of csrc: toy.py."""
-    from toy import Toy
+def small(tmp_path, monkeypatch):
+    """A small library that replaces csrc: small_library.py."""
+    from small_library import SmallLibrary
 
-    toy = Toy(tmp_path, monkeypatch)
-    yield toy
-    toy.hold.unlink(missing_ok=True)  # a test that failed leaves nobody waiting
-
-
-TRITON = pytest.param("triton", marks=pytest.mark.triton)
-CUDA = pytest.param("cuda", marks=pytest.mark.cuda_kernels)
-CPU = pytest.param("cpu", marks=pytest.mark.cpu_kernels)
-CPU_SETS = [pytest.param(f"cpu-{isa}", marks=pytest.mark.cpu_kernels) for isa in ISAS]
+    small = SmallLibrary(tmp_path, monkeypatch)
+    yield small
+    small.hold.unlink(missing_ok=True)  # so that no process waits after a failed test
 
 
 @pytest.fixture(params=["reference", TRITON, CUDA, CPU])
 def backend(request, monkeypatch):
-    """Every backend: what none may do differently."""
+    """Every backend, for behaviour that all must share."""
     with serving(request.param, monkeypatch):
         yield request.param.partition("-")[0]
 
 
 @pytest.fixture
 def slow_when_emulated(accelerated, request):
-    """What takes tens of seconds in an interpreter runs there with --full alone."""
+    """Skips tests that take tens of seconds in the interpreter, except with --full."""
     emulated = accelerated != "cpu" and not torch.cuda.is_available()
     if emulated and not request.config.getoption("--full"):
         pytest.skip("runs with --full")
@@ -213,14 +205,14 @@ def slow_when_emulated(accelerated, request):
 
 @pytest.fixture(params=[TRITON, CUDA, CPU])
 def accelerated(request, monkeypatch):
-    """Every backend but the reference, where its instruction set does not matter."""
+    """Every backend but the reference, if the instruction set does not matter."""
     with serving(request.param, monkeypatch):
         yield request.param.partition("-")[0]
 
 
 @pytest.fixture(params=[TRITON, CUDA, *CPU_SETS])
 def kernel_backend(request, monkeypatch):
-    """The name of every backend but the reference; of cpu, with each instruction set in turn."""
+    """The name of every backend but the reference; cpu once per instruction set."""
     with serving(request.param, monkeypatch):
         yield request.param.partition("-")[0]
 
@@ -233,7 +225,7 @@ def cpu_backend(request, monkeypatch):
 
 @pytest.fixture
 def without_the_interpreter():
-    """Fast models run on the kernels that serve this machine, not on Triton's interpreter."""
+    """Makes fast models use this machine's own kernels instead of Triton's interpreter."""
     from util import DEVICE
 
     from gpt2 import kernels
@@ -249,7 +241,7 @@ def without_the_interpreter():
 
 @pytest.fixture
 def served_by_one_backend():
-    """transformers' models on our kernels: those of this machine, never the interpreter's."""
+    """Runs transformers' models on this machine's own kernels, never on the interpreter's."""
     from their_gpt2 import BACKEND
 
     from gpt2 import kernels
@@ -260,92 +252,12 @@ def served_by_one_backend():
 
 @pytest.fixture
 def no_sdpa(monkeypatch):
-    """In transformers' models PyTorch's attention computes nothing in our kernels' place."""
-    from gpt2 import transformers_attention
+    """Makes PyTorch's attention raise, so that it cannot replace our kernels unnoticed."""
+    from gpt2.interop import transformers_attention
 
     monkeypatch.setattr(
         transformers_attention, "sdpa_attention_forward", lambda *a, **k: pytest.fail("SDPA serves")
     )
-
-
-def serving(param, monkeypatch, **options):
-    """Within it the backend serves the tests' tensors; an emulated device, if it is one, is what it
-    yields, and the options are its."""
-    name = param.partition("-")[0]
-    if name == "cuda":
-        return cuda_backend.serving(monkeypatch, **options)
-    if name == "triton" and EMULATE_TRITON:
-        return emulated_triton(monkeypatch, **options)
-    return cpu_set(param)
-
-
-@contextlib.contextmanager
-def emulated_triton(monkeypatch, **options):
-    """Triton's kernels on CPU tensors: compiled for sm_80, their PTX run by the emulator."""
-    from emulator import triton_device
-
-    from gpt2.kernels import triton
-
-    monkeypatch.setattr(triton, "_cached_device_reason", lambda device_type, index: None)
-    with triton_device.active(**options) as device:
-        yield device
-
-
-@contextlib.contextmanager
-def cpu_set(param):
-    """ "cpu-avx2" forces that instruction set. What the library allocates is NaN, too, until it is
-    written: torch.empty within C++ is out of poisoned_memory's reach."""
-    isa = param.partition("-")[2]
-    if not isa:
-        yield
-        return
-    library = torch.ops.gpt2_kernels_cpu
-    before, deterministic = library.isa(), torch.are_deterministic_algorithms_enabled()
-    library.use_isa(isa)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # at::empty fills what it returns
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-        library.use_isa(before)
-
-
-def isa_of(item):
-    """The instruction set that a test forces, or an empty string."""
-    return next(iter(backends_of(item)), "").partition("-")[2]
-
-
-@contextlib.contextmanager
-def avx512_emulated():
-    """With GPT2_TEST_AVX512=1, on a machine without AVX-512: the library is compiled over an
-    emulation of its instructions (tests/avx512), and so runs every set that a test asks for."""
-    has_avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-    if has_avx512 or os.environ.get("GPT2_TEST_AVX512") != "1":
-        yield
-        return
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("CXX", str(Path(__file__).parent / "avx512" / "c++"))
-        environment.setenv("GPT2_KERNELS_ISA", "avx2")
-        yield
-
-
-@functools.cache
-def why_no_cpu_kernels(isa):
-    """None where the cpu backend runs here, with this instruction set if one is given; else why it
-    does not. Builds the library where that has not been done."""
-    if ON_GPU:
-        return "the tests' tensors are on the GPU"
-    from gpt2.kernels import cpu
-
-    with avx512_emulated():
-        reason = cpu._library_reason()
-    if reason is not None:
-        return reason
-    here = torch.ops.gpt2_kernels_cpu.isas().split()
-    if "avx512" not in here and os.environ.get("GPT2_TEST_AVX512") == "1":
-        raise pytest.UsageError("the native library was loaded before its tests set it up")
-    return None if not isa or isa in here else f"this machine runs {', '.join(here)}"
 
 
 def pytest_report_header(config):

@@ -3,13 +3,15 @@
 //   s[i, j] = q[i] . k[j]                     j <= i + Tk - Tq
 //   p = softmax(softmax_scale s)    o = p v    lse = log sum exp(softmax_scale s)
 //
-// The softmax is online: a block of keys raises a row's maximum, and scales what the row has
-// gathered so far, l = sum p and acc = p v, by exp(m_old - m_new). Scores exist kRows x kKeys at a
-// time. Powers are of two, log2(e) folded into the scale. m is subtracted before scaling: a fused
-// s * scale - m would miss the maximum by more than an exponent can hold where scores are huge.
+// The softmax is online: when a block of keys raises a row's maximum, the row's sums l = sum p and
+// acc = p v are multiplied by exp(m_old - m_new). Only kRows x kKeys scores exist at a time.
+// Exponentials are powers of two, with log2(e) folded into the scale. m is subtracted before
+// scaling: for huge scores a fused s * scale - m would miss the maximum by more than an exponent
+// can hold.
 //
 // A tile of kRows queries is clipped at the diagonal: it multiplies up to its last query's last
-// key, rounded up to whole vectors. Blocks do not depend on the number of threads: nor do the bits.
+// key, rounded up to whole vectors. Blocks do not depend on the number of threads, so neither do
+// the bits.
 #pragma once
 
 #include "attention_common.h"
@@ -33,7 +35,7 @@ struct AttentionForward {
           v_pairs(arena.template take<E>(f.packed.rows(f.x.Tk))) {}
   };
 
-  // A worker's own: a block of queries, and room to pack in.
+  // One worker's buffers: a block of queries, and scratch space for packing.
   struct Block {
     E* q;                 // (kQueries, ld)
     S *acc, *m, *l;       // (kQueries, ld), (kQueries), (kQueries)
@@ -131,9 +133,8 @@ struct AttentionForward {
     }
   }
 
-  // A tile of scores to powers: p = exp(scale (s - m)), m, l and alpha along with it. Query i + r
-  // sees the first visible + r keys of the block; what it does not see, up to the tile's keys,
-  // becomes zero.
+  // Turns a tile of scores into p = exp(scale (s - m)), and updates m, l and alpha. Query i + r
+  // sees the first visible + r keys of the block; p of the tile's other keys becomes zero.
   GPT2_INLINE void softmax(int64_t bh, int64_t i, int64_t n, int64_t j0, int64_t visible,
                            int64_t keys, int64_t row, const Block& block) const {
     S *m = block.m + row, *l = block.l + row;
@@ -180,17 +181,17 @@ struct AttentionForward {
   }
 };
 
-// The bytes of workspace it needs; with null for it nothing else happens.
+// Returns the bytes of workspace that it needs, and does nothing else where workspace is null.
 template <class P, class T>
-int64_t attention_fwd(const Attention& x, void* o, void* lse, void* workspace,
-                      const Threads& threads) {
+int64_t attention_fwd(const AttentionFwd& args, const Threads& threads) {
   using F = AttentionForward<P, T>;
-  const F f{x, static_cast<T*>(o), static_cast<typename F::S*>(lse)};
+  const Attention& x = args.problem;
+  const F f{x, static_cast<T*>(args.o), static_cast<typename F::S*>(args.lse)};
   const bool shared = share_heads(x, threads, 10, 11);  // shared, packing is a step of its own
   const int64_t n_heads = x.B * x.H,
                 packed_heads = shared ? n_heads : at_most(n_heads, threads.count);
-  const Layout<typename F::Head, typename F::Block, F> memory(f, workspace, packed_heads);
-  if (!workspace) return memory.size(threads.count);
+  const Layout<typename F::Head, typename F::Block, F> memory(f, args.workspace, packed_heads);
+  if (!args.workspace) return memory.size(threads.count);
 
   if (!shared) {
     parallel_workers(threads, n_heads, [&](int64_t worker, Queue& heads) {

@@ -272,18 +272,20 @@ struct AttentionBackward {
   }
 };
 
-// The bytes of workspace it needs; with null for it nothing else happens.
+// Returns the bytes of workspace that it needs, and does nothing else where workspace is null.
 template <class P, class T>
-int64_t attention_bwd(const Attention& x, View dout, const void* o, const void* lse, OutView dq,
-                      OutView dk, OutView dv, void* workspace, const Threads& threads) {
+int64_t attention_bwd(const AttentionBwd& args, const Threads& threads) {
   using F = AttentionBackward<P, T>;
   using S = typename F::S;
-  const F f{x, dout, static_cast<const T*>(o), static_cast<const S*>(lse), dq, dk, dv};
+  const Attention& x = args.problem;
+  const F f{
+      x,       args.dout, static_cast<const T*>(args.o), static_cast<const S*>(args.lse), args.dq,
+      args.dk, args.dv};
   const bool shared = share_heads(x, threads, 5, 7);  // 5 products of a head, or 7
   const int64_t n_heads = x.B * x.H;
   const Layout<typename F::Head, typename F::Block, F> memory(
-      f, workspace, shared ? n_heads : at_most(n_heads, threads.count));
-  if (!workspace) return memory.size(threads.count);
+      f, args.workspace, shared ? n_heads : at_most(n_heads, threads.count));
+  if (!args.workspace) return memory.size(threads.count);
 
   if (!shared) {
     parallel_workers(threads, n_heads, [&](int64_t worker, Queue& heads) {

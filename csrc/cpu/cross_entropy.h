@@ -94,11 +94,11 @@ GPT2_INLINE void zero_row(T* p, int64_t n) {
 }
 
 template <class V, class T>
-void cross_entropy_fwd(const LogitsRows& rows, const void* logits_, void* losses_, void* stats_,
-                       const Threads& threads) {
+void cross_entropy_fwd(const CrossEntropyFwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  const T* logits = static_cast<const T*>(logits_);
-  S *losses = static_cast<S*>(losses_), *stats = static_cast<S*>(stats_);
+  const LogitsRows& rows = args.rows;
+  const T* logits = static_cast<const T*>(args.logits);
+  S *losses = static_cast<S*>(args.losses), *stats = static_cast<S*>(args.stats);
   parallel_ranges(threads, rows.N, 1 + 16384 / rows.V, [=, &rows](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       const T* x = logits + row * rows.stride;
@@ -113,13 +113,14 @@ void cross_entropy_fwd(const LogitsRows& rows, const void* logits_, void* losses
 }
 
 template <class V, class T>
-void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses_, const void* logits_,
-                       const void* stats_, void* dlogits_, int64_t dlogits_stride,
-                       const Threads& threads) {
+void cross_entropy_bwd(const CrossEntropyBwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  const T* logits = static_cast<const T*>(logits_);
-  const S *dlosses = static_cast<const S*>(dlosses_), *stats = static_cast<const S*>(stats_);
-  T* dlogits = static_cast<T*>(dlogits_);
+  const LogitsRows& rows = args.rows;
+  const T* logits = static_cast<const T*>(args.logits);
+  const S* dlosses = static_cast<const S*>(args.dlosses);
+  const S* stats = static_cast<const S*>(args.stats);
+  T* dlogits = static_cast<T*>(args.dlogits);
+  const int64_t dlogits_stride = args.dlogits_stride;
   parallel_ranges(threads, rows.N, 1 + 16384 / rows.V, [=, &rows](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       T* dx = dlogits + row * dlogits_stride;
@@ -136,11 +137,12 @@ void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses_, const void*
 
 // For a loss gradient of 1, while the row is still in cache; 0 in the columns that pad V.
 template <class V, class T>
-void cross_entropy_fwd_bwd(const LogitsRows& rows, void* logits_, int64_t V_padded, void* losses_,
-                           const Threads& threads) {
+void cross_entropy_fwd_bwd(const CrossEntropyFwdBwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  T* logits = static_cast<T*>(logits_);
-  S* losses = static_cast<S*>(losses_);
+  const LogitsRows& rows = args.rows;
+  T* logits = static_cast<T*>(args.logits);
+  S* losses = static_cast<S*>(args.losses);
+  const int64_t V_padded = args.V_padded;
   parallel_ranges(threads, rows.N, 1 + 16384 / rows.V, [=, &rows](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       T* x = logits + row * rows.stride;

@@ -42,10 +42,10 @@ GPT2_INLINE V gelu_grad(V x) {
 }
 
 template <class V, class T>
-void gelu_fwd(const void* x_, void* y_, int64_t n, const Threads& threads) {
-  const T* x = static_cast<const T*>(x_);
-  T* y = static_cast<T*>(y_);
-  parallel_ranges(threads, n, 8192, [=](int64_t begin, int64_t end) {
+void gelu_fwd(const GeluFwd& args, const Threads& threads) {
+  const T* x = static_cast<const T*>(args.x);
+  T* y = static_cast<T*>(args.y);
+  parallel_ranges(threads, args.n, 8192, [=](int64_t begin, int64_t end) {
     for_columns<V>(end - begin, [=](int64_t i, auto lanes) {
       store(gelu(load<V>(x + begin + i, lanes)), y + begin + i, lanes);
     });
@@ -53,10 +53,10 @@ void gelu_fwd(const void* x_, void* y_, int64_t n, const Threads& threads) {
 }
 
 template <class V, class T>
-void gelu_bwd(const void* dy_, const void* x_, void* dx_, int64_t n, const Threads& threads) {
-  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
-  T* dx = static_cast<T*>(dx_);
-  parallel_ranges(threads, n, 8192, [=](int64_t begin, int64_t end) {
+void gelu_bwd(const GeluBwd& args, const Threads& threads) {
+  const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
+  T* dx = static_cast<T*>(args.dx);
+  parallel_ranges(threads, args.n, 8192, [=](int64_t begin, int64_t end) {
     for_columns<V>(end - begin, [=](int64_t i, auto lanes) {
       const V grad = gelu_grad(load<V>(x + begin + i, lanes));
       store(load<V>(dy + begin + i, lanes) * grad, dx + begin + i, lanes);
@@ -65,12 +65,12 @@ void gelu_bwd(const void* dy_, const void* x_, void* dx_, int64_t n, const Threa
 }
 
 template <class V, class T>
-void bias_gelu_fwd(const void* x_, const void* bias_, void* y_, int64_t N, int64_t C,
-                   const Threads& threads) {
-  const T* x = static_cast<const T*>(x_);
-  const auto* bias = static_cast<const typename V::scalar*>(bias_);
-  T* y = static_cast<T*>(y_);
-  parallel_ranges(threads, N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
+void bias_gelu_fwd(const BiasGeluFwd& args, const Threads& threads) {
+  const T* x = static_cast<const T*>(args.x);
+  const auto* bias = static_cast<const typename V::scalar*>(args.bias);
+  T* y = static_cast<T*>(args.y);
+  const int64_t C = args.C;
+  parallel_ranges(threads, args.N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       for_columns<V>(C, [=](int64_t c, auto lanes) {
         const int64_t i = row * C + c;
@@ -81,14 +81,14 @@ void bias_gelu_fwd(const void* x_, const void* bias_, void* y_, int64_t N, int64
 }
 
 template <class V, class T>
-void bias_gelu_bwd(const void* dy_, const void* x_, const void* bias_, void* dx_, void* dbias,
-                   void* partial_, int64_t N, int64_t C, const Threads& threads) {
+void bias_gelu_bwd(const BiasGeluBwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  const T *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
-  const S* bias = static_cast<const S*>(bias_);
-  T* dx = static_cast<T*>(dx_);
-  S* partial = static_cast<S*>(partial_);
-  const RowBlocks blocks{N};
+  const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
+  const S* bias = static_cast<const S*>(args.bias);
+  T* dx = static_cast<T*>(args.dx);
+  S* partial = static_cast<S*>(args.partial);
+  const int64_t C = args.C;
+  const RowBlocks blocks{args.N};
   for_row_blocks(blocks, C, partial, threads, [=](int64_t row, int64_t end, S* dbias_partial) {
     for (; row < end; ++row) {
       for_columns<V>(C, [=](int64_t c, auto lanes) {
@@ -100,7 +100,7 @@ void bias_gelu_bwd(const void* dy_, const void* x_, const void* bias_, void* dx_
       });
     }
   });
-  sum_partial<V>(blocks, C, partial, static_cast<S*>(dbias), threads);
+  sum_partial<V>(blocks, C, partial, static_cast<S*>(args.dbias), threads);
 }
 
 }  // namespace gpt2::GPT2_ISA

@@ -29,7 +29,7 @@ struct Plain {
   static GPT2_INLINE V mac(V a, V b, V c) { return fma(a, b, c); }
 };
 
-// What multiplies elements that are stored as T.
+// How elements that are stored as T are multiplied.
 template <class V, class T>
 struct ProductsOf {
   using type = Plain<V>;

@@ -1,7 +1,7 @@
 #define GPT2_ISA avx2
 #include "vec_avx2.h"
 
-#include "table.h"
+#include "fill_ops.h"
 
 namespace gpt2 {
 

@@ -1,7 +1,7 @@
 #define GPT2_ISA avx512
 #include "vec_avx512.h"
 
-#include "table.h"
+#include "fill_ops.h"
 
 namespace gpt2 {
 

@@ -1,7 +1,7 @@
 #define GPT2_ISA avx512_bf16
 #include "dot_bf16.h"
 
-#include "table.h"
+#include "fill_ops.h"
 
 namespace gpt2 {
 

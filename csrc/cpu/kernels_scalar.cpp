@@ -1,6 +1,6 @@
 // One lane, no instruction set: any CPU, and float64.
 #define GPT2_ISA scalar
-#include "table.h"
+#include "fill_ops.h"
 #include "vec.h"
 
 namespace gpt2 {

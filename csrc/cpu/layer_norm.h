@@ -69,22 +69,22 @@ GPT2_INLINE void layer_norm_row(const R* x, const S* weight, const S* bias, S ep
 }
 
 template <class V, class T, class R>
-void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, const void* bias_,
-                    double eps, void* y_, void* s_, void* stats_, int64_t N, int64_t C,
-                    const Threads& threads) {
+void layer_norm_fwd(const LayerNormFwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  const T* x = static_cast<const T*>(x_);
-  const R* residual = static_cast<const R*>(residual_);
-  const S *weight = static_cast<const S*>(weight_), *bias = static_cast<const S*>(bias_);
-  T* y = static_cast<T*>(y_);
-  R* s = static_cast<R*>(s_);
-  S* stats = static_cast<S*>(stats_);
+  const T* x = static_cast<const T*>(args.x);
+  const R* residual = static_cast<const R*>(args.residual);
+  const S *weight = static_cast<const S*>(args.weight), *bias = static_cast<const S*>(args.bias);
+  T* y = static_cast<T*>(args.y);
+  R* s = static_cast<R*>(args.s);
+  S* stats = static_cast<S*>(args.stats);
+  const S eps = S(args.eps);
+  const int64_t N = args.N, C = args.C;
   parallel_ranges(threads, N, 1 + 8192 / C, [=](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       const int64_t next = (row + 1) * C;
       const auto norm = [=](const auto* normed) {
-        layer_norm_row<V>(normed, weight, bias, S(eps), C, y + row * C, stats + row,
-                          stats + N + row, [=](int64_t c) {
+        layer_norm_row<V>(normed, weight, bias, eps, C, y + row * C, stats + row, stats + N + row,
+                          [=](int64_t c) {
                             prefetch<V>(x + next + c);
                             if (residual == nullptr) return;
                             prefetch<V>(residual + next + c);
@@ -106,16 +106,15 @@ void layer_norm_fwd(const void* x_, const void* residual_, const void* weight_, 
 }
 
 template <class V, class T, class R>
-void layer_norm_bwd(const void* dy_, const void* ds_, const void* s_, const void* weight_,
-                    const void* stats_, void* dx_, void* dresidual_, void* dparams, void* partial_,
-                    int64_t N, int64_t C, const Threads& threads) {
+void layer_norm_bwd(const LayerNormBwd& args, const Threads& threads) {
   using S = typename V::scalar;
-  const T* dy = static_cast<const T*>(dy_);
-  const R *x = static_cast<const R*>(s_), *ds = static_cast<const R*>(ds_);
-  const S *weight = static_cast<const S*>(weight_), *stats = static_cast<const S*>(stats_);
-  T* dx = static_cast<T*>(dx_);
-  R* dresidual = static_cast<R*>(dresidual_);
-  S* partial = static_cast<S*>(partial_);
+  const T* dy = static_cast<const T*>(args.dy);
+  const R *x = static_cast<const R*>(args.s), *ds = static_cast<const R*>(args.ds);
+  const S *weight = static_cast<const S*>(args.weight), *stats = static_cast<const S*>(args.stats);
+  T* dx = static_cast<T*>(args.dx);
+  R* dresidual = static_cast<R*>(args.dresidual);
+  S* partial = static_cast<S*>(args.partial);
+  const int64_t N = args.N, C = args.C;
   const RowBlocks blocks{N};
   for_row_blocks(blocks, 2 * C, partial, threads, [=](int64_t row, int64_t end, S* dw) {
     S* db = dw + C;
@@ -145,7 +144,7 @@ void layer_norm_bwd(const void* dy_, const void* ds_, const void* s_, const void
       });
     }
   });
-  sum_partial<V>(blocks, 2 * C, partial, static_cast<S*>(dparams), threads);
+  sum_partial<V>(blocks, 2 * C, partial, static_cast<S*>(args.dparams), threads);
 }
 
 }  // namespace gpt2::GPT2_ISA

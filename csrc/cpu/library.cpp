@@ -1,5 +1,5 @@
 // The CPU library's part of ops.h: which instruction set runs here, on whose threads.
-#include "../ops.h"
+#include "../ops/ops.h"
 
 #ifdef __linux__
 #include <errno.h>
@@ -28,7 +28,7 @@ bool has_avx2() {
          __builtin_cpu_supports("f16c");
 }
 
-#ifdef GPT2_KERNELS_EMULATED  // the tests' stand-in for the instructions: tests/avx512
+#ifdef GPT2_KERNELS_EMULATED  // the tests' stand-in for the instructions: tests/tools/avx512
 constexpr bool kEmulated = true;
 #else
 constexpr bool kEmulated = false;
@@ -99,8 +99,8 @@ const Ops& ops_for(const Tensor& x) {
   return *ops;
 }
 
-// A fork copies no threads, and OpenMP's in the child would wait for them for ever: a process that
-// was forked after it had used them here goes on with its own thread alone.
+// A forked child has no OpenMP threads, and OpenMP would wait for them forever. So if this process
+// used threads before the fork, the child uses only its own thread.
 std::atomic<bool> used_threads{false}, lost_threads{false};
 #ifdef __linux__
 [[maybe_unused]] const int at_fork =

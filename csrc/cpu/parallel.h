@@ -39,7 +39,7 @@ void parallel_workers(const Threads& threads, int64_t items, const F& work) {
   });
 }
 
-// Memory given out piece by piece, each on a cache line of its own. Over null it only counts.
+// Hands out memory piece by piece, each on its own cache line. With null it only counts bytes.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}

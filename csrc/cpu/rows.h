@@ -1,11 +1,11 @@
 // Loops over a row, a vector at a time, and over blocks of rows.
 //
-// What is done to the columns [c, c + W) is written once, as f(c, lanes). lanes is All for a whole
-// vector; for the tail it is how many there are, and the rest load as 0 and are not stored.
+// f(c, lanes) handles the columns [c, c + W). lanes is All for a whole vector; for the tail it is
+// the number of valid lanes. The other lanes load as 0 and are not stored.
 #pragma once
 
 #include "parallel.h"
-#include "wide.h"
+#include "vec_pair.h"
 
 namespace gpt2::GPT2_ISA {
 
@@ -27,7 +27,7 @@ template <class V, class T>
 GPT2_INLINE void store(V v, T* p, int64_t n) {
   v.store(p, n);
 }
-// v, and other in the lanes past the end.
+// Replaces the lanes of v past the end by other.
 template <class V>
 GPT2_INLINE V inside(V v, V, All) {
   return v;
@@ -44,8 +44,7 @@ GPT2_INLINE void for_columns(int64_t C, const F& f) {
   if (c < C) f(c, C - c);
 }
 
-// A vector's columns, asked for long before they are read or written, while other work goes on;
-// past the last row nothing comes of it.
+// Prefetches one vector's columns. Past the last row this has no effect.
 template <class V, class T>
 GPT2_INLINE void prefetch(const T* p) {
   for (int64_t i = 0; i < V::W; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 0);
@@ -55,8 +54,8 @@ GPT2_INLINE void prefetch_to_write(T* p) {
   for (int64_t i = 0; i < V::W; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i, 1);
 }
 
-// The sum of f(c, lanes) over all columns; A is V, or what adds up like it. Blocks are summed
-// before they are added up: rounding errors grow with the length of a chain of additions.
+// The sum of f(c, lanes) over all columns. A is V, or a type that is added in the same way. Each
+// block is summed first, because rounding errors grow with the length of a chain of additions.
 template <class V, class A, class F>
 GPT2_INLINE A sum_columns(int64_t C, A zero, const F& f) {
   constexpr int64_t kBlock = 32 * V::W;
@@ -77,9 +76,9 @@ struct Pair {
   friend GPT2_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
 };
 
-// Gradients of what all N rows share: block i adds its rows, in order, into row i of `partial`, and
-// sum_partial adds those up. The blocks depend on N alone: any number of threads gives the same
-// bits.
+// Gradients of parameters that all N rows share. Block i adds up its rows in order, in row i of
+// `partial`; sum_partial adds the blocks. The blocks depend only on N, so the bits do not depend on
+// the number of threads.
 struct RowBlocks {
   int64_t N;
   int64_t rows = N < 32 * kMaxPartial ? 32 : (N + kMaxPartial - 1) / kMaxPartial;

@@ -6,8 +6,8 @@
 //   V::scalar, V::W                  the lane's type and how many there are
 //   V::set(x)                        x in every lane
 //   V::load(p), V::load(p, n)        W elements of any storage type; the first n, zero in the rest
-//   V::Bytes(block).dot(x)           64 int8, of which number 32 j + i is at 2 i + j, times 2^8 and
-//                                    64 int16 below 2^13: sums that together are the whole one
+//   V::Bytes(block).dot(x)           2^8 times the dot product of 64 int8 (number 32 j + i is byte
+//                                    2 i + j) and 64 int16 below 2^13, as one partial sum per lane
 //   v.store(p), v.store(p, n)        rounded to the storage type, to nearest even; the first n
 //   alone
 //   + - * /, fma(a, b, c) = a b + c  max(a, b), min(a, b): b where a is NaN or b is

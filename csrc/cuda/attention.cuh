@@ -38,48 +38,149 @@ __device__ HeadRows<T> head_of(const ViewOf<Data>& view, int64_t b, int64_t h) {
   return {static_cast<T*>(view.data) + b * view.batch + h * view.head, view.time};
 }
 
-// The part of softmax and mask that every pass needs, as the kernels take it.
+// ---- which keys a query sees
+
+// The keys that a block reads, tile by tile: [begin, end). Those below past_end are seen by each of
+// its queries, the others by some.
+struct KeyRange {
+  int begin, past_end, end;
+
+  // Whether some query does not see some key of [start, start + n).
+  __device__ bool is_masked(int start, int n) const { return start + n > past_end; }
+};
+
+// The queries that see a block's keys, from `begin`, the start of a tile, to Tq. Those from
+// past_begin on see all of the keys, the others some.
+struct QueryRange {
+  int begin, past_begin;
+
+  // Whether some key is not seen by some query of a tile that begins at `start`.
+  __device__ bool is_masked(int start) const { return start < past_begin; }
+};
+
+// Query i of Tq sees keys up to i + Tk - Tq.
+struct CausalMask {
+  int Tq, Tk;
+
+  __device__ int last_key(int query) const { return query + Tk - Tq; }
+  __device__ bool hides(int query, int key) const { return key > last_key(query); }
+
+  // The keys that queries [first, first + n) see.
+  __device__ KeyRange keys_of(int first, int n) const {
+    const int end = min(last_key(first + n - 1) + 1, Tk);
+    __builtin_assume(end > 0);  // every query sees a key
+    return {0, last_key(first) + 1, end};
+  }
+
+  // The queries that see keys [first, first + n), in tiles of `tile`.
+  __device__ QueryRange queries_of(int first, int n, int tile) const {
+    const int offset = Tk - Tq;
+    return {max(first - offset, 0) / tile * tile, first + n - 1 - offset};
+  }
+};
+
+// ---- softmax
+
+// What the passes know of the scores, as the kernels take it. All exponentials are powers of two.
 struct Scores {
-  int H, Tq, Tk, D;
-  float scale, scale_log2;  // softmax_scale, and times log2(e): all exponentials are powers of two
+  int H, D;
+  CausalMask mask;
+  float scale, scale_log2;     // softmax_scale, and times log2(e)
   uint32_t dropout_threshold;  // keep where 24 random bits are at least this
   float dropout_scale;         // 1 / (1 - p)
   const int64_t* seed;
 
-  explicit Scores(const Attention& x);
+  explicit Scores(const Attention& x)
+      : H(static_cast<int>(x.H)),
+        D(static_cast<int>(x.D)),
+        mask{static_cast<int>(x.Tq), static_cast<int>(x.Tk)},
+        scale(static_cast<float>(x.softmax_scale)),
+        scale_log2(static_cast<float>(x.softmax_scale * 1.4426950408889634)),
+        dropout_threshold(static_cast<uint32_t>(rint(x.dropout_p * 0x1p24))),
+        dropout_scale(x.dropout_p < 1 ? static_cast<float>(1 / (1 - x.dropout_p)) : 0.0f),
+        seed(x.seed) {}
 
-  // Row i sees keys up to this one.
-  __device__ int last_key(int row) const { return row + Tk - Tq; }
+  // p = exp(scale s - lse), for the backward
+  __device__ float probability(float s, float lse_log2) const {
+    return exp2_fast(s * scale_log2 - lse_log2);
+  }
+
+  // Inverted dropout: kept values are scaled by 1 / (1 - p).
+  __device__ float drop(bool kept, float x) const { return kept ? x * dropout_scale : 0.0f; }
 };
 
-// The queries that a block owns, and the keys that they see.
-struct Queries {
-  int bh, b, h;
-  int first;     // query
-  int past_end;  // keys below are seen by all of them
-  int end;       // and below this by some
+// A row of the online softmax. With s unscaled scores and e(x) = exp(scale x), of the keys so far
+//
+//   m = max_j s[j]    l = sum_j e(s[j] - m)
+//
+// A key that raises m scales every sum so far, l and those of the caller, by e(m_old - m).
+struct OnlineSoftmax {
+  float m = kLowest, l = 0;
+
+  // m = m_new, and l with it. Returns the factor of the caller's sums.
+  __device__ float raise(float m_new, float scale_log2) {
+    const float alpha = exp2_fast((m - m_new) * scale_log2);
+    m = m_new;
+    l *= alpha;
+    return alpha;
+  }
+
+  // e(s - m). Subtracting before scaling is exact at the maximum; a fused s * scale - m is not, and
+  // overflows where scores are huge.
+  __device__ float power(float s, float scale_log2) const {
+    return exp2_fast((s - m) * scale_log2);
+  }
+
+  // log sum_j exp(scale s[j])
+  __device__ float lse(float scale_log2) const { return (m * scale_log2 + log2f(l)) * kLn2; }
+};
+
+// The rows of a lane's accumulator. A lane's l is the sum over its own columns until the end.
+template <int MT>
+struct OnlineSoftmaxRows {
+  OnlineSoftmax row[MT][2];
+
+  // m = max(m, s) over a tile of scores. Returns alpha, the factor of the caller's sums, by row.
+  template <int NT>
+  __device__ void raise(const float (&s)[MT][NT][4], float scale_log2, float (&alpha)[MT][2]) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float m_new = row[i][half].m;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          m_new = fmaxf(m_new, fmaxf(s[i][n][2 * half], s[i][n][2 * half + 1]));
+        }
+        alpha[i][half] = row[i][half].raise(quad_max(m_new), scale_log2);
+      }
+    }
+  }
+
+  // s becomes p = e(s - m), and l gains p.
+  template <int NT>
+  __device__ void exponentiate(float (&s)[MT][NT][4], float scale_log2) {
+    for_each<MT, NT>([&](int i, int n, int e) {
+      s[i][n][e] = row[i][e / 2].power(s[i][n][e], scale_log2);
+      row[i][e / 2].l += s[i][n][e];
+    });
+  }
+};
+
+// ---- what a block works on
+
+// The head and the queries that a block owns.
+struct OwnedQueries {
+  int bh, b, h, first;
 };
 
 template <class Shape>
-__device__ Queries queries_of(const Scores& scores) {
-  const int tiles = cdiv(scores.Tq, Shape::kOwned), bh = blockIdx.x / tiles;
+__device__ OwnedQueries owned_queries(const Scores& scores) {
+  const int tiles = cdiv(scores.mask.Tq, Shape::kOwned), bh = blockIdx.x / tiles;
   // Heavy rows first: what a wave of blocks leaves to the end is light.
   const int first = (tiles - 1 - int(blockIdx.x % tiles)) * Shape::kOwned;
-  const int end = min(scores.last_key(first + Shape::kOwned - 1) + 1, scores.Tk);
-  __builtin_assume(end > 0);  // every query sees a key
-  return {bh, bh / scores.H, bh % scores.H, first, scores.last_key(first) + 1, end};
+  return {bh, bh / scores.H, bh % scores.H, first};
 }
-
-inline Scores::Scores(const Attention& x)
-    : H(static_cast<int>(x.H)),
-      Tq(static_cast<int>(x.Tq)),
-      Tk(static_cast<int>(x.Tk)),
-      D(static_cast<int>(x.D)),
-      scale(static_cast<float>(x.softmax_scale)),
-      scale_log2(static_cast<float>(x.softmax_scale * 1.4426950408889634)),
-      dropout_threshold(static_cast<uint32_t>(rint(x.dropout_p * 0x1p24))),
-      dropout_scale(x.dropout_p < 1 ? static_cast<float>(1 / (1 - x.dropout_p)) : 0.0f),
-      seed(x.seed) {}
 
 // f(row, chunk) for each chunk of ROWS rows that falls to one thread of THREADS. How many do is
 // known when the loop is compiled, which is what unrolls it.
@@ -103,6 +204,26 @@ __device__ void load_rows(Tile<T, D> to, HeadRows<const T> from, int first, int 
     cp_async(to.chunk(row, chunk), valid ? source : from.data, valid);
   });
 }
+
+// Two tiles that are read together, K and V or Q and dO, in two stages: while a block computes with
+// one stage, cp.async fills the other. They lie in shared memory behind a tile that the block owns.
+template <class Shape, class T, int D>
+struct TilePairs {
+  Tile<T, D> owned;
+
+  __device__ Tile<T, D> first(int stage) const {
+    return {owned.data + (Shape::kOwned + stage * Shape::kRead) * D};
+  }
+  __device__ Tile<T, D> second(int stage) const { return first(2 + stage); }
+  __device__ T* past_end() const { return first(4).data; }
+
+  // Starts to copy rows of x and y from `start` on, zeros beyond `rows`.
+  __device__ void load(HeadRows<const T> x, HeadRows<const T> y, int start, int rows, int columns,
+                       int stage) const {
+    load_rows<Shape::kRead>(first(stage), x, start, rows, columns);
+    load_rows<Shape::kRead>(second(stage), y, start, rows, columns);
+  }
+};
 
 template <class T>
 __device__ void store_pair(T* to, float low, float high) {
@@ -196,7 +317,7 @@ struct NoDropout {
   __device__ NoDropout(const Scores&, int) {}
 };
 template <bool DROPOUT>
-using MaskOf = std::conditional_t<DROPOUT, Dropout, NoDropout>;
+using DropoutOf = std::conditional_t<DROPOUT, Dropout, NoDropout>;
 
 // f(padded D as a constant)
 template <class F>

@@ -182,34 +182,30 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 
 template <class T>
-void cross_entropy_fwd(const LogitsRows& rows, const void* logits, void* losses, void* stats,
-                       const Executor& on) {
-  launch("cross_entropy_fwd", cross_entropy_fwd_kernel<T>, rows.N, threads_for(rows.V), 0, on, rows,
-         static_cast<const T*>(logits), static_cast<float*>(losses), static_cast<float*>(stats));
+void cross_entropy_fwd(const CrossEntropyFwd& args, const Executor& on) {
+  launch("cross_entropy_fwd", cross_entropy_fwd_kernel<T>, args.rows.N, threads_for(args.rows.V), 0,
+         on, args.rows, static_cast<const T*>(args.logits), static_cast<float*>(args.losses),
+         static_cast<float*>(args.stats));
 }
 
 template <class T>
-void cross_entropy_bwd(const LogitsRows& rows, const void* dlosses, const void* logits,
-                       const void* stats, void* dlogits, int64_t dlogits_stride,
-                       const Executor& on) {
-  launch("cross_entropy_bwd", cross_entropy_bwd_kernel<T>, rows.N, threads_for(rows.V), 0, on, rows,
-         static_cast<const float*>(dlosses), static_cast<const T*>(logits),
-         static_cast<const float*>(stats), static_cast<T*>(dlogits), dlogits_stride);
+void cross_entropy_bwd(const CrossEntropyBwd& args, const Executor& on) {
+  launch("cross_entropy_bwd", cross_entropy_bwd_kernel<T>, args.rows.N, threads_for(args.rows.V), 0,
+         on, args.rows, static_cast<const float*>(args.dlosses), static_cast<const T*>(args.logits),
+         static_cast<const float*>(args.stats), static_cast<T*>(args.dlogits), args.dlogits_stride);
 }
 
 template <class T>
-void cross_entropy_fwd_bwd(const LogitsRows& rows, void* logits, int64_t V_padded, void* losses,
-                           const Executor& on) {
-  launch("cross_entropy_fwd_bwd", cross_entropy_fwd_bwd_kernel<T>, rows.N, threads_for(rows.V), 0,
-         on, rows, static_cast<T*>(logits), V_padded, static_cast<float*>(losses));
+void cross_entropy_fwd_bwd(const CrossEntropyFwdBwd& args, const Executor& on) {
+  launch("cross_entropy_fwd_bwd", cross_entropy_fwd_bwd_kernel<T>, args.rows.N,
+         threads_for(args.rows.V), 0, on, args.rows, static_cast<T*>(args.logits), args.V_padded,
+         static_cast<float*>(args.losses));
 }
 
-#define GPT2_INSTANTIATE(T)                                                                    \
-  template void cross_entropy_fwd<T>(const LogitsRows&, const void*, void*, void*,             \
-                                     const Executor&);                                         \
-  template void cross_entropy_bwd<T>(const LogitsRows&, const void*, const void*, const void*, \
-                                     void*, int64_t, const Executor&);                         \
-  template void cross_entropy_fwd_bwd<T>(const LogitsRows&, void*, int64_t, void*, const Executor&);
+#define GPT2_INSTANTIATE(T)                                                    \
+  template void cross_entropy_fwd<T>(const CrossEntropyFwd&, const Executor&); \
+  template void cross_entropy_bwd<T>(const CrossEntropyBwd&, const Executor&); \
+  template void cross_entropy_fwd_bwd<T>(const CrossEntropyFwdBwd&, const Executor&);
 GPT2_INSTANTIATE(float)
 GPT2_INSTANTIATE(bf16)
 GPT2_INSTANTIATE(f16)

@@ -141,31 +141,31 @@ __global__ void __launch_bounds__(kStripThreads)
 }  // namespace
 
 template <class T>
-void gelu_fwd(const void* x_, void* y_, int64_t n, const Executor& on) {
-  const auto* x = static_cast<const T*>(x_);
-  auto* y = static_cast<T*>(y_);
+void gelu_fwd(const GeluFwd& args, const Executor& on) {
+  const auto* x = static_cast<const T*>(args.x);
+  auto* y = static_cast<T*>(args.y);
   with_lanes<T>(are_aligned(x, y), [&](auto L) {
-    launch("gelu_fwd", gelu_fwd_kernel<T, L>, cdiv<int64_t>(n, kThreads * L), kThreads, 0, on, x, y,
-           n);
+    const int64_t blocks = cdiv<int64_t>(args.n, kThreads * L);
+    launch("gelu_fwd", gelu_fwd_kernel<T, L>, blocks, kThreads, 0, on, x, y, args.n);
   });
 }
 
 template <class T>
-void gelu_bwd(const void* dy_, const void* x_, void* dx_, int64_t n, const Executor& on) {
-  const auto *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
-  auto* dx = static_cast<T*>(dx_);
+void gelu_bwd(const GeluBwd& args, const Executor& on) {
+  const auto *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
+  auto* dx = static_cast<T*>(args.dx);
   with_lanes<T>(are_aligned(dy, x, dx), [&](auto L) {
-    launch("gelu_bwd", gelu_bwd_kernel<T, L>, cdiv<int64_t>(n, kThreads * L), kThreads, 0, on, dy,
-           x, dx, n);
+    const int64_t blocks = cdiv<int64_t>(args.n, kThreads * L);
+    launch("gelu_bwd", gelu_bwd_kernel<T, L>, blocks, kThreads, 0, on, dy, x, dx, args.n);
   });
 }
 
 template <class T>
-void bias_gelu_fwd(const void* x_, const void* bias_, void* y_, int64_t N, int64_t C,
-                   const Executor& on) {
-  const auto* x = static_cast<const T*>(x_);
-  const auto* bias = static_cast<const float*>(bias_);
-  auto* y = static_cast<T*>(y_);
+void bias_gelu_fwd(const BiasGeluFwd& args, const Executor& on) {
+  const auto* x = static_cast<const T*>(args.x);
+  const auto* bias = static_cast<const float*>(args.bias);
+  auto* y = static_cast<T*>(args.y);
+  const int64_t N = args.N, C = args.C;
   with_lanes<T>(are_aligned(x, bias, y) && C % kLanes<T> == 0, [&](auto L) {
     const int64_t blocks = Strip<L>::count(C) * cdiv<int64_t>(N, kRows);
     launch("bias_gelu_fwd", bias_gelu_fwd_kernel<T, L>, blocks, kStripThreads, 0, on, x, bias, y, N,
@@ -174,27 +174,24 @@ void bias_gelu_fwd(const void* x_, const void* bias_, void* y_, int64_t N, int64
 }
 
 template <class T>
-void bias_gelu_bwd(const void* dy_, const void* x_, const void* bias_, void* dx_, void* dbias,
-                   void* partial_, int64_t N, int64_t C, const Executor& on) {
-  const auto *dy = static_cast<const T*>(dy_), *x = static_cast<const T*>(x_);
-  const auto* bias = static_cast<const float*>(bias_);
-  auto* dx = static_cast<T*>(dx_);
-  auto* partial = static_cast<float*>(partial_);
-  const int64_t groups = std::min(N, kMaxPartial);
+void bias_gelu_bwd(const BiasGeluBwd& args, const Executor& on) {
+  const auto *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x);
+  const auto* bias = static_cast<const float*>(args.bias);
+  auto* dx = static_cast<T*>(args.dx);
+  auto* partial = static_cast<float*>(args.partial);
+  const int64_t N = args.N, C = args.C, groups = std::min(N, kMaxPartial);
   with_lanes<T>(are_aligned(dy, x, bias, dx, partial) && C % kLanes<T> == 0, [&](auto L) {
     launch("bias_gelu_bwd", bias_gelu_bwd_kernel<T, L>, Strip<L>::count(C) * groups, kStripThreads,
            0, on, dy, x, bias, dx, partial, groups, N, C);
   });
-  sum_partial(partial, static_cast<float*>(dbias), groups, C, on);
+  sum_partial(partial, static_cast<float*>(args.dbias), groups, C, on);
 }
 
-#define GPT2_INSTANTIATE(T)                                                                  \
-  template void gelu_fwd<T>(const void*, void*, int64_t, const Executor&);                   \
-  template void gelu_bwd<T>(const void*, const void*, void*, int64_t, const Executor&);      \
-  template void bias_gelu_fwd<T>(const void*, const void*, void*, int64_t, int64_t,          \
-                                 const Executor&);                                           \
-  template void bias_gelu_bwd<T>(const void*, const void*, const void*, void*, void*, void*, \
-                                 int64_t, int64_t, const Executor&);
+#define GPT2_INSTANTIATE(T)                                            \
+  template void gelu_fwd<T>(const GeluFwd&, const Executor&);          \
+  template void gelu_bwd<T>(const GeluBwd&, const Executor&);          \
+  template void bias_gelu_fwd<T>(const BiasGeluFwd&, const Executor&); \
+  template void bias_gelu_bwd<T>(const BiasGeluBwd&, const Executor&);
 GPT2_INSTANTIATE(float)
 GPT2_INSTANTIATE(bf16)
 GPT2_INSTANTIATE(f16)

@@ -25,42 +25,33 @@ constexpr int64_t kMaxPartial = 264;
 namespace cuda {
 
 template <class T>
-int64_t attention_fwd(const Attention&, void* o, void* lse, void* workspace, const Executor&);
+int64_t attention_fwd(const AttentionFwd&, const Executor&);
 template <class T>
-int64_t attention_bwd(const Attention&, View dout, const void* o, const void* lse, OutView dq,
-                      OutView dk, OutView dv, void* workspace, const Executor&);
+int64_t attention_bwd(const AttentionBwd&, const Executor&);
 template <class T>
-int64_t attention_decode(const Decode&, void* o, void* workspace, const Executor&);
+int64_t decode_attention(const DecodeAttention&, const Executor&);
 
 template <class T>
-void gelu_fwd(const void* x, void* y, int64_t n, const Executor&);
+void gelu_fwd(const GeluFwd&, const Executor&);
 template <class T>
-void gelu_bwd(const void* dy, const void* x, void* dx, int64_t n, const Executor&);
+void gelu_bwd(const GeluBwd&, const Executor&);
 template <class T>
-void bias_gelu_fwd(const void* x, const void* bias, void* y, int64_t N, int64_t C, const Executor&);
+void bias_gelu_fwd(const BiasGeluFwd&, const Executor&);
 template <class T>
-void bias_gelu_bwd(const void* dy, const void* x, const void* bias, void* dx, void* dbias,
-                   void* partial, int64_t N, int64_t C, const Executor&);
+void bias_gelu_bwd(const BiasGeluBwd&, const Executor&);
 
 // R is T, or float: the mixed form.
 template <class T, class R>
-void layer_norm_fwd(const void* x, const void* residual, const void* weight, const void* bias,
-                    double eps, void* y, void* s, void* stats, int64_t N, int64_t C,
-                    const Executor&);
+void layer_norm_fwd(const LayerNormFwd&, const Executor&);
 template <class T, class R>
-void layer_norm_bwd(const void* dy, const void* ds, const void* s, const void* weight,
-                    const void* stats, void* dx, void* dresidual, void* dparams, void* partial,
-                    int64_t N, int64_t C, const Executor&);
+void layer_norm_bwd(const LayerNormBwd&, const Executor&);
 
 template <class T>
-void cross_entropy_fwd(const LogitsRows&, const void* logits, void* losses, void* stats,
-                       const Executor&);
+void cross_entropy_fwd(const CrossEntropyFwd&, const Executor&);
 template <class T>
-void cross_entropy_bwd(const LogitsRows&, const void* dlosses, const void* logits,
-                       const void* stats, void* dlogits, int64_t dlogits_stride, const Executor&);
+void cross_entropy_bwd(const CrossEntropyBwd&, const Executor&);
 template <class T>
-void cross_entropy_fwd_bwd(const LogitsRows&, void* logits, int64_t V_padded, void* losses,
-                           const Executor&);
+void cross_entropy_fwd_bwd(const CrossEntropyFwdBwd&, const Executor&);
 
 }  // namespace cuda
 }  // namespace gpt2

@@ -3,7 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
-#include "../ops.h"
+#include "../ops/ops.h"
 
 namespace gpt2 {
 namespace {
@@ -12,7 +12,7 @@ template <class T>
 constexpr Ops ops = {
     .attention_fwd = cuda::attention_fwd<T>,
     .attention_bwd = cuda::attention_bwd<T>,
-    .attention_decode = cuda::attention_decode<T>,
+    .decode_attention = cuda::decode_attention<T>,
     .gelu_fwd = cuda::gelu_fwd<T>,
     .gelu_bwd = cuda::gelu_bwd<T>,
     .bias_gelu_fwd = cuda::bias_gelu_fwd<T>,

@@ -1,5 +1,6 @@
-// Gradients of what all rows share, without atomics: each block leaves the sum over its rows in a
-// row of `partial`, and this adds those up. Grids depend on N and C alone: so do the bits.
+// Sums gradients of parameters that all rows share, without atomics. Each block writes its sum to a
+// row of `partial`; this kernel adds those rows. The grid depends only on N and C, so the bits do
+// too.
 #pragma once
 
 #include "common.cuh"

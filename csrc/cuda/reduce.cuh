@@ -1,6 +1,5 @@
-// Reductions over a warp and over a block. The order is fixed, and every thread gets the same bits:
-// a sum's operands are never fused with the products they may be, as x y + z would round one of
-// them less than the other, on each lane another.
+// Reductions over a warp and over a block. The order is fixed, and every thread gets the same bits.
+// No FMA contraction: lanes would round differently and disagree.
 #pragma once
 
 #include "common.cuh"

@@ -5,29 +5,25 @@ why_not has let through. With TRITON_INTERPRET=1 the same kernels run on CPU ten
 Triton's interpreter: how the tests check them on a machine without a GPU.
 """
 
-import functools
 import importlib
 import os
 
 import torch
 
-from ..gpu import unsuitable
+from ..gpu import unsuitable, unsupported
+from ..tracing import cached_untraced
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 MAX_DECODE_HEAD_SIZE = 256
 MAX_ROW = 8192  # widest layer_norm row held in registers
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
     """None where the kernels can serve `op`, else the reason (see dispatch.py)."""
     reason = _device_reason(device.type, device.index)
+    reason = reason or unsupported(op, dtype)
     if reason is not None:
         return reason
-    if op == "gemv":
-        return "PyTorch's own product serves"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of float32, bfloat16, float16"
     if op == "decode_attention" and size > MAX_DECODE_HEAD_SIZE:
         return f"head size {size} is larger than {MAX_DECODE_HEAD_SIZE}"
     if op == "attention" and size not in HEAD_SIZES:
@@ -37,15 +33,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
     return None
 
 
+@cached_untraced
 def _device_reason(device_type: str, index: int | None) -> str | None:
-    return _cached_device_reason(device_type, index)
-
-
-_device_reason._dynamo_marked_constant = True  # see dispatch._say_once
-
-
-@functools.cache
-def _cached_device_reason(device_type: str, index: int | None) -> str | None:
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return import_error()
     return unsuitable(device_type, index) or import_error()

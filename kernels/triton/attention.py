@@ -11,26 +11,45 @@ derivation, with the backward's, is in docs/attention.md.
     B batch   T time (Tq queries, Tk keys)   H heads   D head size   bh = b * H + h
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .configs import attention_config, input_precision
-from .lang import LN2, LOG2E, LOWEST, NEG_INF, dropout_keep, load_rows, store_rows
+from .lang import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    NEG_INF,
+    View,
+    dropout_keep,
+    head_of,
+    load_rows,
+    store_rows,
+)
+from .tiles import attention_config, input_precision
+
+
+class Scores(NamedTuple):
+    """What every kernel knows of the scores s = q k^T and of their dropout."""
+
+    H: int
+    Tq: int
+    Tk: int
+    scale: float
+    scale_log2: float  # scale * log2(e)
+    seed_ptr: object  # (1,), int64; unread without dropout
+    dropout_threshold: int  # keep where 24 random bits >= threshold
+    dropout_scale: float  # 1 / (1 - p)
 
 
 @triton.jit
 def _attn_fwd_kernel(
-    q_ptr, k_ptr, v_ptr,               # (B, T, H, D), contiguous in D
+    q, k, v,                           # Views (B, T, H, D)
     o_ptr,                             # (B, Tq, H, D), contiguous
     lse_ptr,                           # (B, H, Tq), float32, natural log
-    seed_ptr,                          # (1,), int64; unread without dropout
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    H, Tq, Tk,
-    scale_log2,                        # softmax_scale * log2(e)
-    dropout_threshold, dropout_scale,  # keep where 24 random bits >= threshold; 1 / (1 - p)
+    scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,             # query rows owned by this program
     BLOCK_N: tl.constexpr,             # key rows read per step
@@ -44,30 +63,24 @@ def _attn_fwd_kernel(
     A tile that raises m scales the old l and acc by alpha = e(m_old - m_new).
     At the end o = acc / l and lse = scale m + log(l).
     """
-    tiles = tl.cdiv(Tq, BLOCK_M)
-    bh = tl.program_id(0) // tiles
-    # Heavy rows first: what a wave of programs leaves to the end is light.
-    start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    H, Tq, Tk, scale_log2 = scores.H, scores.Tq, scores.Tk, scores.scale_log2
+    bh, b, h, start_m, past_end, end = _owned_queries(scores, BLOCK_M, BLOCK_N)
+    q_ptr, k_ptr, v_ptr = head_of(q, b, h), head_of(k, b, h), head_of(v, b, h)
     o_ptr += (b * Tq * H + h) * D
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, True)
+    q_tile = load_rows(q_ptr, offs_m, q.stride_t, Tq, D, BLOCK_D, True)
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    seed = tl.load(scores.seed_ptr) if DROPOUT else 0
 
-    past_end, end = _visible_keys(start_m, Tq, Tk, BLOCK_M, BLOCK_N)
     for DIAGONAL in tl.static_range(2):
         for start_n in range(past_end if DIAGONAL else 0, end if DIAGONAL else past_end, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             # s = q k^T
-            k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, DIAGONAL == 1)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            k_tile = load_rows(k_ptr, offs_n, k.stride_t, Tk, D, BLOCK_D, DIAGONAL == 1)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             if DIAGONAL:
                 s = tl.where(offs_n[None, :] <= offs_m[:, None] + (Tk - Tq), s, NEG_INF)
             # p = exp(s - m). Subtracting before scaling is exact at the maximum; a fused
@@ -78,14 +91,15 @@ def _attn_fwd_kernel(
             l = l * alpha + tl.sum(p, axis=1)
             m = m_new
             if DROPOUT:
-                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, dropout_threshold)
+                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, scores.dropout_threshold)
                 p = tl.where(keep, p, 0.0)
             # acc = alpha acc + p v
-            v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, DIAGONAL == 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+            v_tile = load_rows(v_ptr, offs_n, v.stride_t, Tk, D, BLOCK_D, DIAGONAL == 1)
+            p = p.to(v_tile.dtype)
+            acc = tl.dot(p, v_tile, acc * alpha[:, None], input_precision=PRECISION)
 
     if DROPOUT:
-        acc *= dropout_scale
+        acc *= scores.dropout_scale
     store_rows(o_ptr, acc / l[:, None], offs_m, H * D, Tq, D, BLOCK_D)
     lse = (m * scale_log2 + tl.log2(l)) * LN2
     tl.store(lse_ptr + bh.to(tl.int64) * Tq + offs_m, lse, mask=offs_m < Tq)
@@ -93,18 +107,11 @@ def _attn_fwd_kernel(
 
 @triton.jit
 def _attn_bwd_dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr,       # (B, T, H, D), contiguous in D
+    do, q, k, v,                       # Views (B, T, H, D)
     o_ptr, lse_ptr,                    # as the forward left them
-    dq_ptr,                            # (B, Tq, H, D), contiguous in D
+    dq,                                # View (B, Tq, H, D)
     delta_ptr,                         # (B, H, Tq), float32, out: the dk dv pass reads it
-    seed_ptr,
-    stride_dob, stride_dot, stride_doh,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    stride_dqb, stride_dqt, stride_dqh,
-    H, Tq, Tk,
-    scale, scale_log2, dropout_threshold, dropout_scale,
+    scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,65 +120,51 @@ def _attn_bwd_dq_kernel(
 
     delta = rowsum(o * do)    dp = do v^T    ds = p * (dp - delta)    dq = scale sum_j ds k
     """
-    tiles = tl.cdiv(Tq, BLOCK_M)
-    bh = tl.program_id(0) // tiles
-    start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    do_ptr += b * stride_dob + h * stride_doh
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    H, Tq, Tk = scores.H, scores.Tq, scores.Tk
+    bh, b, h, start_m, past_end, end = _owned_queries(scores, BLOCK_M, BLOCK_N)
+    do_ptr, q_ptr = head_of(do, b, h), head_of(q, b, h)
+    k_ptr, v_ptr = head_of(k, b, h), head_of(v, b, h)
     o_ptr += (b * Tq * H + h) * D
-    dq_ptr += b * stride_dqb + h * stride_dqh
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, True)
-    do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, True)
-    o = load_rows(o_ptr, offs_m, H * D, Tq, D, BLOCK_D, True)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    q_tile = load_rows(q_ptr, offs_m, q.stride_t, Tq, D, BLOCK_D, True)
+    do_tile = load_rows(do_ptr, offs_m, do.stride_t, Tq, D, BLOCK_D, True)
+    o_tile = load_rows(o_ptr, offs_m, H * D, Tq, D, BLOCK_D, True)
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), axis=1)
     row_ptrs = bh.to(tl.int64) * Tq + offs_m
     tl.store(delta_ptr + row_ptrs, delta, mask=offs_m < Tq)
     lse_log2 = tl.load(lse_ptr + row_ptrs, mask=offs_m < Tq, other=0.0) * LOG2E
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dq_tile = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    seed = tl.load(scores.seed_ptr) if DROPOUT else 0
 
-    past_end, end = _visible_keys(start_m, Tq, Tk, BLOCK_M, BLOCK_N)
     for DIAGONAL in tl.static_range(2):
         for start_n in range(past_end if DIAGONAL else 0, end if DIAGONAL else past_end, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             # p = exp(scale q k^T - lse)
-            k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, DIAGONAL == 1)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+            k_tile = load_rows(k_ptr, offs_n, k.stride_t, Tk, D, BLOCK_D, DIAGONAL == 1)
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            p = tl.exp2(s * scores.scale_log2 - lse_log2[:, None])
             if DIAGONAL:
                 p = tl.where(offs_n[None, :] <= offs_m[:, None] + (Tk - Tq), p, 0.0)
             # ds = p * (do v^T - delta)
-            v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, DIAGONAL == 1)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            v_tile = load_rows(v_ptr, offs_n, v.stride_t, Tk, D, BLOCK_D, DIAGONAL == 1)
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
             if DROPOUT:
-                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, dropout_threshold)
-                dp = tl.where(keep, dp * dropout_scale, 0.0)
+                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, scores.dropout_threshold)
+                dp = tl.where(keep, dp * scores.dropout_scale, 0.0)
             ds = p * (dp - delta[:, None])
             # dq += ds k
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
 
-    store_rows(dq_ptr, dq * scale, offs_m, stride_dqt, Tq, D, BLOCK_D)
+    store_rows(head_of(dq, b, h), dq_tile * scores.scale, offs_m, dq.stride_t, Tq, D, BLOCK_D)
 
 
 @triton.jit
 def _attn_bwd_dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr,       # (B, T, H, D), contiguous in D
+    do, q, k, v,                       # Views (B, T, H, D)
     lse_ptr, delta_ptr,                # (B, H, Tq), float32
-    dk_ptr, dv_ptr,                    # (B, Tk, H, D), contiguous in D
-    seed_ptr,
-    stride_dob, stride_dot, stride_doh,
-    stride_qb, stride_qt, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    stride_dkb, stride_dkt, stride_dkh,
-    stride_dvb, stride_dvt, stride_dvh,
-    H, Tq, Tk,
-    scale, scale_log2, dropout_threshold, dropout_scale,
+    dk, dv,                            # Views (B, Tk, H, D)
+    scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,             # query rows read per step
     BLOCK_N: tl.constexpr,             # key rows owned by this program
@@ -183,25 +176,22 @@ def _attn_bwd_dkdv_kernel(
 
     k q^T is computed as such; transposing q k^T afterwards has given wrong code on Hopper.
     """
+    H, Tq, Tk = scores.H, scores.Tq, scores.Tk
     tiles = tl.cdiv(Tk, BLOCK_N)
     bh = tl.program_id(0) // tiles
     start_n = (tl.program_id(0) % tiles) * BLOCK_N  # early keys, seen by most, come first
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    do_ptr += b * stride_dob + h * stride_doh
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    dk_ptr += b * stride_dkb + h * stride_dkh
-    dv_ptr += b * stride_dvb + h * stride_dvh
+    do_ptr, q_ptr = head_of(do, b, h), head_of(q, b, h)
+    k_ptr, v_ptr = head_of(k, b, h), head_of(v, b, h)
     lse_ptr += bh.to(tl.int64) * Tq
     delta_ptr += bh.to(tl.int64) * Tq
 
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, True)
-    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    k_tile = load_rows(k_ptr, offs_n, k.stride_t, Tk, D, BLOCK_D, True)
+    v_tile = load_rows(v_ptr, offs_n, v.stride_t, Tk, D, BLOCK_D, True)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    seed = tl.load(scores.seed_ptr) if DROPOUT else 0
 
     # Row i sees key j from i = j - (Tk - Tq) on: the first tile that sees any key of ours, and
     # the first that sees them all.
@@ -213,44 +203,54 @@ def _attn_bwd_dkdv_kernel(
             offs_m = start_m + tl.arange(0, BLOCK_M)
             # p^T = exp(scale k q^T - lse). Rows past the end read q = do = lse = delta = 0, and
             # add nothing.
-            q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, True)
+            q_tile = load_rows(q_ptr, offs_m, q.stride_t, Tq, D, BLOCK_D, True)
             lse_log2 = tl.load(lse_ptr + offs_m, mask=offs_m < Tq, other=0.0) * LOG2E
-            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
+            s_t = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+            p_t = tl.exp2(s_t * scores.scale_log2 - lse_log2[None, :])
             if not PAST:
                 p_t = tl.where(offs_n[:, None] <= offs_m[None, :] + (Tk - Tq), p_t, 0.0)
             # dv += p^T do
-            do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, True)
+            do_tile = load_rows(do_ptr, offs_m, do.stride_t, Tq, D, BLOCK_D, True)
             if DROPOUT:
-                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, dropout_threshold)
+                keep = dropout_keep(seed, bh, offs_m, start_n, BLOCK_N, scores.dropout_threshold)
                 keep_t = tl.trans(keep)
-                dropped_t = tl.where(keep_t, p_t * dropout_scale, 0.0)
+                dropped_t = tl.where(keep_t, p_t * scores.dropout_scale, 0.0)
             else:
                 dropped_t = p_t
-            dv = tl.dot(dropped_t.to(do.dtype), do, dv, input_precision=PRECISION)
+            dropped_t = dropped_t.to(do_tile.dtype)
+            dv_tile = tl.dot(dropped_t, do_tile, dv_tile, input_precision=PRECISION)
             # ds^T = p^T * (v do^T - delta)
             delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
-            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dp_t = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             if DROPOUT:
-                dp_t = tl.where(keep_t, dp_t * dropout_scale, 0.0)
+                dp_t = tl.where(keep_t, dp_t * scores.dropout_scale, 0.0)
             ds_t = p_t * (dp_t - delta[None, :])
             # dk += ds^T q
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk_tile = tl.dot(ds_t.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
 
-    store_rows(dk_ptr, dk * scale, offs_n, stride_dkt, Tk, D, BLOCK_D)
-    store_rows(dv_ptr, dv, offs_n, stride_dvt, Tk, D, BLOCK_D)
+    dk_tile *= scores.scale
+    store_rows(head_of(dk, b, h), dk_tile, offs_n, dk.stride_t, Tk, D, BLOCK_D)
+    store_rows(head_of(dv, b, h), dv_tile, offs_n, dv.stride_t, Tk, D, BLOCK_D)
 
 
 @triton.jit
-def _visible_keys(start_m, Tq, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(past_end, end): tiles below past_end are visible to every row of ours, below end to some."""
-    first_seen = start_m + 1 + Tk - Tq  # keys that the first row sees
-    return first_seen // BLOCK_N * BLOCK_N, tl.minimum(first_seen - 1 + BLOCK_M, Tk)
+def _owned_queries(scores, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(bh, b, h, start_m, past_end, end): a program's head, its first query, and the keys that its
+    queries see. Key tiles below past_end are visible to every query, those below end to some."""
+    tiles = tl.cdiv(scores.Tq, BLOCK_M)
+    bh = tl.program_id(0) // tiles
+    # Heavy rows first: what a wave of programs leaves to the end is light.
+    start_m = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    b, h = (bh // scores.H).to(tl.int64), (bh % scores.H).to(tl.int64)
+    first_seen = start_m + 1 + scores.Tk - scores.Tq  # keys that the first row sees
+    past_end = first_seen // BLOCK_N * BLOCK_N
+    end = tl.minimum(first_seen - 1 + BLOCK_M, scores.Tk)
+    return bh, b, h, start_m, past_end, end
 
 
 def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
     """o (B, Tq, H, D) contiguous, in q's dtype; lse (B, H, Tq) float32."""
-    (B, Tq, H, D), Tk = q.shape, k.shape[1]
+    B, Tq, H, D = q.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
@@ -258,9 +258,8 @@ def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
         return o, lse
     tile = attention_config("fwd", D, q.dtype, dropout_p > 0.0, q.device)
     _attn_fwd_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-        q, k, v, o, lse, lse if seed is None else seed,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H, Tq, Tk,
-        softmax_scale * LOG2E.value, *_dropout_args(dropout_p),
+        view_of(q), view_of(k), view_of(v), o, lse,
+        _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed),
         **_constants(q, tile, dropout_p),
     )  # fmt: skip
     return o, lse
@@ -292,37 +291,46 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     if dk.numel() == 0:
         return
-    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     delta = torch.empty_like(lse)
-    seed_arg = lse if seed is None else seed
-    strides = [s for x in (do, q, k, v) for s in x.stride()[:3]]
-    # scale_log2 is the forward's to the last bit: lse and the scores it is subtracted from agree.
-    scale_log2 = softmax_scale * LOG2E.value
-    scalars = (H, Tq, Tk, softmax_scale, scale_log2, *_dropout_args(dropout_p))
+    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
+    scores = _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed)
+    inputs = view_of(do), view_of(q), view_of(k), view_of(v)
     if Tq > 0:
         tile = attention_config("bwd_dq", D, q.dtype, dropout_p > 0.0, q.device)
         _attn_bwd_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            do, q, k, v, o, lse, dq, delta, seed_arg, *strides, *dq.stride()[:3], *scalars,
-            **_constants(q, tile, dropout_p),
-        )  # fmt: skip
+            *inputs, o, lse, view_of(dq), delta, scores, **_constants(q, tile, dropout_p)
+        )
     tile = attention_config("bwd_dkdv", D, q.dtype, dropout_p > 0.0, q.device)
     _attn_bwd_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
-        do, q, k, v, lse, delta, dk, dv, seed_arg,
-        *strides, *dk.stride()[:3], *dv.stride()[:3], *scalars,
-        **_constants(q, tile, dropout_p),
-    )  # fmt: skip
+        *inputs, lse, delta, view_of(dk), view_of(dv), scores, **_constants(q, tile, dropout_p)
+    )
 
 
 def _rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def view_of(x):
+    return View(x, *x.stride()[:3])
+
+
 def _split_qkv(qkv, n_head):
     return _rows(qkv).unflatten(-1, (3, n_head, -1)).unbind(2)  # views (B, T, H, D)
 
 
-def _dropout_args(p):
-    return round(p * 2**24), 1.0 / (1.0 - p) if p < 1.0 else 0.0
+def _scores(q, k, softmax_scale, dropout_p, seed):
+    # One scale_log2 for both passes, to the last bit: lse and the scores it is subtracted from
+    # agree.
+    return Scores(
+        H=q.shape[2],
+        Tq=q.shape[1],
+        Tk=k.shape[1],
+        scale=softmax_scale,
+        scale_log2=softmax_scale * LOG2E.value,
+        seed_ptr=seed,
+        dropout_threshold=round(dropout_p * 2**24),
+        dropout_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+    )
 
 
 def _constants(q, tile, dropout_p):

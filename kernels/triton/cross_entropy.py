@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import cross_entropy_config
 from .lang import LN2, LOG2E, NEG_INF
+from .tiles import cross_entropy_config
 
 
 @triton.jit

@@ -3,13 +3,13 @@
     o = softmax(scale q k^T over the first lengths[b] keys) v
 
 One query against one head's keys is a pass over memory with little else: a program per head would
-leave most of the GPU idle. So a program takes PIECE keys and leaves
+leave most of the GPU idle. So a program takes SPLIT keys and leaves
 
     m = max_j s[j]      l = sum_j exp(scale (s[j] - m))      acc = sum_j exp(scale (s[j] - m)) v[j]
 
-and a second kernel adds the pieces of a head in their order, each scaled by exp(scale (m_i - m)).
-Where pieces begin depends on nothing but the position: a row has the same bits in any batch and in
-a cache of any size. The grid covers the whole cache, pieces beyond a length return at once, and
+and a second kernel adds the splits of a head in their order, each scaled by exp(scale (m_i - m)).
+Where splits begin depends on nothing but the position: a row has the same bits in any batch and in
+a cache of any size. The grid covers the whole cache, splits beyond a length return at once, and
 nothing about the lengths is known on the host: a CUDA graph replays it for every token.
 
     B batch   T rows of the cache   H heads   D head size   bh = b * H + h
@@ -19,50 +19,45 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _rows
-from .configs import DECODE_BLOCK_N, DECODE_PIECE, DECODE_WARPS
-from .lang import LOG2E, LOWEST, NEG_INF, load_rows
+from .attention import _rows, view_of
+from .lang import LOG2E, LOWEST, NEG_INF, head_of, load_rows
+from .tiles import DECODE_BLOCK_N, DECODE_SPLIT, DECODE_WARPS
 
 
 @triton.jit
-def _decode_kernel(
-    q_ptr,                             # (B, 1, H, D), contiguous in D
-    k_ptr, v_ptr,                      # (B, T, H, D), contiguous in D
-    acc_ptr,                           # (B * H, pieces, D), float32
-    stats_ptr,                         # (B * H, pieces, 2), float32: m, l
+def _decode_attention_kernel(
+    q,                                 # View (B, 1, H, D)
+    k, v,                              # Views (B, T, H, D)
+    acc_ptr,                           # (B * H, splits, D), float32
+    stats_ptr,                         # (B * H, splits, 2), float32: m, l
     lengths_ptr,                       # (B,), int64
-    stride_qb, stride_qh,
-    stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh,
-    T, H, pieces,
+    T, H, splits,
     scale_log2,                        # softmax_scale * log2(e)
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,             # keys read per step
-    PIECE: tl.constexpr,               # keys owned by this program
+    SPLIT: tl.constexpr,               # keys owned by this program
 ):  # fmt: skip
-    """One piece of one head: m, l and acc of its keys, by the online softmax."""
+    """One split of one head: m, l and acc of its keys, by the online softmax."""
     at = tl.program_id(0).to(tl.int64)
-    piece, bh = at % pieces, at // pieces
+    split, bh = at % splits, at // splits
     b, h = bh // H, bh % H
     length = tl.load(lengths_ptr + b)
     length = tl.where(length <= T, length, 0)  # no address depends on one outside the cache
-    if piece * PIECE >= length:
+    if split * SPLIT >= length:
         return
     offs_d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + offs_d, mask=offs_d < D, other=0.0)
-    q = q.to(tl.float32)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
+    q_row = tl.load(head_of(q, b, h) + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+    k_ptr, v_ptr = head_of(k, b, h), head_of(v, b, h)
 
     m = tl.full((), LOWEST, tl.float32)
     l = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    end = tl.minimum((piece + 1) * PIECE, length)
-    for start in range(piece * PIECE, end, BLOCK_N):
+    end = tl.minimum((split + 1) * SPLIT, length)
+    for start in range(split * SPLIT, end, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         # s = q k^T
-        k = load_rows(k_ptr, offs_n, stride_kt, end, D, BLOCK_D, True)
-        s = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
+        k_tile = load_rows(k_ptr, offs_n, k.stride_t, end, D, BLOCK_D, True)
+        s = tl.sum(q_row[None, :] * k_tile.to(tl.float32), axis=1)
         s = tl.where(offs_n < end, s, NEG_INF)
         m_new = tl.maximum(m, tl.max(s, axis=0))
         p = tl.exp2((s - m_new) * scale_log2)
@@ -70,8 +65,8 @@ def _decode_kernel(
         l = l * alpha + tl.sum(p, axis=0)
         m = m_new
         # acc = acc alpha + p v
-        v = load_rows(v_ptr, offs_n, stride_vt, end, D, BLOCK_D, True)
-        acc = acc * alpha + tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        v_tile = load_rows(v_ptr, offs_n, v.stride_t, end, D, BLOCK_D, True)
+        acc = acc * alpha + tl.sum(p[:, None] * v_tile.to(tl.float32), axis=0)
 
     tl.store(acc_ptr + at * D + offs_d, acc, mask=offs_d < D)
     tl.store(stats_ptr + 2 * at, m)
@@ -79,24 +74,24 @@ def _decode_kernel(
 
 
 @triton.jit
-def _decode_sum_kernel(
+def _decode_attention_sum_kernel(
     acc_ptr, stats_ptr, lengths_ptr,   # as above
     o_ptr,                             # (B * H, D)
-    T, H, pieces, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    T, H, splits, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """o = sum_i a_i acc_i / sum_i a_i l_i, carried as the online softmax carries tiles; zeros
     where a sequence has no keys, NaN for a length outside the cache."""
     bh = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths_ptr + bh // H)
     inside = (length >= 0) & (length <= T)
-    used = tl.cdiv(tl.where(inside, length, 0), PIECE)
+    used = tl.cdiv(tl.where(inside, length, 0), SPLIT)
     offs_d = tl.arange(0, BLOCK_D)
     m = tl.full((), LOWEST, tl.float32)
     l = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for piece in range(0, used):
-        at = bh * pieces + piece
+    for split in range(0, used):
+        at = bh * splits + split
         m_i = tl.load(stats_ptr + 2 * at)
         l_i = tl.load(stats_ptr + 2 * at + 1)
         acc_i = tl.load(acc_ptr + at * D + offs_d, mask=offs_d < D, other=0.0)
@@ -114,20 +109,19 @@ def decode_attention(q, k_cache, v_cache, lengths, softmax_scale):
     (B, _, H, D), T = q.shape, k_cache.shape[1]
     q, k, v = _rows(q), _rows(k_cache), _rows(v_cache)
     o = torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device)
-    pieces = triton.cdiv(T, DECODE_PIECE)
-    acc = torch.empty((B * H, pieces, D), dtype=torch.float32, device=q.device)
-    stats = torch.empty((B * H, pieces, 2), dtype=torch.float32, device=q.device)
+    splits = triton.cdiv(T, DECODE_SPLIT)
+    acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
+    stats = torch.empty((B * H, splits, 2), dtype=torch.float32, device=q.device)
     lengths = lengths.contiguous()
     scale_log2 = softmax_scale * LOG2E.value
-    block = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "PIECE": DECODE_PIECE}
+    block = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "SPLIT": DECODE_SPLIT}
     if acc.numel():
-        _decode_kernel[(B * H * pieces,)](
-            q, k, v, acc, stats, lengths, q.stride(0), q.stride(2),
-            *k.stride()[:3], *v.stride()[:3], T, H, pieces, scale_log2,
+        _decode_attention_kernel[(B * H * splits,)](
+            view_of(q), view_of(k), view_of(v), acc, stats, lengths, T, H, splits, scale_log2,
             **block, BLOCK_N=DECODE_BLOCK_N, num_warps=DECODE_WARPS,
         )  # fmt: skip
     if o.numel():
-        _decode_sum_kernel[(B * H,)](
-            acc, stats, lengths, o, T, H, pieces, scale_log2, **block, num_warps=1
+        _decode_attention_sum_kernel[(B * H,)](
+            acc, stats, lengths, o, T, H, splits, scale_log2, **block, num_warps=1
         )
     return o

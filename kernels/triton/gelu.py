@@ -10,14 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import (
-    BIAS_GELU_PER_SM,
-    GELU_BLOCK,
-    GELU_WARPS,
-    bias_gelu_config,
-    resident_programs,
-)
 from .lang import gelu, gelu_grad
+from .tiles import BIAS_GELU_PER_SM, GELU_BLOCK, GELU_WARPS, bias_gelu_config, resident_programs
 
 
 @triton.jit

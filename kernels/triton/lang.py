@@ -1,7 +1,10 @@
 """Value functions: what the kernels share, written once.
 
-Each takes and returns tiles in registers; the kernels decide what to load, keep and store.
+Each takes and returns tiles in registers; the kernels decide what to load, keep and store. A tensor
+that is read through strides reaches a kernel as one tuple, its pointer and its strides.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,6 +14,28 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 # A maximum of float32 that starts here, not at -inf, leaves exp(s - m) = 0 where all s are -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+class View(NamedTuple):
+    """A tensor (B, T, H, D), contiguous in D."""
+
+    ptr: object
+    stride_b: int
+    stride_t: int
+    stride_h: int
+
+
+class Matrix(NamedTuple):
+    """A tensor (N, C), contiguous in C."""
+
+    ptr: object
+    stride: int  # of a row
+
+
+@triton.jit
+def head_of(view, b, h):
+    """A pointer to row 0 of head (b, h) of a View; rows are view.stride_t apart."""
+    return view.ptr + b * view.stride_b + h * view.stride_h
 
 
 @triton.jit

@@ -15,22 +15,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import layer_norm_config, resident_programs
-from .lang import load_rows, store_rows
+from .lang import Matrix, load_rows, store_rows
+from .tiles import layer_norm_config, resident_programs
 
-# A sum of products over the lanes of a warp must not begin with a fused x x + y: every lane would
-# round its own product away and the others' not, the lanes would hold different sums, and which of
-# them a store keeps is not defined.
-SUMS_ALIKE = {"enable_fp_fusion": False}
+# No FMA contraction: in a sum of products over the lanes of a warp, each lane would round its own
+# product differently from the others. The lanes would then hold different sums, and which of them a
+# store keeps is not defined.
+NO_FMA = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr,               # (N, C), contiguous in C; residual only with ADD
+    x, residual,                       # Matrices (N, C); residual is read only with ADD
     weight_ptr, bias_ptr,              # (C,)
     y_ptr, s_ptr,                      # (N, C), contiguous; s = x + residual only with ADD
     mean_ptr, rstd_ptr,                # (N,), float32
-    stride_x, stride_residual,
     N, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -39,21 +38,25 @@ def _layer_norm_fwd_kernel(
     E[x^2] - mean^2 does when |mean| >> std; lanes past C add nothing to it."""
     offs_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
-    x = load_rows(x_ptr, offs_row, stride_x, N, C, BLOCK_C, True).to(tl.float32)
+    s = load_rows(x.ptr, offs_row, x.stride, N, C, BLOCK_C, True).to(tl.float32)
     if ADD:
-        residual = load_rows(residual_ptr, offs_row, stride_residual, N, C, BLOCK_C, True)
+        r = load_rows(residual.ptr, offs_row, residual.stride, N, C, BLOCK_C, True)
         # The norm sees s as it is stored, so that the backward recomputes the same xhat.
-        s = (x + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
-        store_rows(s_ptr, s, offs_row, C, N, C, BLOCK_C)
-        x = s.to(tl.float32)
-    # mean, rstd
-    mean = tl.sum(x, axis=1) / C
-    centred = tl.where((offs_c < C)[None, :], x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)
+        stored = (s + r.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        store_rows(s_ptr, stored, offs_row, C, N, C, BLOCK_C)
+        s = stored.to(tl.float32)
+    # mean, rstd. What the centred row still sums to is the rounding of the first mean.
+    first_mean = tl.sum(s, axis=1) / C
+    centred = tl.where((offs_c < C)[None, :], s - first_mean[:, None], 0.0)
+    rest = tl.sum(centred, axis=1) / C
+    mean = first_mean + rest
+    variance = tl.sum(centred * centred, axis=1) / C - rest * rest
+    rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # NaN stays NaN
     # y = xhat * weight + bias
     weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    xhat = (s - mean[:, None]) * rstd[:, None]
+    y = tl.fma(xhat, weight[None, :], bias[None, :])
     store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
     tl.store(mean_ptr + offs_row, mean, mask=offs_row < N)
     tl.store(rstd_ptr + offs_row, rstd, mask=offs_row < N)
@@ -61,13 +64,12 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, ds_ptr,                    # (N, C); ds, the gradient of s, only with ADD
-    x_ptr,                             # (N, C), what the norm saw
+    dy, ds,                            # Matrices (N, C); ds, the gradient of s, only with ADD
+    x,                                 # Matrix (N, C), what the norm saw
     weight_ptr,                        # (C,)
     mean_ptr, rstd_ptr,                # (N,), float32
     dx_ptr, dresidual_ptr,             # (N, C), contiguous; dresidual only with MIXED
     dw_partial_ptr, db_partial_ptr,    # (programs, C), float32
-    stride_dy, stride_ds, stride_x,
     N,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, ADD: tl.constexpr, MIXED: tl.constexpr,
@@ -84,24 +86,24 @@ def _layer_norm_bwd_kernel(
     db = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
         offs_row = start + tl.arange(0, ROWS)
-        x = load_rows(x_ptr, offs_row, stride_x, N, C, BLOCK_C, True).to(tl.float32)
-        dy = load_rows(dy_ptr, offs_row, stride_dy, N, C, BLOCK_C, True).to(tl.float32)
+        x_tile = load_rows(x.ptr, offs_row, x.stride, N, C, BLOCK_C, True).to(tl.float32)
+        dy_tile = load_rows(dy.ptr, offs_row, dy.stride, N, C, BLOCK_C, True).to(tl.float32)
         mean = tl.load(mean_ptr + offs_row, mask=offs_row < N, other=0.0)
         rstd = tl.load(rstd_ptr + offs_row, mask=offs_row < N, other=0.0)
-        xhat = (x - mean[:, None]) * rstd[:, None]
-        wdy = dy * weight[None, :]
+        xhat = (x_tile - mean[:, None]) * rstd[:, None]
+        wdy = dy_tile * weight[None, :]
         # dx
         mean_wdy = tl.sum(wdy, axis=1) / C
         mean_wdy_xhat = tl.sum(wdy * xhat, axis=1) / C
         dx = rstd[:, None] * (wdy - mean_wdy[:, None] - xhat * mean_wdy_xhat[:, None])
         if ADD:
-            dx += load_rows(ds_ptr, offs_row, stride_ds, N, C, BLOCK_C, True).to(tl.float32)
+            dx += load_rows(ds.ptr, offs_row, ds.stride, N, C, BLOCK_C, True).to(tl.float32)
         store_rows(dx_ptr, dx, offs_row, C, N, C, BLOCK_C)
         if MIXED:
             store_rows(dresidual_ptr, dx, offs_row, C, N, C, BLOCK_C)
         # dw, db
-        dw += dy * xhat
-        db += dy
+        dw += dy_tile * xhat
+        db += dy_tile
     partial = tl.program_id(0) * C + offs_c
     tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=offs_c < C)
     tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=offs_c < C)
@@ -137,7 +139,7 @@ def _backward(dy, ds, x, weight, stats, dresidual):
     x2, dy2 = _matrix(x), _matrix(dy)
     ds2 = dy2 if ds is None else _matrix(ds)
     dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
-    N = x2.shape[0]
+    N = x2.ptr.shape[0]
     if N == 0:
         return dx, weight.new_zeros((2, C))
     tile = layer_norm_config("bwd", C)
@@ -146,10 +148,9 @@ def _backward(dy, ds, x, weight, stats, dresidual):
     programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), tile.per_sm)
     partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[(programs,)](
-        dy2, ds2, x2, weight, *stats, dx, dx if dresidual is None else dresidual, *partial,
-        dy2.stride(0), ds2.stride(0), x2.stride(0), N,
+        dy2, ds2, x2, weight, *stats, dx, dx if dresidual is None else dresidual, *partial, N,
         C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=ds is not None,
-        MIXED=dresidual is not None, num_warps=warps, **SUMS_ALIKE,
+        MIXED=dresidual is not None, num_warps=warps, **NO_FMA,
     )  # fmt: skip
     return dx, partial.sum(1).to(weight.dtype)
 
@@ -162,21 +163,21 @@ def _forward(x, residual, weight, bias, eps):
     s = y
     if residual is not None:
         s = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    N = x2.shape[0]
+    N = x2.ptr.shape[0]
     stats = torch.empty((2, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
     if N > 0:
         tile = layer_norm_config("fwd", C)
         _layer_norm_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
-            x2, residual2, weight, bias, y, s, *stats,
-            x2.stride(0), residual2.stride(0), N, eps,
+            x2, residual2, weight, bias, y, s, *stats, N, eps,
             C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=residual is not None,
-            num_warps=tile.num_warps, **SUMS_ALIKE,
+            num_warps=tile.num_warps, **NO_FMA,
         )  # fmt: skip
     return y, s, stats
 
 
 def _matrix(x):
-    """x as (N, C), contiguous in C: a view wherever there is one. Rows of nothing are no rows."""
+    """x (..., C) as a Matrix, without a copy wherever strides allow. C = 0: no rows."""
     C = x.shape[-1]
     x = x.reshape(-1, C) if C else x.reshape(0, 0)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return Matrix(x, x.stride(0))

@@ -1,21 +1,21 @@
-"""Feeds spoilt files to every reader, in processes that may die.
+"""Feeds spoilt files to every reader, in child processes that may die.
 
     python tests/tools/fuzz_files.py --files 1000000 --workers 2 --keep /tmp/offenders
     python tests/tools/fuzz_files.py --only nanogpt:1234      one file again, with its traceback
 
-A file is read, or refused by InputError or OSError in one line. Anything else is an offence:
+A file must be read, or refused with InputError or OSError in one line. Anything else is an offence:
 
     crash       a signal ended the process
-    hang        more than 2 s of the CPU, or 20 s on the clock
+    hang        more than 2 s of CPU time, or 20 s of wall time
     traceback   another exception
     message     a refusal of more than one line or of more than 1,000 characters
-    memory      more than twice the file's size and 16 MiB of memory of its own (RLIMIT_DATA; the
-                fixed part is what Python, PyTorch and the libraries take to read the smallest file)
+    memory      more memory than twice the file's size and 16 MiB (RLIMIT_DATA; the fixed part is
+                what Python, PyTorch and the libraries need for the smallest file)
 
-The system's own limits do the counting: timers and RLIMIT_DATA work inside C, C++ and Rust, too. A
-worker is a fork of this process, so that nothing is imported anew; it reads a chunk of the files
-of one target, and goes on behind the one that killed it. The exit code is 1 where there was an
-offence. The last line of the output sums up.
+The system enforces the limits: timers and RLIMIT_DATA also apply inside C, C++ and Rust. A worker
+is a fork of this process, so that nothing is imported again. It reads a chunk of the files of one
+target; if a file kills it, another worker goes on after that file. The exit code is 1 if there was
+an offence. The last line of the output is a summary.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import tiktoken
@@ -44,16 +43,16 @@ from targets import TARGETS, make_good, no_encoding, spoilt
 from gpt2.errors import InputError
 
 CPU_SECONDS, CLOCK_SECONDS = 2.0, 20.0
-ROOM = 2**24  # bytes of memory that reading the smallest file may take
-CHUNK = 500  # files that a worker reads
+ROOM = 2**24  # bytes of memory allowed for reading the smallest file
+CHUNK = 500  # files per worker
 LONGEST = 1000  # characters of a refusal
 OFFENCES = ("crash", "hang", "traceback", "message", "memory")
 _TIMERS = {signal.SIGPROF: "hang", signal.SIGALRM: "hang"}
 
 
 def judge(read: Callable[[], object], size: int) -> tuple[str, str]:
-    """What reading a file of `size` bytes ends in, and its message. "read" and "refused" are
-    right."""
+    """Reads a file of `size` bytes; returns the outcome and its message. "read" and "refused" are
+    correct outcomes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + 2 * size + ROOM, hard))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -92,7 +91,7 @@ def _data_bytes() -> int:
 
 
 class Work:
-    """Counts of what the workers see, in memory that they share with this process."""
+    """Counts the outcomes of all workers in memory that they share with this process."""
 
     def __init__(self, good: Path, keep: Path | None, targets=TARGETS, spoil=spoilt):
         self.good, self.keep, self.targets, self.spoil = good, keep, targets, spoil
@@ -100,7 +99,7 @@ class Work:
         self.offenders: list[str] = []
 
     def run(self, chunks: Iterator[tuple[str, int, int]], workers: int) -> None:
-        """Reads the chunks (target, first file, end) in so many processes at a time."""
+        """Reads the chunks (target, first file, end) in `workers` processes at a time."""
         running: dict[int, _Worker] = {}
         left: list[tuple[str, int, int]] = []
         while True:
@@ -117,7 +116,7 @@ class Work:
                 left.append(rest)
 
     def collect(self, worker: "_Worker", status: int) -> tuple[str, int, int] | None:
-        """Counts what a worker saw. Returns the chunk that it did not come to, if it died."""
+        """Adds a worker's counts. If the worker died, returns the rest of its chunk."""
         n, counts, lines = worker.results()
         self.counts.update(counts)
         self.offenders += lines
@@ -136,9 +135,10 @@ class Work:
 
 
 class _Worker:
-    """A fork that reads files first … end - 1 of a target, in a copy of the good folder."""
+    """A fork that reads files first … end - 1 of a target, in a copy of the folder of good
+    files."""
 
-    WIDTH = 2**16  # bytes of the shared memory: the number of the file, counts, offenders
+    WIDTH = 2**16  # bytes of shared memory: file number, counts, offenders
 
     def __init__(self, work: Work, target: str, first: int, end: int):
         self.work, self.target, self.first, self.end = work, target, first, end
@@ -170,7 +170,7 @@ class _Worker:
         for each in (signal.SIGPROF, signal.SIGALRM):
             signal.signal(each, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with open(os.devnull, "wb") as null:  # what a library prints before it dies
+        with open(os.devnull, "wb") as null:  # output of a library before it dies
             os.dup2(null.fileno(), 2)
         folder = self.folder / "good"
         shutil.copytree(self.work.good, folder)
@@ -193,12 +193,12 @@ class _Worker:
 
 
 def _fast_folder() -> str | None:
-    """A file system in memory, where there is one."""
+    """A memory file system, or None."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def chunks(files: int, start: int = 0, targets=TARGETS) -> Iterator[tuple[str, int, int]]:
-    """Numbers of files for all targets, in proportion to what each is worth, mixed."""
+    """File numbers for all targets, mixed, in proportion to the weights of the targets."""
     total = sum(target.files for target in targets.values())
     ends = {name: start + -(-files * t.files // total) for name, t in targets.items()}
     at = dict.fromkeys(targets, start)
@@ -238,7 +238,7 @@ def main() -> int:
         good = Path(folder) / "good"
         good.mkdir()
         make_good(good)
-        for target in TARGETS.values():  # imports what is imported late, before any fork
+        for target in TARGETS.values():  # imports everything before any fork
             if target.is_read:
                 target.read(good)
         if flags.only:

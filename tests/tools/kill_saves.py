@@ -1,5 +1,5 @@
-"""Kills a process in the midst of writing checkpoints, again and again: each kill must leave a
-whole checkpoint, no older than the last save that had returned.
+"""Kills a process while it writes checkpoints, many times. Each kill must leave a complete
+checkpoint, not older than the last save that had returned.
 
     python tests/tools/kill_saves.py [KILLS]     # 2000: four minutes on two cores
 """
@@ -14,24 +14,26 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint, files, optim
+from gpt2 import files
+from gpt2.checkpoints import checkpoint
 from gpt2.config import Config
 from gpt2.errors import InputError
 from gpt2.model import Model
+from gpt2.train import optim
 
 CONFIG = Config(block_size=8, vocab_size=4096, n_layer=2, n_head=2, n_embd=64)
 
 
 @dataclass
 class Outcome:
-    """What so many kills left behind, in numbers of kills."""
+    """The outcomes of the kills, as numbers of kills."""
 
     kills: int = 0
-    inside: int = 0  # fell into a save: its temporary folder was still there
+    inside: int = 0  # during a save: its temporary folder existed
     unreadable: int = 0
     mixed: int = 0  # weights of two saves in one file
     back: int = 0  # older than a save that had returned
-    strays: int = 0  # something was left after the sweep
+    strays: int = 0  # files left after the cleanup
 
     @property
     def flawless(self) -> bool:
@@ -39,7 +41,7 @@ class Outcome:
 
 
 def kill_saves(folder: Path, kills: int) -> Outcome:
-    """Kills so many children in turn, each at another moment of its saves into one file."""
+    """Kills this many children, one after the other, at different moments of saving to one file."""
     path, outcome = folder / "checkpoint.safetensors", Outcome()
     model = Model(CONFIG)
     optimizer = optim.adamw(model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
@@ -66,14 +68,14 @@ def kill_saves(folder: Path, kills: int) -> Outcome:
 
 
 def _killed(path: Path, model, optimizer, seconds: float) -> int:
-    """A child saves until it is killed, so many seconds after its first save; how many saves had
-    returned. A fork is quicker than a new program by seconds."""
+    """Starts a child that saves until it is killed, `seconds` after its first save. Returns the
+    number of saves that had returned. A fork starts seconds faster than a new program."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         _save_forever(path, model, optimizer, write)
     os.close(write)
-    returned = len(os.read(read, 1))  # the first save, so that there is a file
+    returned = len(os.read(read, 1))  # waits for the first save, so that there is a file
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -84,9 +86,9 @@ def _killed(path: Path, model, optimizer, seconds: float) -> int:
 
 
 def _save_forever(path: Path, model, optimizer, pipe: int) -> None:
-    """In a child: step n saves weights that are all n, and writes a byte once it is saved."""
+    """In the child: saves weights that are all n in step n, then writes a byte to the pipe."""
     try:
-        torch.set_num_threads(1)  # OpenMP would wait for threads that a fork does not copy
+        torch.set_num_threads(1)  # OpenMP would wait for threads that fork does not copy
         step = 0
         while True:
             step += 1

@@ -1,0 +1,1 @@
+"""Time on the host: what Python and PyTorch spend around a kernel."""

@@ -1,0 +1,1 @@
+"""Reports from result files: goals, plots, README's pictures, one report per machine."""

@@ -1,0 +1,105 @@
+"""Bugs to plant in the other Triton kernels, in the products, and on the way to a kernel."""
+
+from . import Mutant
+
+LANG = "kernels/triton/lang.py"
+NORM = "kernels/triton/layer_norm.py"
+GELU = "kernels/triton/gelu.py"
+LOSS = "kernels/triton/cross_entropy.py"
+LINEAR = "kernels/linear_cross_entropy.py"
+PRODUCT = "kernels/matmul.py"
+AUTOGRAD = "kernels/autograd.py"
+DISPATCH = "kernels/dispatch.py"
+REFERENCE = "kernels/reference.py"
+
+KERNEL_MUTANTS = [
+    # layer_norm
+    Mutant(
+        "lanes beyond C in the variance", NORM,
+        "centred = tl.where((offs_c < C)[None, :], s - first_mean[:, None], 0.0)",
+        "centred = s - first_mean[:, None]",
+        "kernels/test_layer_norm.py::test_mean_far_from_zero[triton-1000.0-C17-fp32]", quick=True,
+    ),
+    # gelu
+    Mutant(
+        "erf for tanh", LANG,
+        "return x / (1.0 + _gelu_exp(x))",
+        "return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))",
+        "kernels/test_gelu.py::test_the_tanh_form[triton]",
+    ),
+    Mutant(
+        "tail of the output stored", GELU,
+        "gelu(x).to(y_ptr.dtype.element_ty), mask=offs < n)",
+        "gelu(x).to(y_ptr.dtype.element_ty), mask=offs >= 0)",
+        "kernels/test_gelu.py::test_gelu[triton-1.0-17-fp32]",
+    ),
+    # cross_entropy
+    Mutant(
+        "one-hot left out", LOSS,
+        "tl.where(offs == target, p - 1.0, p)", "p",
+        "kernels/test_cross_entropy.py::test_leading_shapes[triton-(2, 3)]", quick=True,
+    ),
+    Mutant(
+        "target beyond the vocabulary", LOSS,
+        "inside = (target >= 0) & (target < V)", "inside = target >= 0",
+        "kernels/test_changed_ids.py::test_every_pass_meets_targets_outside[triton-0.0]",
+    ),
+    Mutant(
+        "log-sum-exp as one number", LOSS,
+        "tl.log2(l) * LN2 + (m - x_target)", "(tl.log2(l) * LN2 + m) - x_target",
+        "kernels/test_cross_entropy.py::test_large_logits[triton-10000.0]",
+    ),
+    Mutant(
+        "rows in 32 bits", LOSS,
+        "row = tl.program_id(0).to(tl.int64)\n    logits_ptr",
+        "row = tl.program_id(0)\n    logits_ptr",
+        "kernels/test_cross_entropy.py::test_rows_that_overflow_int32[triton]",
+    ),
+    Mutant(
+        "gradient in place, unknown to autograd", AUTOGRAD,
+        "torch.autograd.graph.increment_version(logits)", "pass",
+        "kernels/test_cross_entropy.py::test_gradient_in_place_of_the_logits[triton-fp32]",
+    ),
+    Mutant(
+        "last chunk alone in dweight", LINEAR,
+        "beta=0 if first else 1", "beta=0",
+        "kernels/test_linear_cross_entropy.py::test_linear_cross_entropy[triton-V65-N200-C16-fp32-same-none]",
+    ),
+    Mutant(
+        "saved gradient scaled in place", AUTOGRAD,
+        "dx = dx * scale if", "dx = dx.mul_(scale) if",
+        "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    # the products of the model and of the head
+    Mutant(
+        "operands not rounded", PRODUCT,
+        "t.to(dtype).float()", "t.float()",
+        "kernels/test_linear.py::test_operands_are_rounded_as_autocast_rounds_them[widened]",
+    ),
+    # the way to a kernel
+    Mutant(
+        "fallback without a word", DISPATCH,
+        '_say_once(op, "; ".join(reasons))', "pass",
+        "kernels/test_attention.py::test_other_head_sizes_fall_back_with_a_reason[8]",
+    ),
+    Mutant(
+        "forced backend falls back", DISPATCH,
+        'raise BackendUnavailable(f"{chosen} cannot serve {op}: {reason}")', 'return "reference"',
+        "kernels/test_layer_norm.py::test_longer_rows_fall_back_with_a_reason",
+    ),
+    Mutant(
+        "forward mode lost", REFERENCE,
+        " or forward_ad._current_level >= 0", "",
+        "kernels/test_derivatives.py::test_a_forced_backend_says_that_it_cannot[triton]",
+    ),
+    Mutant(
+        "gradients through the history of another input", AUTOGRAD,
+        "inputs = [x.view_as(x) for x in inputs]", "inputs = list(inputs)",
+        "kernels/test_derivatives.py::test_second_derivatives[triton-causal_attention]",
+    ),
+    Mutant(
+        "one over no targets", AUTOGRAD,
+        "dloss / count.clamp(min=1)", "dloss / count",
+        "kernels/test_cross_entropy.py::test_no_target_counts[triton-3-mean-0.0]",
+    ),
+]  # fmt: skip

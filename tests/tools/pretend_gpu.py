@@ -1,0 +1,163 @@
+"""A pytest plugin that pretends there is a GPU: pytest -p pretend_gpu (see test_pretend_gpu.py).
+
+It finds tests that would fail on a GPU for reasons other than the kernels. torch.cuda reports a
+GPU, and every tensor claims to be on it but is in CPU memory. The kernels of csrc/cpu replace those
+of triton and cuda, which still refuse what they do not support. There is one stream. A CUDA graph
+is a list of operators, and a replay calls them again.
+
+It does not work for torch.compile, activation checkpointing or anything else below Python.
+"""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GPU = torch.device("cuda", 0)
+
+
+class OnTheGpu(TorchFunctionMode):
+    """A mode in which tensors claim to be on the GPU but are allocated on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func == torch.Tensor.device.__get__:
+            return GPU
+        if func == torch.Tensor.is_cuda.__get__:
+            return True
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = [on_the_cpu(x) for x in args]
+        if "device" in kwargs:
+            kwargs["device"] = on_the_cpu(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def on_the_cpu(x):
+    is_device = isinstance(x, (str, torch.device))
+    return torch.device("cpu") if is_device and torch.device(x).type == "cuda" else x
+
+
+class Graph:
+    """A CUDA graph: the operators called during its capture, and their results."""
+
+    captured: "Graph | None" = None  # the graph being captured
+
+    def __init__(self):
+        self.calls, self.written = [], []
+
+    def undo(self):
+        """Restores the tensors that the capture wrote to: on a GPU a capture computes nothing."""
+        for x, before in reversed(self.written):
+            x.data.copy_(before)
+        self.written.clear()
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, results in self.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Tape(TorchDispatchMode):
+    """Adds every operator to the graph being captured."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        graph, kwargs = Graph.captured, kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                tensors = (x for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+                graph.written += [(x, x.clone()) for x in tensors]
+        results = func(*args, **kwargs)
+        graph.calls.append((func, args, kwargs, results))
+        return results
+
+
+@contextlib.contextmanager
+def capture(graph):
+    Graph.captured = graph
+    try:
+        with Tape():
+            yield
+        graph.undo()
+    finally:
+        Graph.captured = None
+
+
+class Stream:
+    def synchronize(self): ...
+
+    def wait_stream(self, other): ...
+
+
+class Event:
+    """A CUDA event; all recorded work has already finished."""
+
+    def record(self, stream=None): ...
+
+    def synchronize(self): ...
+
+    def query(self):
+        return True
+
+
+@contextlib.contextmanager
+def autocast(device_type, *args, **kwargs):
+    """torch.autocast for both devices, because PyTorch's operators see the tensors' real device."""
+    with contextlib.ExitStack() as both:
+        for kind in ("cuda", "cpu") if device_type == "cuda" else (device_type,):
+            both.enter_context(torch.amp.autocast(kind, *args, **kwargs))
+        yield
+
+
+PROPERTIES = types.SimpleNamespace(
+    name="a GPU that is not there", major=9, minor=0, total_memory=80 << 30, multi_processor_count=4
+)
+CUDA = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "get_device_name": lambda device=None: PROPERTIES.name,
+    "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
+    "get_device_properties": lambda device=None: PROPERTIES,
+    "is_bf16_supported": lambda including_emulation=True: True,
+    "mem_get_info": lambda device=None: (PROPERTIES.total_memory,) * 2,
+    "empty_cache": lambda: None,
+    "synchronize": lambda device=None: None,
+    "device": lambda device: contextlib.nullcontext(),
+    "Stream": Stream,
+    "Event": Event,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "current_stream": lambda device=None: Stream(),
+    "CUDAGraph": Graph,
+    "graph": capture,
+    "is_current_stream_capturing": lambda: Graph.captured is not None,
+}
+for name, value in CUDA.items():  # before conftest.py checks for a GPU
+    setattr(torch.cuda, name, value)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    from gpt2.kernels import triton
+    from gpt2.kernels.native import cuda, libraries
+
+    assert libraries.load("cpu") is None, libraries.load("cpu")
+    for backend in (triton, cuda):
+        backend._device_reason = lambda device_type, index: None
+        backend.module = lambda op: torch.ops.gpt2_kernels_cpu
+    torch.autocast = autocast
+    OnTheGpu().__enter__()
+
+
+def pytest_collection_modifyitems(items):
+    for module in {item.module for item in items if item.module.__name__.endswith("test_gpu")}:
+        module.B, module.T, module.ROWS, module.V = 1, 33, 12, 257
+        module.REPEATS, module.HUGE = 2, 2**20
