@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import targets_in, tensor
+from inputs import sparse_rows, targets_in, tensor
 from util import DEVICE, DTYPES, bits_equal, check_op, fingerprint, guarded
 
 from gpt2 import kernels
@@ -291,17 +291,8 @@ def test_errors_name_the_argument(logits, targets, error, message):
 
 def test_rows_that_overflow_int32(tmp_path, kernel_backend):
     """Rows of logits 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
-    if DEVICE == "cuda":
-        pytest.skip(
-            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
-        )
-    stride, N, V = 2**30, 5, 33
-    n = (N - 1) * stride + V
-    with open(tmp_path / "sparse", "wb") as f:
-        f.truncate(n * 2)
-    big = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n, dtype=torch.bfloat16)
-    logits = big.as_strided((N, V), (stride, 1))
-    logits.copy_(tensor(N, V))
+    N, V = 5, 33
+    logits = sparse_rows(tmp_path / "sparse", N, V, stride=2**30)
     targets = targets_in(N, V)
     with kernels.use(kernel_backend):
         far = kernels.cross_entropy(logits, targets)

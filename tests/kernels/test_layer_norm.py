@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from inputs import norm_inputs, tensor
+from inputs import norm_inputs, sparse_rows, tensor
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, guarded
 
 from gpt2 import kernels
@@ -278,17 +278,9 @@ def test_same_output_with_and_without_gradients(kernel_backend):
 
 def test_row_strides_that_overflow_int32(tmp_path, kernel_backend):
     """Rows are 2^30 elements apart, in a sparse file: row 2 starts at 2^31."""
-    if DEVICE == "cuda":
-        pytest.skip(
-            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
-        )
-    stride, N, C = 2**30, 5, 16
-    n = (N - 1) * stride + C
-    with open(tmp_path / "sparse", "wb") as f:
-        f.truncate(n * 2)
-    big = torch.from_file(str(tmp_path / "sparse"), shared=True, size=n, dtype=torch.bfloat16)
-    x, weight = big.as_strided((N, C), (stride, 1)), tensor(C)
-    x.copy_(tensor(N, C))
+    N, C = 5, 16
+    weight = tensor(C)
+    x = sparse_rows(tmp_path / "sparse", N, C, stride=2**30)
     with kernels.use(kernel_backend):
         y = kernels.layer_norm(x, weight, weight)
         assert bits_equal(y, kernels.layer_norm(x.clone(), weight, weight))

@@ -1,5 +1,6 @@
 """Random inputs for the tests of the ops."""
 
+import pytest
 import torch
 from util import DEVICE, guarded
 
@@ -21,6 +22,21 @@ def qkv_in(layout, B, Tq, Tk, H, D, dtype):
     if layout == "sliced":  # every second row, from an offset
         return tuple(tensor(B, 2 * T + 1, H, D, dtype=dtype)[:, 1::2] for T in (Tq, Tk, Tk))
     return tuple(guarded(tensor(B, T, H, D, dtype=dtype)) for T in (Tq, Tk, Tk))
+
+
+def sparse_rows(file, N, width, stride):
+    """bfloat16 rows (N, width) that lie `stride` elements apart in a new, sparse file. Skips the
+    test on a GPU."""
+    if DEVICE == "cuda":
+        pytest.skip(
+            "a sparse file cannot be mapped to the GPU; its own test allocates 2^31 elements"
+        )
+    n = (N - 1) * stride + width
+    with open(file, "wb") as f:
+        f.truncate(n * 2)
+    rows = torch.from_file(str(file), shared=True, size=n, dtype=torch.bfloat16)
+    rows = rows.as_strided((N, width), (stride, 1))
+    return rows.copy_(tensor(N, width))
 
 
 def shape_id(value):
