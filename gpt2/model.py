@@ -18,62 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
+from .block import MLP, Attention, Block
 from .config import Config
 from .kernels import reference
 from .kernels.checks import check_ids
-from .layers import Int8Linear, add_norm, is_stock, own, project, project_gelu
+from .layers import Int8Linear, add_norm, is_stock, project
 
 IGNORED = -1  # a target without a loss, as in nanoGPT; -100, as in PyTorch, becomes -1
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, h: Tensor, ops, attend=None) -> Tensor:
-        qkv = project(self.c_attn, h, ops)  # (B, T, 3C)
-        if attend is not None:  # attention over cached keys and values
-            return project(self.c_proj, attend(qkv, ops), ops)
-        dropout_p = self.dropout if self.training else 0.0
-        seed = torch.randint(2**63 - 1, (1,), device=h.device) if dropout_p else None
-        o = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout_p, seed=seed)  # (B, T, C)
-        return F.dropout(own(project(self.c_proj, o, ops)), self.dropout, self.training)
-
-
-class MLP(nn.Module):
-    def __init__(self, config: Config):
-        super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, h: Tensor, ops) -> Tensor:
-        h = project_gelu(self.c_fc, h, ops)  # (B, T, 4C)
-        h = own(project(self.c_proj, h, ops))  # (B, T, C)
-        return F.dropout(h, self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """Pre-norm: s += attn(ln_1(s)), then s += mlp(ln_2(s)).
-
-    The last addition is fused with the next block's norm, so a block passes on x, the pending
-    addition, beside the stream s.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, s: Tensor | None, ops, attend=None) -> tuple[Tensor, Tensor]:
-        h, s = add_norm(self.ln_1, x, s, ops)
-        h, s = add_norm(self.ln_2, self.attn(h, ops, attend), s, ops)
-        return self.mlp(h, ops), s
 
 
 class Model(nn.Module):

@@ -32,7 +32,7 @@ def _wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _by_reference(function, inputs, needed, *grad_outputs):
+def by_reference(function, inputs, needed, *grad_outputs):
     """The gradients of function(*inputs), with a graph; None for inputs that need none.
 
     They are taken with respect to fresh views of the inputs. One input may have been computed from
@@ -62,7 +62,7 @@ class Attention(torch.autograd.Function):
         *saved, seed = ctx.saved_tensors
         options = ctx.softmax_scale, ctx.dropout_p, seed
         if _wants_graph():
-            gradients = _by_reference(
+            gradients = by_reference(
                 lambda q, k, v: reference.attention_by_formula(q, k, v, *options),
                 *(saved[:3], ctx.needs_input_grad, do),
             )
@@ -90,7 +90,7 @@ class AttentionQKV(torch.autograd.Function):
                 q, k, v = reference.split_heads(qkv, ctx.n_head)
                 return reference.attention_by_formula(q, k, v, *options).flatten(2)
 
-            (dqkv,) = _by_reference(attend, (qkv,), ctx.needs_input_grad, do)
+            (dqkv,) = by_reference(attend, (qkv,), ctx.needs_input_grad, do)
         else:
             dqkv = raw.attention_qkv_bwd(do, qkv, o, lse, ctx.n_head, *options, ctx.backend)
         return dqkv, None, None, None, None, None
@@ -101,7 +101,7 @@ class AttentionQKV(torch.autograd.Function):
 
 def _norm_by_reference(ctx, dy, x, weight, bias, needed):
     """dx, dweight and dbias of the norm without the addition, with a graph."""
-    return _by_reference(
+    return by_reference(
         lambda *inputs: reference.layer_norm(*inputs, ctx.eps).to(dy.dtype),
         *((x, weight, bias), needed, dy),
     )
@@ -166,7 +166,7 @@ class Gelu(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         if _wants_graph():
-            return *_by_reference(reference.gelu, (x,), ctx.needs_input_grad, dy), None
+            return *by_reference(reference.gelu, (x,), ctx.needs_input_grad, dy), None
         return raw.gelu_bwd(dy, x, ctx.backend), None
 
 
@@ -182,7 +182,7 @@ class BiasGelu(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         if _wants_graph():
             inputs = x, bias
-            return *_by_reference(reference.bias_gelu, inputs, ctx.needs_input_grad, dy), None
+            return *by_reference(reference.bias_gelu, inputs, ctx.needs_input_grad, dy), None
         return *raw.bias_gelu_bwd(dy, x, bias, ctx.backend), None
 
 
@@ -226,7 +226,7 @@ class CrossEntropy(torch.autograd.Function):
         logits, targets, stats, count = ctx.saved_tensors
         if _wants_graph():
             loss = _loss_by_reference(reference.cross_entropy, targets, ctx)
-            return *_by_reference(loss, (logits,), ctx.needs_input_grad, dloss), *[None] * 6
+            return *by_reference(loss, (logits,), ctx.needs_input_grad, dloss), *[None] * 6
         dlosses = _of_each(dloss, count).expand(len(targets))
         args = (dlosses, logits, targets, stats, *ctx.options, ctx.backend)
         if ctx.inplace and logits.stride(-1) == 1 and logits.stride(0) >= logits.shape[1]:
@@ -264,7 +264,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, weight, targets, count, dx, dweight = ctx.saved_tensors
         if _wants_graph():
             loss = _loss_by_reference(reference.linear_cross_entropy, targets, ctx)
-            return *_by_reference(loss, (x, weight), ctx.needs_input_grad, dloss), *[None] * 7
+            return *by_reference(loss, (x, weight), ctx.needs_input_grad, dloss), *[None] * 7
         scale = _of_each(dloss, count)
         if ctx.reduction == "none":
             dx, dweight = raw.linear_cross_entropy_bwd(

@@ -28,18 +28,20 @@ from .lang import (
     load_rows,
     store_rows,
 )
-from .tiles import attention_config, input_precision
+from .launch import launch
+from .partial import sum_partial
+from .tiles import attention_config, cdiv, input_precision, next_power_of_2
 
 
 class Scores(NamedTuple):
     """What every kernel knows of the scores s = q k^T and of their dropout."""
 
+    seed_ptr: object  # (1,), int64; unread without dropout
     H: int
     Tq: int
     Tk: int
     scale: float
     scale_log2: float  # scale * log2(e)
-    seed_ptr: object  # (1,), int64; unread without dropout
     dropout_threshold: int  # keep where 24 random bits >= threshold
     dropout_scale: float  # 1 / (1 - p)
 
@@ -111,10 +113,11 @@ def _attn_bwd_dq_kernel(
     o_ptr, lse_ptr,                    # as the forward left them
     dq,                                # View (B, Tq, H, D)
     delta_ptr,                         # (B, H, Tq), float32, out: the dk dv pass reads it
+    sums_ptr,                          # (B tiles, H, D), float32, only with SUM: dq of each tile
     scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows against the keys they see, in the forward's order. With p from lse,
 
@@ -156,7 +159,11 @@ def _attn_bwd_dq_kernel(
             # dq += ds k
             dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION)
 
-    store_rows(head_of(dq, b, h), dq_tile * scores.scale, offs_m, dq.stride_t, Tq, D, BLOCK_D)
+    dq_tile *= scores.scale
+    store_rows(head_of(dq, b, h), dq_tile, offs_m, dq.stride_t, Tq, D, BLOCK_D)
+    if SUM:
+        row = b * tl.cdiv(Tq, BLOCK_M) + start_m // BLOCK_M
+        _store_sum(sums_ptr, dq_tile, row * H + h, D, BLOCK_D)
 
 
 @triton.jit
@@ -164,11 +171,12 @@ def _attn_bwd_dkdv_kernel(
     do, q, k, v,                       # Views (B, T, H, D)
     lse_ptr, delta_ptr,                # (B, H, Tq), float32
     dk, dv,                            # Views (B, Tk, H, D)
+    sums_ptr,                          # (2, B tiles, H, D), float32, only with SUM: dk, dv
     scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,             # query rows read per step
     BLOCK_N: tl.constexpr,             # key rows owned by this program
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """A tile of key rows against the queries that see them, tiles transposed: (keys, queries).
 
@@ -231,6 +239,18 @@ def _attn_bwd_dkdv_kernel(
     dk_tile *= scores.scale
     store_rows(head_of(dk, b, h), dk_tile, offs_n, dk.stride_t, Tk, D, BLOCK_D)
     store_rows(head_of(dv, b, h), dv_tile, offs_n, dv.stride_t, Tk, D, BLOCK_D)
+    if SUM:  # rows past Tk are 0: no query sees them
+        row = b * tiles + tl.program_id(0) % tiles
+        _store_sum(sums_ptr, dk_tile, row * H + h, D, BLOCK_D)
+        past_dk = tl.num_programs(0).to(tl.int64) * D
+        _store_sum(sums_ptr + past_dk, dv_tile, row * H + h, D, BLOCK_D)
+
+
+@triton.jit
+def _store_sum(sums_ptr, tile, at, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sum of a tile's rows, as row `at` of D."""
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(sums_ptr + at * D + offs_d, tl.sum(tile, axis=0), mask=offs_d < D)
 
 
 @triton.jit
@@ -252,12 +272,13 @@ def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
     """o (B, Tq, H, D) contiguous, in q's dtype; lse (B, H, Tq) float32."""
     B, Tq, H, D = q.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
-    o = torch.empty((B, Tq, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    o = q.new_empty((B, Tq, H, D))
+    lse = q.new_empty((B, H, Tq), dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
     tile = attention_config("fwd", D, q.dtype, dropout_p > 0.0, q.device)
-    _attn_fwd_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
+    launch(
+        _attn_fwd_kernel, (B * H * cdiv(Tq, tile.BLOCK_M), 1, 1),
         view_of(q), view_of(k), view_of(v), o, lse,
         _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed),
         **_constants(q, tile, dropout_p),
@@ -267,27 +288,35 @@ def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
 
 def attention_bwd(do, q, k, v, o, lse, softmax_scale, dropout_p, seed):
     """dq, dk, dv, contiguous, in the dtype and shape of q, k, v."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed, None)
     return dq, dk, dv
 
 
 def attention_qkv_fwd(qkv, n_head, softmax_scale, dropout_p, seed):
     """o (B, T, C) and lse (B, H, T); the kernel reads qkv (B, T, 3C) through its strides."""
     o, lse = attention_fwd(*_split_qkv(qkv, n_head), softmax_scale, dropout_p, seed)
-    return o.flatten(2), lse
+    return o.view(*qkv.shape[:2], qkv.shape[2] // 3), lse
 
 
-def attention_qkv_bwd(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed):
-    """dqkv (B, T, 3C), contiguous: each pass writes its part of the one packed gradient."""
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    do, o = (x.unflatten(-1, (n_head, -1)) for x in (do, o))
+def attention_qkv_bwd(do, qkv, o, lse, n_head, softmax_scale, dropout_p, seed, sum_dtype=None):
+    """dqkv (B, T, 3C), contiguous: each pass writes its part of the one packed gradient. With
+    sum_dtype also its sum over B and T, (3C,): the gradient of the projection's bias."""
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    heads = *qkv.shape[:2], n_head, qkv.shape[2] // (3 * n_head)
+    do, o = _rows(do).view(heads), _rows(o).view(heads)
     inputs, gradients = _split_qkv(qkv, n_head), _split_qkv(dqkv, n_head)
-    _attention_bwd(do, *inputs, o, lse, *gradients, softmax_scale, dropout_p, seed)
-    return dqkv
+    options = softmax_scale, dropout_p, seed
+    if sum_dtype is None:
+        _attention_bwd(do, *inputs, o, lse, *gradients, *options, None)
+        return dqkv
+    total = qkv.new_zeros(qkv.shape[2:], dtype=sum_dtype)
+    _attention_bwd(do, *inputs, o, lse, *gradients, *options, total)
+    return dqkv, total
 
 
-def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed):
+def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed, total):
+    """Writes dq, dk and dv, and unless total is None their sums over B and T into it, (3 H D,)."""
     (B, Tq, H, D), Tk = q.shape, k.shape[1]
     if dk.numel() == 0:
         return
@@ -295,15 +324,30 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     scores = _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed)
     inputs = view_of(do), view_of(q), view_of(k), view_of(v)
+    C, sums, with_sum = H * D, lse, {"SUM": total is not None}
     if Tq > 0:
         tile = attention_config("bwd_dq", D, q.dtype, dropout_p > 0.0, q.device)
-        _attn_bwd_dq_kernel[(B * H * triton.cdiv(Tq, tile.BLOCK_M),)](
-            *inputs, o, lse, view_of(dq), delta, scores, **_constants(q, tile, dropout_p)
-        )
+        tiles = cdiv(Tq, tile.BLOCK_M)
+        if total is not None:
+            sums = lse.new_empty((1, B * tiles, C))
+        launch(
+            _attn_bwd_dq_kernel, (B * H * tiles, 1, 1),
+            *inputs, o, lse, view_of(dq), delta, sums, scores,
+            **_constants(q, tile, dropout_p), **with_sum,
+        )  # fmt: skip
+        if total is not None:
+            sum_partial(sums, total[:C])
     tile = attention_config("bwd_dkdv", D, q.dtype, dropout_p > 0.0, q.device)
-    _attn_bwd_dkdv_kernel[(B * H * triton.cdiv(Tk, tile.BLOCK_N),)](
-        *inputs, lse, delta, view_of(dk), view_of(dv), scores, **_constants(q, tile, dropout_p)
-    )
+    tiles = cdiv(Tk, tile.BLOCK_N)
+    if total is not None:
+        sums = lse.new_empty((2, B * tiles, C))
+    launch(
+        _attn_bwd_dkdv_kernel, (B * H * tiles, 1, 1),
+        *inputs, lse, delta, view_of(dk), view_of(dv), sums, scores,
+        **_constants(q, tile, dropout_p), **with_sum,
+    )  # fmt: skip
+    if total is not None:
+        sum_partial(sums, total[C:].view(2, C))
 
 
 def _rows(x):
@@ -315,19 +359,20 @@ def view_of(x):
 
 
 def _split_qkv(qkv, n_head):
-    return _rows(qkv).unflatten(-1, (3, n_head, -1)).unbind(2)  # views (B, T, H, D)
+    B, T, C3 = qkv.shape
+    return _rows(qkv).view(B, T, 3, n_head, C3 // (3 * n_head)).unbind(2)  # views (B, T, H, D)
 
 
 def _scores(q, k, softmax_scale, dropout_p, seed):
     # One scale_log2 for both passes, to the last bit: lse and the scores it is subtracted from
     # agree.
     return Scores(
+        seed_ptr=seed,
         H=q.shape[2],
         Tq=q.shape[1],
         Tk=k.shape[1],
         scale=softmax_scale,
         scale_log2=softmax_scale * LOG2E.value,
-        seed_ptr=seed,
         dropout_threshold=round(dropout_p * 2**24),
         dropout_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
     )
@@ -337,7 +382,7 @@ def _constants(q, tile, dropout_p):
     D = q.shape[-1]
     return dict(
         D=D,
-        BLOCK_D=triton.next_power_of_2(D),
+        BLOCK_D=next_power_of_2(D),
         DROPOUT=dropout_p > 0.0,
         PRECISION=input_precision(q.dtype),
         **tile._asdict(),

@@ -21,7 +21,8 @@ import triton.language as tl
 
 from .attention import _rows, view_of
 from .lang import LOG2E, LOWEST, NEG_INF, head_of, load_rows
-from .tiles import DECODE_BLOCK_N, DECODE_SPLIT, DECODE_WARPS
+from .launch import launch
+from .tiles import DECODE_BLOCK_N, DECODE_SPLIT, DECODE_WARPS, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -109,19 +110,21 @@ def decode_attention(q, k_cache, v_cache, lengths, softmax_scale):
     (B, _, H, D), T = q.shape, k_cache.shape[1]
     q, k, v = _rows(q), _rows(k_cache), _rows(v_cache)
     o = torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device)
-    splits = triton.cdiv(T, DECODE_SPLIT)
+    splits = cdiv(T, DECODE_SPLIT)
     acc = torch.empty((B * H, splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B * H, splits, 2), dtype=torch.float32, device=q.device)
     lengths = lengths.contiguous()
     scale_log2 = softmax_scale * LOG2E.value
-    block = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "SPLIT": DECODE_SPLIT}
+    block = {"D": D, "BLOCK_D": max(16, next_power_of_2(D)), "SPLIT": DECODE_SPLIT}
     if acc.numel():
-        _decode_attention_kernel[(B * H * splits,)](
+        launch(
+            _decode_attention_kernel, (B * H * splits, 1, 1),
             view_of(q), view_of(k), view_of(v), acc, stats, lengths, T, H, splits, scale_log2,
             **block, BLOCK_N=DECODE_BLOCK_N, num_warps=DECODE_WARPS,
         )  # fmt: skip
     if o.numel():
-        _decode_attention_sum_kernel[(B * H,)](
-            acc, stats, lengths, o, T, H, splits, scale_log2, **block, num_warps=1
-        )
+        launch(
+            _decode_attention_sum_kernel, (B * H, 1, 1),
+            acc, stats, lengths, o, T, H, splits, scale_log2, **block, num_warps=1,
+        )  # fmt: skip
     return o

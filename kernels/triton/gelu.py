@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from .lang import gelu, gelu_grad
-from .tiles import BIAS_GELU_PER_SM, GELU_BLOCK, GELU_WARPS, bias_gelu_config, resident_programs
+from .launch import launch
+from .partial import sum_partial
+from .tiles import (
+    BIAS_GELU_PER_SM,
+    GELU_BLOCK,
+    GELU_WARPS,
+    bias_gelu_config,
+    cdiv,
+    resident_programs,
+)
 
 
 @triton.jit
@@ -77,8 +86,8 @@ def gelu_fwd(x):
     x = x.contiguous()
     y = torch.empty_like(x)
     if (n := x.numel()) > 0:
-        grid = (triton.cdiv(n, GELU_BLOCK),)
-        _gelu_fwd_kernel[grid](x, y, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
+        grid = (cdiv(n, GELU_BLOCK), 1, 1)
+        launch(_gelu_fwd_kernel, grid, x, y, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
     return y
 
 
@@ -87,8 +96,8 @@ def gelu_bwd(dy, x):
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     if (n := x.numel()) > 0:
-        grid = (triton.cdiv(n, GELU_BLOCK),)
-        _gelu_bwd_kernel[grid](dy, x, dx, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
+        grid = (cdiv(n, GELU_BLOCK), 1, 1)
+        launch(_gelu_bwd_kernel, grid, dy, x, dx, n, BLOCK=GELU_BLOCK, num_warps=GELU_WARPS)
     return dx
 
 
@@ -100,8 +109,8 @@ def bias_gelu_fwd(x, bias):
         C = bias.numel()
         N = x.numel() // C
         tile = bias_gelu_config(C)
-        grid = (triton.cdiv(N, tile.ROWS), triton.cdiv(C, tile.BLOCK_C))
-        _bias_gelu_fwd_kernel[grid](x, bias, y, N, C, **tile._asdict())
+        grid = (cdiv(N, tile.ROWS), cdiv(C, tile.BLOCK_C), 1)
+        launch(_bias_gelu_fwd_kernel, grid, x, bias, y, N, C, **tile._asdict())
     return y
 
 
@@ -114,8 +123,9 @@ def bias_gelu_bwd(dy, x, bias):
     C = bias.numel()
     N = x.numel() // C
     tile = bias_gelu_config(C)
-    columns = triton.cdiv(C, tile.BLOCK_C)
-    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), BIAS_GELU_PER_SM, columns)
-    partial = torch.empty((programs, C), dtype=torch.float32, device=x.device)
-    _bias_gelu_bwd_kernel[(programs, columns)](dy, x, bias, dx, partial, N, C, **tile._asdict())
-    return dx, partial.sum(0).to(bias.dtype)
+    columns = cdiv(C, tile.BLOCK_C)
+    programs = resident_programs(x.device, cdiv(N, tile.ROWS), BIAS_GELU_PER_SM, columns)
+    partial = x.new_empty((1, programs, C), dtype=torch.float32)
+    grid = (programs, columns, 1)
+    launch(_bias_gelu_bwd_kernel, grid, dy, x, bias, dx, partial, N, C, **tile._asdict())
+    return dx, sum_partial(partial, torch.empty_like(bias, memory_format=torch.contiguous_format))

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from .lang import Matrix, load_rows, store_rows
-from .tiles import layer_norm_config, resident_programs
+from .launch import launch
+from .partial import sum_partial
+from .tiles import cdiv, layer_norm_config, resident_programs
 
 # No FMA contraction: in a sum of products over the lanes of a warp, each lane would round its own
 # product differently from the others. The lanes would then hold different sums, and which of them a
@@ -29,7 +31,7 @@ def _layer_norm_fwd_kernel(
     x, residual,                       # Matrices (N, C); residual is read only with ADD
     weight_ptr, bias_ptr,              # (C,)
     y_ptr, s_ptr,                      # (N, C), contiguous; s = x + residual only with ADD
-    mean_ptr, rstd_ptr,                # (N,), float32
+    stats_ptr,                         # (2, N), float32: mean, rstd
     N, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -58,8 +60,8 @@ def _layer_norm_fwd_kernel(
     xhat = (s - mean[:, None]) * rstd[:, None]
     y = tl.fma(xhat, weight[None, :], bias[None, :])
     store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
-    tl.store(mean_ptr + offs_row, mean, mask=offs_row < N)
-    tl.store(rstd_ptr + offs_row, rstd, mask=offs_row < N)
+    tl.store(stats_ptr + offs_row, mean, mask=offs_row < N)
+    tl.store(stats_ptr + N + offs_row, rstd, mask=offs_row < N)
 
 
 @triton.jit
@@ -67,46 +69,95 @@ def _layer_norm_bwd_kernel(
     dy, ds,                            # Matrices (N, C); ds, the gradient of s, only with ADD
     x,                                 # Matrix (N, C), what the norm saw
     weight_ptr,                        # (C,)
-    mean_ptr, rstd_ptr,                # (N,), float32
+    stats_ptr,                         # (2, N), float32: mean, rstd
     dx_ptr, dresidual_ptr,             # (N, C), contiguous; dresidual only with MIXED
-    dw_partial_ptr, db_partial_ptr,    # (programs, C), float32
+    partial_ptr,                       # (2 or 3, programs, C), float32: dw, db, with SUM_DX dx
     N,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr, ADD: tl.constexpr, MIXED: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ADD: tl.constexpr, MIXED: tl.constexpr, SUM_DX: tl.constexpr,
 ):  # fmt: skip
     """With wdy = dy * weight,
 
         dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds    dw += dy xhat    db += dy
 
-    Rows past N and lanes past C read dy = weight = 0, so every product there is 0.
+    and with SUM_DX the sum of dx over rows: the bias gradient of the linear layer whose output was
+    added. A row is a tuple of blocks of BLOCK_C columns, so that C = 768 has no empty lanes. The
+    next rows are loaded meanwhile (STAGES). Outside the matrix everything is 0.
     """
-    offs_c = tl.arange(0, BLOCK_C)
-    weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    dw = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    db = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    zeros = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    dw, db, dx_sum = (zeros,) * BLOCKS, (zeros,) * BLOCKS, (zeros,) * BLOCKS
+    weight = ()
+    for i in tl.static_range(BLOCKS):
+        offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        weight_i = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        weight = weight + (weight_i[None, :],)
+    programs = tl.num_programs(0)
+    for start in tl.range(tl.program_id(0) * ROWS, N, programs * ROWS, num_stages=STAGES):
         offs_row = start + tl.arange(0, ROWS)
-        x_tile = load_rows(x.ptr, offs_row, x.stride, N, C, BLOCK_C, True).to(tl.float32)
-        dy_tile = load_rows(dy.ptr, offs_row, dy.stride, N, C, BLOCK_C, True).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_row, mask=offs_row < N, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_row, mask=offs_row < N, other=0.0)
-        xhat = (x_tile - mean[:, None]) * rstd[:, None]
-        wdy = dy_tile * weight[None, :]
-        # dx
-        mean_wdy = tl.sum(wdy, axis=1) / C
-        mean_wdy_xhat = tl.sum(wdy * xhat, axis=1) / C
-        dx = rstd[:, None] * (wdy - mean_wdy[:, None] - xhat * mean_wdy_xhat[:, None])
-        if ADD:
-            dx += load_rows(ds.ptr, offs_row, ds.stride, N, C, BLOCK_C, True).to(tl.float32)
-        store_rows(dx_ptr, dx, offs_row, C, N, C, BLOCK_C)
-        if MIXED:
-            store_rows(dresidual_ptr, dx, offs_row, C, N, C, BLOCK_C)
-        # dw, db
-        dw += dy_tile * xhat
-        db += dy_tile
-    partial = tl.program_id(0) * C + offs_c
-    tl.store(dw_partial_ptr + partial, tl.sum(dw, axis=0), mask=offs_c < C)
-    tl.store(db_partial_ptr + partial, tl.sum(db, axis=0), mask=offs_c < C)
+        mean = tl.load(stats_ptr + offs_row, mask=offs_row < N, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + N + offs_row, mask=offs_row < N, other=0.0)[:, None]
+        # mean_C(wdy), mean_C(wdy xhat)
+        sum_wdy, sum_wdy_xhat = zeros, zeros
+        dys, xhats = (), ()
+        for i in tl.static_range(BLOCKS):
+            dy_i = _load_block(dy, offs_row, i, N, C, BLOCK_C)
+            xhat = (_load_block(x, offs_row, i, N, C, BLOCK_C) - mean) * rstd
+            wdy = dy_i * weight[i]
+            sum_wdy += wdy
+            sum_wdy_xhat = tl.fma(wdy, xhat, sum_wdy_xhat)
+            dys, xhats = dys + (dy_i,), xhats + (xhat,)
+        mean_wdy = (tl.sum(sum_wdy, axis=1) / C)[:, None]
+        mean_wdy_xhat = (tl.sum(sum_wdy_xhat, axis=1) / C)[:, None]
+        # dx, dw, db
+        next_dw, next_db, next_dx_sum = (), (), ()
+        for i in tl.static_range(BLOCKS):
+            dx = rstd * (dys[i] * weight[i] - mean_wdy - xhats[i] * mean_wdy_xhat)
+            if ADD:
+                dx += _load_block(ds, offs_row, i, N, C, BLOCK_C)
+            _store_block(dx_ptr, dx, offs_row, i, N, C, BLOCK_C)
+            if MIXED:
+                _store_block(dresidual_ptr, dx, offs_row, i, N, C, BLOCK_C)
+            next_dw = next_dw + (tl.fma(dys[i], xhats[i], dw[i]),)
+            next_db = next_db + (db[i] + dys[i],)
+            if SUM_DX:
+                next_dx_sum = next_dx_sum + (dx_sum[i] + dx,)
+        dw, db = next_dw, next_db
+        if SUM_DX:
+            dx_sum = next_dx_sum
+    for i in tl.static_range(BLOCKS):
+        offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_ptr = partial_ptr + tl.program_id(0) * C + offs_c
+        tl.store(row_ptr, tl.sum(dw[i], axis=0), mask=offs_c < C)
+        tl.store(row_ptr + programs * C, tl.sum(db[i], axis=0), mask=offs_c < C)
+        if SUM_DX:
+            tl.store(row_ptr + 2 * programs * C, tl.sum(dx_sum[i], axis=0), mask=offs_c < C)
+
+
+@triton.jit
+def _block(offs_row, i, n_rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(columns, mask) of block i of some rows, (1, BLOCK_C) and (rows, BLOCK_C)."""
+    offs_c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mask = (offs_row < n_rows)[:, None]
+    if C % BLOCK_C == 0:
+        return offs_c, mask & (offs_c >= 0)
+    return offs_c, mask & (offs_c < C)
+
+
+@triton.jit
+def _load_block(x, offs_row, i, n_rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Block i of rows of a Matrix, in float32; 0 outside the matrix."""
+    offs_c, mask = _block(offs_row, i, n_rows, C, BLOCK_C)
+    ptrs = x.ptr + offs_row[:, None].to(tl.int64) * x.stride + offs_c
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_block(ptr, tile, offs_row, i, n_rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    offs_c, mask = _block(offs_row, i, n_rows, C, BLOCK_C)
+    ptrs = ptr + offs_row[:, None].to(tl.int64) * C + offs_c
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm_fwd(x, weight, bias, eps):
@@ -120,64 +171,67 @@ def add_layer_norm_fwd(x, residual, weight, bias, eps):
     return _forward(x, residual, weight, bias, eps)
 
 
-def layer_norm_bwd(dy, ds, x, weight, stats):
+def layer_norm_bwd(dy, ds, x, weight, stats, sum_dx=False):
     """dx (..., C) contiguous, which also takes the residual's gradient ds where there is one, and
-    (2, C) in weight's dtype: the gradients of weight and bias."""
-    return _backward(dy, ds, x, weight, stats, None)
+    (2, C) in weight's dtype: the gradients of weight and bias. With sum_dx a third row, the sum of
+    dx over all rows."""
+    return _backward(dy, ds, x, weight, stats, None, sum_dx)
 
 
-def mixed_layer_norm_bwd(dy, ds, s, weight, stats):
+def mixed_layer_norm_bwd(dy, ds, s, weight, stats, sum_dx=False):
     """For s = x + residual of another dtype than x: the same dx, in dy's dtype, and again as
-    dresidual, in s's; then the gradients of weight and bias."""
-    dresidual = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    dx, dparams = _backward(dy, ds, s, weight, stats, dresidual)
+    dresidual, in s's; then the gradients of weight and bias, and with sum_dx the sum of dx."""
+    dresidual = torch.empty_like(s, memory_format=torch.contiguous_format)
+    dx, dparams = _backward(dy, ds, s, weight, stats, dresidual, sum_dx)
     return dx, dresidual, dparams
 
 
-def _backward(dy, ds, x, weight, stats, dresidual):
+def _backward(dy, ds, x, weight, stats, dresidual, sum_dx):
     C = x.shape[-1]
     x2, dy2 = _matrix(x), _matrix(dy)
     ds2 = dy2 if ds is None else _matrix(ds)
-    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
-    N = x2.ptr.shape[0]
-    if N == 0:
-        return dx, weight.new_zeros((2, C))
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    N, sums = stats.shape[1], 3 if sum_dx else 2
+    if dx.numel() == 0:
+        return dx, weight.new_zeros((sums, C))
     tile = layer_norm_config("bwd", C)
-    # A float32 row beside one of 16 bits: on sm_90 one warp has no registers for both at C = 768.
-    warps = tile.num_warps if dresidual is None else min(2 * tile.num_warps, 16)
-    programs = resident_programs(x.device, triton.cdiv(N, tile.ROWS), tile.per_sm)
-    partial = torch.empty((2, programs, C), dtype=torch.float32, device=x.device)
-    _layer_norm_bwd_kernel[(programs,)](
-        dy2, ds2, x2, weight, *stats, dx, dx if dresidual is None else dresidual, *partial, N,
-        C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=ds is not None,
-        MIXED=dresidual is not None, num_warps=warps, **NO_FMA,
+    programs = resident_programs(x.device, cdiv(N, tile.ROWS), tile.per_sm)
+    partial = stats.new_empty((sums, programs, C))
+    launch(
+        _layer_norm_bwd_kernel, (programs, 1, 1),
+        dy2, ds2, x2, weight, stats, dx, dx if dresidual is None else dresidual, partial, N,
+        C=C, BLOCK_C=tile.BLOCK_C, ROWS=tile.ROWS, STAGES=tile.num_stages, ADD=ds is not None,
+        MIXED=dresidual is not None, SUM_DX=sum_dx, num_warps=tile.num_warps, **NO_FMA,
     )  # fmt: skip
-    return dx, partial.sum(1).to(weight.dtype)
+    return dx, sum_partial(partial, weight.new_empty((sums, C)))
 
 
 def _forward(x, residual, weight, bias, eps):
     C = x.shape[-1]
     x2 = _matrix(x)
     residual2 = x2 if residual is None else _matrix(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     s = y
     if residual is not None:
-        s = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    N = x2.ptr.shape[0]
-    stats = torch.empty((2, x.shape[:-1].numel()), dtype=torch.float32, device=x.device)
-    if N > 0:
+        s = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    N = x.shape[:-1].numel()
+    stats = x.new_empty((2, N), dtype=torch.float32)
+    if y.numel() > 0:
         tile = layer_norm_config("fwd", C)
-        _layer_norm_fwd_kernel[(triton.cdiv(N, tile.ROWS),)](
-            x2, residual2, weight, bias, y, s, *stats, N, eps,
-            C=C, BLOCK_C=triton.next_power_of_2(C), ROWS=tile.ROWS, ADD=residual is not None,
+        launch(
+            _layer_norm_fwd_kernel, (cdiv(N, tile.ROWS), 1, 1),
+            x2, residual2, weight, bias, y, s, stats, N, float(eps),
+            C=C, BLOCK_C=tile.BLOCK_C, ROWS=tile.ROWS, ADD=residual is not None,
             num_warps=tile.num_warps, **NO_FMA,
         )  # fmt: skip
     return y, s, stats
 
 
 def _matrix(x):
-    """x (..., C) as a Matrix, without a copy wherever strides allow. C = 0: no rows."""
+    """x (..., C) as a Matrix, without a copy wherever strides allow."""
     C = x.shape[-1]
+    if x.is_contiguous():
+        return Matrix(x, C)
     x = x.reshape(-1, C) if C else x.reshape(0, 0)
     x = x if x.stride(-1) == 1 else x.contiguous()
     return Matrix(x, x.stride(0))

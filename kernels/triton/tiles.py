@@ -12,7 +12,16 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes a microsecond."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, for n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 class AttentionTile(NamedTuple):
@@ -132,35 +141,46 @@ def input_precision(dtype: torch.dtype) -> str:
 
 class RowTile(NamedTuple):
     ROWS: int
+    BLOCK_C: int
     num_warps: int
+    num_stages: int = 1  # of a backward: rows are loaded num_stages - 1 steps ahead
     per_sm: int = 0  # of a backward: programs that walk the rows, for each SM
 
 
 def layer_norm_config(kernel: str, C: int) -> RowTile:
     """ "fwd" or "bwd" of rows of C.
 
-    Up to 1024 features a warp owns a row, so that its sums need no shared memory: 32 elements a
-    lane. On the H200 at 65536 x 768, alone and with the residual, in microseconds:
+    The forward holds whole rows, padded to the next power of two. Up to 1024 features a warp owns a
+    row, so that its sums need no shared memory: 32 elements a lane. (ROWS, num_warps) on the H200,
+    alone and with the residual, in microseconds:
 
-        fwd   (1, 1)     53, 100    (4, 4)    58, 99    (1, 2)    84, 102
-        bwd   (1, 1, 8) 103, 135    (1, 2, 8) 106, 137  (2, 4, 4) 114, 146
+        65536 x 768     (1, 1)     53, 100    (4, 4)    58,  99    (1, 2)    84, 102
+        31457 x 1600    (2, 4)     61, 100    (1, 4)    85, 104    (1, 8)   100, 114
 
-    Longer rows: at 31457 x 1600
+    The backward takes blocks of columns, 4 elements a lane. At 65536 x 768, alone, with the
+    residual, and with the residual in float32; in the last column with blocks of 1024, one stage:
 
-        fwd   (2, 4)     61, 100    (1, 4)    85, 104   (1, 8)   100, 114
-        bwd   (1, 4, 4) 109, 142    (1, 4, 8) 111, 145  (1, 8, 4) 173, 237
+        (ROWS, num_warps, num_stages, per_sm)
+        (2, 4, 3, 4)    83, 105, 186    (4, 8, 3, 2)    89, 108, -    (1, 1, 1, 8)   103, 135, -
+        (4, 4, 3, 3)   103, 122, 205    (2, 4, 2, 5)    96,   -, -    (1, 2, 1, 8)   106, 137, -
 
-    Rows of more than 2048 have not been timed. The forward has 8 warps: 16 spill in float32 at 8192
-    with the residual, 32 in bfloat16. The backward has 16 elements a lane: it spills at 8.
+    Rows of more than 2048 have not been timed. The forward has 8 warps there: 16 spill in float32
+    at 8192 with the residual, 32 in bfloat16.
     """
-    block = triton.next_power_of_2(C)
-    if block <= 1024:
-        return RowTile(1, 1) if kernel == "fwd" else RowTile(1, 1, per_sm=8)
-    if block <= 2048:
-        return RowTile(2, 4) if kernel == "fwd" else RowTile(1, 4, per_sm=4)
+    block = next_power_of_2(C)
     if kernel == "fwd":
-        return RowTile(1, min(block // 256, 8))
-    return RowTile(1, min(block // 512, 16), per_sm=4)
+        if block <= 1024:
+            return RowTile(1, block, 1)
+        return RowTile(2, block, 4) if block <= 2048 else RowTile(1, block, min(block // 256, 8))
+    rows, warps = 2 if block <= 1024 else 1, max(4, min(block // 512, 16))
+    stages = 3 if block <= 2048 else 1
+    per_sm = 4 if C <= 768 else 3 if block <= 2048 else 1  # what fits into 64 Ki registers
+    return RowTile(rows, min(block, warps * 128 // rows), warps, stages, per_sm)
+
+
+# Of sum_partial. 792 rows of 768, three sums, on the H200: 3.5 µs, 6.0 with (128, 64, 8), and 9.7
+# by PyTorch's sum.
+PARTIAL_ROWS, PARTIAL_BLOCK_C, PARTIAL_WARPS = 256, 16, 8
 
 
 # 16 elements a lane: two 16-byte loads of half precision. At 65536 x 3072 on the H200 191 µs, the
@@ -179,7 +199,7 @@ BIAS_GELU_PER_SM = 4  # programs of the backward, which walk the rows
 
 def bias_gelu_config(C: int) -> BiasTile:
     """Two rows of 1024 columns: as GELU_BLOCK, and the bias is read once for both."""
-    block = min(triton.next_power_of_2(C), 1024)
+    block = min(next_power_of_2(C), 1024)
     return BiasTile(ROWS=GELU_BLOCK // 1024, BLOCK_C=block, num_warps=GELU_WARPS)
 
 

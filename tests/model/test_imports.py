@@ -67,7 +67,8 @@ ROOMS = {
     "data": {"files"},
     "checkpoints": {"files", "data"},
     "layers": set(),
-    "model": {"layers", "checkpoints", "generate"},  # the last two only in functions
+    "block": {"layers"},
+    "model": {"block", "layers", "checkpoints", "generate"},  # the last two only in functions
     "evaluate": {"files", "data", "model"},
     "generate": {"files", "data", "evaluate", "layers", "model"},
     "loading": {"data", "checkpoints", "model"},

@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from gpt2.kernels.block import SUM_FEATURES
 from gpt2.kernels.triton import (
     HEAD_SIZES,
     attention,
@@ -87,6 +88,7 @@ def launch_attention(dtype: torch.dtype, D: int) -> None:
     for dropout_p, seed in ((0.0, None), (0.1, torch.zeros(1, dtype=torch.int64))):
         attention.attention_qkv_fwd(qkv, 1, 0.125, dropout_p, seed)
         attention.attention_qkv_bwd(o, qkv, o, lse, 1, 0.125, dropout_p, seed)
+    attention.attention_qkv_bwd(o, qkv, o, lse, 1, 0.125, 0.0, None, torch.float32)
 
 
 def launch_decode_attention(dtype: torch.dtype, D: int) -> None:
@@ -102,10 +104,13 @@ def launch_layer_norm(dtype: torch.dtype, C: int) -> None:
     layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
     layer_norm.layer_norm_bwd(x, None, x, weight, stats)
     layer_norm.layer_norm_bwd(x, x, x, weight, stats)
+    sum_dx = C <= SUM_FEATURES
+    layer_norm.layer_norm_bwd(x, x, x, weight, stats, sum_dx)
     if dtype != torch.float32:  # the residual stream under autocast
         s = x.float()
         layer_norm.add_layer_norm_fwd(x, s, weight, weight, 1e-5)
         layer_norm.mixed_layer_norm_bwd(x, s, s, weight, stats)
+        layer_norm.mixed_layer_norm_bwd(x, s, s, weight, stats, sum_dx)
 
 
 def launch_gelu(dtype: torch.dtype, C: int) -> None:

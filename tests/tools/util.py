@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from gpt2 import kernels
-from gpt2.kernels import dispatch
+from gpt2.kernels import block, dispatch
 
 TOOLS = str(Path(__file__).resolve().parent)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,17 +122,35 @@ class launches:
     """The backends whose launchers were called inside the with block, in order."""
 
     def __enter__(self) -> list[str]:
-        self.module, names = dispatch.module, []
+        self.module, self.block_ops, names = dispatch.module, block._ops, []
 
         def spy(backend, op):
             names.append(backend)
             return self.module(backend, op)
 
-        dispatch.module = spy
+        def spied_ops(*backends):
+            before = len(names)
+            ops = self.block_ops(*backends)
+            del names[before:]  # looked up, not called
+            return ops and SimpleNamespace(
+                **{
+                    name: counted(function, backends[0]) if callable(function) else function
+                    for name, function in vars(ops).items()
+                }
+            )
+
+        def counted(function, backend):
+            def call(*args, **kwargs):
+                names.append(backend)
+                return function(*args, **kwargs)
+
+            return call
+
+        dispatch.module, block._ops = spy, spied_ops
         return names
 
     def __exit__(self, *exc):
-        dispatch.module = self.module
+        dispatch.module, block._ops = self.module, self.block_ops
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -1,0 +1,264 @@
+"""A block of GPT-2 as one autograd function, with a backward written by hand.
+
+    s1 = s + x      h1 = layer_norm(s1)     qkv = h1 wq^T + bq      o = attention(qkv)
+    s2 = s1 + a     h2 = layer_norm(s2)     a = o wo^T + bo
+    f = h2 wf^T     g = gelu(f + bf)        y = g wp^T + bp
+
+It calls the kernels of the separate ops and PyTorch's matrix products, but passes autograd and the
+dispatcher once, not twelve times, and so takes half of their time on the host. On a GPU it also
+saves work: the weights are cast together, products write weight gradients in the weight's dtype,
+and a norm's backward adds up the rows that it writes, which are a bias gradient.
+
+    N = B T rows   C features   H heads
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch, reference
+from .autograd import by_reference
+from .matmul import has_fast_matmul, is_autocasting
+
+# Rows from which the kernel of attention's backward also sums its results. For fewer, its two more
+# launches cost the host more than PyTorch's sum costs the GPU.
+SUM_ROWS = 8192
+SUM_FEATURES = 4096  # most for the norm's backward; with more its registers spill
+
+
+class Parameters(NamedTuple):
+    """A block's, in the order of its state dict. Weights of linear layers are (out, in)."""
+
+    ln_1: Tensor
+    ln_1_bias: Tensor
+    c_attn: Tensor  # (3C, C)
+    c_attn_bias: Tensor
+    attn_proj: Tensor  # (C, C)
+    attn_proj_bias: Tensor
+    ln_2: Tensor
+    ln_2_bias: Tensor
+    c_fc: Tensor  # (4C, C)
+    c_fc_bias: Tensor
+    mlp_proj: Tensor  # (C, 4C)
+    mlp_proj_bias: Tensor
+
+
+class Plan(NamedTuple):
+    """How a block is computed."""
+
+    ops: SimpleNamespace  # the kernels
+    dtype: torch.dtype  # of activations
+    n_head: int
+    softmax_scale: float
+    eps: tuple[float, float]
+
+
+def plan(
+    x: Tensor, s: Tensor | None, parameters: Parameters, n_head: int, eps: tuple[float, float]
+) -> Plan | None:
+    """The plan of a block for x (B, T, C) and the stream s, None before the first block; None if
+    its ops must be called one by one. That is so if one of them has no kernel, and for dtypes that
+    only the separate ops support."""
+    device, C = x.device, x.shape[-1]
+    autocasting = is_autocasting(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocasting else x.dtype
+    if s is not None and (x.dtype != dtype or s.dtype not in (dtype, torch.float32)):
+        return None
+    if not autocasting:
+        streams = () if s is None else (s,)
+        if any(p.dtype != dtype for p in (*parameters, *streams)):
+            return None
+    if not x.numel() or not x.is_contiguous() or not has_fast_matmul(dtype, device.type):
+        return None
+    ops = _ops(
+        dispatch.choose("attention", device, dtype, C // n_head),
+        dispatch.choose("layer_norm", device, dtype, C),
+        dispatch.choose("gelu", device, dtype),
+    )
+    return ops and Plan(ops, dtype, n_head, (C // n_head) ** -0.5, eps)
+
+
+@functools.cache
+def _ops(attention: str, layer_norm: str, gelu: str) -> SimpleNamespace | None:
+    """The functions of these backends by name; None if one of them is the reference."""
+    if "reference" in (attention, layer_norm, gelu):
+        return None
+    names = {
+        "attention": (attention, "attention_qkv_fwd attention_qkv_bwd"),
+        "layer_norm": (
+            layer_norm,
+            "layer_norm_fwd add_layer_norm_fwd layer_norm_bwd mixed_layer_norm_bwd",
+        ),
+        "gelu": (gelu, "bias_gelu_fwd bias_gelu_bwd"),
+    }
+    # Triton's kernels also add up the rows that they write.
+    found = {"norm_sums": layer_norm == "triton", "attention_sums": attention == "triton"}
+    for op, (backend, functions) in names.items():
+        for name in functions.split():
+            function = getattr(dispatch.module(backend, op), name)
+            found[name] = getattr(function, "default", function)  # of an operator its one overload
+    return SimpleNamespace(**found)
+
+
+def block(x: Tensor, s: Tensor | None, parameters: Parameters, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(y, s2), for x and s as in `plan`: y (B, T, C) in plan.dtype is not yet added to s2, the
+    stream, which has the dtype of s, or of x without s."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _Block.apply(x, s, plan, *parameters)
+    return _Block.apply(x, s, plan, *parameters)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, s, plan, *parameters):
+        p, ops, C = Parameters(*parameters), plan.ops, x.shape[-1]
+        w = _cast(p, plan.dtype)
+        if s is None:
+            h1, stats1 = ops.layer_norm_fwd(x, p.ln_1, p.ln_1_bias, plan.eps[0])
+            h1, s1 = h1.to(plan.dtype), x
+        else:
+            h1, s1, stats1 = ops.add_layer_norm_fwd(x, s, p.ln_1, p.ln_1_bias, plan.eps[0])
+        h1 = h1.view(-1, C)
+        qkv = torch.addmm(w.c_attn_bias, h1, w.c_attn.t()).view(*x.shape[:-1], 3 * C)
+        o, lse = ops.attention_qkv_fwd(qkv, plan.n_head, plan.softmax_scale, 0.0, None)
+        a = torch.addmm(w.attn_proj_bias, o.view(-1, C), w.attn_proj.t()).view(x.shape)
+        h2, s2, stats2 = ops.add_layer_norm_fwd(a, s1, p.ln_2, p.ln_2_bias, plan.eps[1])
+        h2 = h2.view(-1, C)
+        f = torch.mm(h2, w.c_fc.t())
+        g = ops.bias_gelu_fwd(f, p.c_fc_bias)
+        y = torch.addmm(w.mlp_proj_bias, g, w.mlp_proj.t()).view(x.shape)
+        ctx.save_for_backward(
+            *(s, *parameters, w.c_attn, w.attn_proj, w.c_fc, w.mlp_proj),
+            *(x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g),
+        )
+        ctx.plan = plan
+        return y, s2
+
+    @staticmethod
+    def backward(ctx, dy, ds2):
+        s, *saved = ctx.saved_tensors
+        p, (c_attn, attn_proj, c_fc, mlp_proj) = Parameters(*saved[:12]), saved[12:16]
+        x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g = saved[16:]
+        needs_x, needs_s, _, *needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            inputs = (x, *p) if s is None else (x, s, *p)
+            needed = (needs_x, *needs) if s is None else (needs_x, needs_s, *needs)
+            found = by_reference(_formula(ctx.plan, s is not None), inputs, needed, dy, ds2)
+            return found[0], None if s is None else found[1], None, *found[-12:]
+        needs, plan, ops, C = Parameters(*needs), ctx.plan, ctx.plan.ops, x.shape[-1]
+
+        dp = {}
+        dp["mlp_proj_bias"] = _column_sum(dy) if needs.mlp_proj_bias else None
+        dy = dy.reshape(-1, C)
+        dp["mlp_proj"] = _product(dy, g, p.mlp_proj) if needs.mlp_proj else None
+        df, dp["c_fc_bias"] = ops.bias_gelu_bwd(torch.mm(dy, mlp_proj), f, p.c_fc_bias)
+        dp["c_fc"] = _product(df, h2, p.c_fc) if needs.c_fc else None
+        dh2 = torch.mm(df, c_fc).view(x.shape)
+        del df
+
+        da, ds1, (dp["ln_2"], dp["ln_2_bias"]) = _norm_bwd(ops, dh2, ds2, s2, p.ln_2, stats2)
+        del dh2
+        dp["attn_proj_bias"] = _column_sum(da) if needs.attn_proj_bias else None
+        da = da.view(-1, C)
+        dp["attn_proj"] = _product(da, o.view(-1, C), p.attn_proj) if needs.attn_proj else None
+        do = torch.mm(da, attn_proj).view(x.shape)
+
+        dqkv, dp["c_attn_bias"] = _attention_bwd(plan, do, qkv, o, lse, p.c_attn_bias)
+        dqkv = dqkv.view(-1, 3 * C)
+        dp["c_attn"] = _product(dqkv, h1, p.c_attn) if needs.c_attn else None
+        dh1 = torch.mm(dqkv, c_attn).view(x.shape)
+        del dqkv
+
+        if s is None:
+            dh1 = dh1.to(x.dtype)
+        dx, ds, (dp["ln_1"], dp["ln_1_bias"]) = _norm_bwd(ops, dh1, ds1, s1, p.ln_1, stats1)
+        return dx, None if s is None else ds, None, *Parameters(**dp)
+
+
+def _formula(plan: Plan, with_s: bool):
+    """The block in plain PyTorch, for higher derivatives: a function of x, s if with_s, and the
+    parameters."""
+
+    def linear(h, weight, bias=None):
+        return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+
+    def block(x, *rest):
+        s, p = (rest[0], rest[1:]) if with_s else (None, rest)
+        p = Parameters(*p)
+        s = x if s is None else s + x
+        h = reference.layer_norm(s, p.ln_1, p.ln_1_bias, plan.eps[0]).to(plan.dtype)
+        q, k, v = reference.split_heads(linear(h, p.c_attn, p.c_attn_bias), plan.n_head)
+        o = reference.attention_by_formula(q, k, v, plan.softmax_scale, 0.0, None).flatten(2)
+        s = s + linear(o, p.attn_proj, p.attn_proj_bias)
+        h = reference.layer_norm(s, p.ln_2, p.ln_2_bias, plan.eps[1]).to(plan.dtype)
+        g = reference.bias_gelu(linear(h, p.c_fc), p.c_fc_bias)
+        return linear(g, p.mlp_proj, p.mlp_proj_bias), s
+
+    return block
+
+
+def _cast(p: Parameters, dtype: torch.dtype) -> Parameters:
+    """The linear layers' parameters in dtype. On a GPU one kernel casts all of them, into one
+    tensor."""
+    names = ("c_attn", "c_attn_bias", "attn_proj", "attn_proj_bias", "c_fc", "mlp_proj")
+    names += ("mlp_proj_bias",)  # the GELU kernel reads c_fc_bias in any dtype
+    given = [getattr(p, name) for name in names]
+    if all(t.dtype == dtype for t in given):
+        return p
+    starts = [0]
+    for t in given:
+        starts.append(starts[-1] + -(-t.numel() // 64) * 64)  # aligned to 128 bytes
+    flat = torch.empty(starts[-1], dtype=dtype, device=p.c_attn.device)
+    casts = [
+        flat.as_strided(t.shape, (t.shape[1], 1) if t.dim() == 2 else (1,), start)
+        for t, start in zip(given, starts, strict=False)
+    ]
+    torch._foreach_copy_(casts, given)
+    return p._replace(**dict(zip(names, casts, strict=True)))
+
+
+def _product(dout: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """dout^T rows, the gradient of weight, in its dtype: dout (N, out), rows (N, in)."""
+    if dout.is_cuda and dout.dtype != weight.dtype == torch.float32:
+        return torch.mm(dout.t(), rows, out_dtype=torch.float32)
+    return torch.mm(dout.t(), rows).to(weight.dtype)
+
+
+def _attention_bwd(plan, do, qkv, o, lse, bias):
+    """dqkv, and the gradient of bias."""
+    args = do, qkv, o, lse, plan.n_head, plan.softmax_scale, 0.0, None
+    if plan.ops.attention_sums and o.numel() // o.shape[-1] >= SUM_ROWS:
+        return plan.ops.attention_qkv_bwd(*args, bias.dtype)
+    dqkv = plan.ops.attention_qkv_bwd(*args)
+    return dqkv, _column_sum(dqkv)
+
+
+def _norm_bwd(ops, dy, ds, s, weight, stats):
+    """The gradient of s in dy's dtype and in s's, and the gradients of weight and bias."""
+    sums = {"sum_dx": True} if ops.norm_sums and s.shape[-1] <= SUM_FEATURES else {}
+    if dy.dtype == s.dtype:
+        dx, dparams = ops.layer_norm_bwd(dy, ds, s, weight, stats, **sums)
+        dresidual = dx
+    else:
+        dx, dresidual, dparams = ops.mixed_layer_norm_bwd(dy, ds, s, weight, stats, **sums)
+    dweight, dbias, *dx_sum = dparams.unbind()
+    if dx_sum:
+        dx.column_sum = dx._version, dx_sum[0]
+    return dx, dresidual, (dweight, dbias)
+
+
+def _column_sum(dout: Tensor) -> Tensor:
+    """The sum of dout (..., C) over its rows: the gradient of a bias.
+
+    Where dout comes from a norm's backward, possibly the next block's, the kernel has computed it.
+    If dout was changed since, its version tells.
+    """
+    version, total = getattr(dout, "column_sum", (None, None))
+    if version == dout._version:
+        return total
+    return dout.reshape(-1, dout.shape[-1]).sum(0)
