@@ -30,6 +30,7 @@ from ..data.tokenizer import Tokenizer
 from ..device import describe, peak_flops, pick_device, pick_dtype
 from ..errors import InputError, NonFiniteError, WriteError, brief, quoted
 from ..generate import completion
+from ..kernels.ids import raise_pending
 from ..model import Model
 from . import best, metrics, optim, pretrained, run_folder, signals
 from .config import TrainConfig
@@ -184,6 +185,7 @@ class Trainer:
         loss = self.backward(self._to_device(x), self._to_device(y))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip or math.inf)
         loss, norm = torch.stack([loss, norm]).tolist()  # the step's only synchronization
+        raise_pending(self.device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"step {k + 1} (batch {k} of seed {o.seed}) has loss {loss} and gradient norm "
@@ -267,6 +269,7 @@ class Trainer:
             with self._autocast():
                 _, loss = model(self._to_device(x), self._to_device(y), return_logits=False)
             total += loss.item() * targets
+            raise_pending(self.device)
             count += targets
         model.train()
         if not math.isfinite(total):

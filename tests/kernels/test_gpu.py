@@ -150,6 +150,25 @@ def test_a_training_step_in_a_graph():
     assert losses[True] == losses[False]
 
 
+def test_a_training_step_does_not_wait():
+    """PyTorch raises where the host would wait for the GPU."""
+    config = Config(block_size=128, vocab_size=512, n_layer=2, n_embd=256, n_head=4, dropout=0.1)
+    model = Model(config, fast=True).cuda()
+    idx, targets = torch.randint(512, (2, 4, 128), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            _, loss = model(idx, targets)
+        loss.backward()
+
+    step()  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_graph_replays_with_fresh_dropout():
     qkv = randn(2, 256, 2304)
     kernels.causal_attention_qkv(qkv, 12, dropout_p=0.5)

@@ -35,6 +35,7 @@ class OnTheGpu(TorchFunctionMode):
             args = [on_the_cpu(x) for x in args]
         if "device" in kwargs:
             kwargs["device"] = on_the_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
 
@@ -131,6 +132,7 @@ CUDA = {
     "mem_get_info": lambda device=None: (PROPERTIES.total_memory,) * 2,
     "empty_cache": lambda: None,
     "synchronize": lambda device=None: None,
+    "set_sync_debug_mode": lambda mode: None,
     "device": lambda device: contextlib.nullcontext(),
     "Stream": Stream,
     "Event": Event,
