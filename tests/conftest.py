@@ -262,6 +262,14 @@ def late(monkeypatch):
 
 
 @pytest.fixture
+def captures(monkeypatch):
+    """Counts of captured and replayed CUDA graphs, which a CPU plays (tools/fake_graphs.py)."""
+    from fake_graphs import Counts
+
+    return Counts(monkeypatch)
+
+
+@pytest.fixture
 def no_sdpa(monkeypatch):
     """Makes PyTorch's attention raise, so that it cannot replace our kernels unnoticed."""
     from gpt2.interop import transformers_attention

@@ -68,10 +68,11 @@ ROOMS = {
     "checkpoints": {"files", "data"},
     "layers": set(),
     "model": {"layers", "checkpoints", "generate"},  # the last two only in functions
+    "graphs": {"layers", "model"},
     "evaluate": {"files", "data", "model"},
     "generate": {"files", "data", "evaluate", "layers", "model"},
     "loading": {"data", "checkpoints", "model"},
-    "train": {"files", "data", "checkpoints", "generate", "loading", "model"},
+    "train": {"files", "data", "checkpoints", "generate", "graphs", "loading", "model"},
     "interop": {"data", "evaluate", "generate", "loading", "model"},
     "cli": {"files", "data", "checkpoints", "evaluate", "generate", "loading", "train"},
 }
