@@ -88,7 +88,8 @@ def check_loss(reduction, label_smoothing) -> None:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
 
 
-def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
+def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> Tensor:
+    """Returns targets; the caller must use the result, or torch.compile drops the check."""
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets must be an int64 tensor, got {got}")
@@ -102,7 +103,7 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(f"targets must be on {x.device}, got {targets.device}")
     if V == 0:
         raise ValueError(f"the vocabulary must not be empty, got {tuple(x.shape)}")
-    check_ids("targets", targets, V, ignore_index)
+    return check_ids("targets", targets, V, ignore_index)
 
 
 def check_number(name: str, value) -> None:

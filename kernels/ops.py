@@ -240,7 +240,7 @@ def cross_entropy(
     """
     check_loss(reduction, label_smoothing)
     check_tensor("logits", logits, like=logits)
-    check_targets(targets, logits, logits.shape[-1], ignore_index)
+    targets = check_targets(targets, logits, logits.shape[-1], ignore_index)
     backend = dispatch.choose("cross_entropy", logits.device, logits.dtype)
     if backend == "reference":
         targets, valid = guard(targets, logits.shape[-1], ignore_index)
@@ -277,7 +277,7 @@ def linear_cross_entropy(
             f"weight must have shape (V, C) for x (..., C), "
             f"got {tuple(weight.shape)} for x {tuple(x.shape)}"
         )
-    check_targets(targets, x, weight.shape[0], ignore_index)
+    targets = check_targets(targets, x, weight.shape[0], ignore_index)
     (x,) = _autocast(x)
     backend = dispatch.choose("linear_cross_entropy", x.device, x.dtype)
     if backend == "reference":

@@ -37,8 +37,6 @@ def test_the_next_check_names_an_id(bad, late):
 def test_nothing_is_read_before_it_arrives(late):
     """The pinned memory holds something else until then."""
     check(65)
-    if not late.events:
-        pytest.skip("a GPU may have finished")
     for _ in range(3):
         check(1)
     checks.raise_pending(HERE)
@@ -148,3 +146,20 @@ def test_waits_are_seen(monkeypatch):
         x = torch.ones(2, device=DEVICE)
         bool(x[0]), x.nonzero(), x[x > 0], x.tolist(), torch.equal(x, x)
     assert {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} <= set(waits.found)
+
+
+@pytest.mark.no_poison
+def test_a_compiled_model_checks_ids_late(late):
+    """The check is one op of the graph, without a break and without tensors on the CPU."""
+    torch._dynamo.reset()
+    model, idx = model_in(fast=True), ids(1, 5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with kernels.use("reference"):
+        assert torch.allclose(compiled(idx, idx)[1], model(idx, idx)[1])
+        late.finish()
+        wrong = idx.clone()
+        wrong[0, 2] = 65
+        assert compiled(wrong, idx)[1].isnan() and compiled(idx, wrong)[1].isnan()
+        for name in ("idx", "targets"):
+            with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 65\), got 65"):
+                checks.raise_pending(HERE, wait=True)

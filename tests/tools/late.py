@@ -1,6 +1,6 @@
-"""A device whose results come late, in place of a GPU: ids on it are checked asynchronously.
+"""A device whose results come late: ids on it are checked asynchronously, on a CPU too.
 
-The tensors are the tests' own. `late` is a fixture of conftest.py.
+`late` is a fixture of conftest.py.
 """
 
 import contextlib
@@ -31,6 +31,8 @@ class Late:
 
     def __init__(self, monkeypatch):
         self.events, self.waits = [], 0
+        event = torch.cuda.Event if ON_GPU else None
+        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self, event and event()))
         if ON_GPU:
             return
         empty = torch.empty
@@ -38,29 +40,35 @@ class Late:
         monkeypatch.setattr(
             torch, "empty", lambda *shape, pin_memory=None, **options: empty(*shape, **options)
         )
-        monkeypatch.setattr(torch.cuda, "Event", lambda: Event(self))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
 
     def finish(self) -> None:
-        if ON_GPU:
-            torch.cuda.synchronize()
         for event in self.events:
-            event.done = True
+            event.finish()
 
 
 class Event:
-    def __init__(self, device: Late):
-        self.device, self.done = device, False
+    """An event that is not done before finish; on a GPU, around a real one."""
+
+    def __init__(self, device: Late, event: torch.cuda.Event | None):
+        self.device, self.event, self.done = device, event, False
         device.events.append(self)
 
-    def record(self, stream=None): ...
+    def record(self, stream=None):
+        if self.event is not None:
+            self.event.record(stream)
+
+    def finish(self):
+        if self.event is not None:
+            self.event.synchronize()
+        self.done = True
 
     def query(self) -> bool:
         return self.done
 
     def synchronize(self) -> None:
         self.device.waits += not self.done
-        self.done = True
+        self.finish()
 
 
 class Waits(TorchDispatchMode):

@@ -28,7 +28,7 @@ class OnTheGpu(TorchFunctionMode):
             return GPU
         if func == torch.Tensor.is_cuda.__get__:
             return True
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.to:
             args = [on_the_cpu(x) for x in args]
@@ -44,6 +44,8 @@ def on_the_cpu(x):
 
 
 class Stream:
+    def __init__(self, device=None): ...
+
     def synchronize(self): ...
 
     def wait_stream(self, other): ...

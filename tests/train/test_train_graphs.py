@@ -120,16 +120,16 @@ def test_resume(again, trainer_with, captures, tmp_path):
 
 def test_a_checkpoint_of_a_run_without_graphs(trainer_with, captures, monkeypatch, tmp_path):
     """AdamW's step counts may be on the CPU, and the learning rate a number."""
-    path, whole = tmp_path / "checkpoint.safetensors", trainer_with()
+    path, whole = tmp_path / "checkpoint.safetensors", trainer_with(dtype="float32")
     want = steps(whole, 6)
     with monkeypatch.context() as patch:
         patch.setattr("gpt2.graphs.supports", lambda device: False)
-        before = trainer_with()
+        before = trainer_with(dtype="float32")
     assert before.work.optimizer.param_groups[0]["lr"] == before.options.lr
     steps(before, 3)
     progress = {"step": 3, "train_tokens": len(before.corpus.train)}
     checkpoint.save(path, before.model, before.work.optimizer, **progress)
-    trainer = trainer_with()
+    trainer = trainer_with(dtype="float32")
     trainer.load(path, progress)
     groups = trainer.work.optimizer.param_groups
     assert all(isinstance(group["lr"], torch.Tensor) and group["capturable"] for group in groups)
