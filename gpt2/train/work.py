@@ -50,15 +50,23 @@ class Work:
 
     def gradients(self, x: Tensor, y: Tensor) -> Tensor:
         """Computes the gradients of the mean loss over the targets y (B, T), and clips them.
-        Returns that loss and the norm of the gradient before, (2,)."""
-        if self.options.compile:
+        Returns that loss and the norm of the gradient before, (2,). B is that of the options."""
+        o = self.options
+        if x.shape != (o.batch_size * o.grad_accum, o.block_size):
+            # Gradients of another shape would replace those that the captured update reads.
+            raise ValueError(f"x must be one batch of the options, got {tuple(x.shape)}")
+        if o.compile:
             return self._gradients(x, y)
         return self._call(self._gradients, x, y)
 
     def update(self, lr: float) -> None:
         """Updates the weights with this learning rate."""
         optim.set_learning_rate(self.optimizer, lr)
-        self._call(self._update)
+        if self._has_static_gradients():
+            self._call(self._update)
+        else:  # a captured update would read them at the next step, when they are elsewhere
+            self._update()
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -89,8 +97,7 @@ class Work:
         return total
 
     def _gradients(self, x: Tensor, y: Tensor) -> Tensor:
-        # Here and not after the update: a replay writes to the gradients that its capture left.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # a capture leaves those that its replays write
         loss = self.backward(x, y)
         limit = self.options.grad_clip or math.inf
         return torch.stack([loss, torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)])
@@ -100,6 +107,11 @@ class Work:
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         return self.loss_of(self.model, x, y)
+
+    def _has_static_gradients(self) -> bool:
+        """Whether the gradients are those that a graph writes to."""
+        held = self.replays.graphs.items()
+        return any(key[0] == "_gradients" and graph is not None for key, graph in held)
 
     def _call(self, function: Callable, *inputs: Tensor):
         if not self.options.cuda_graph or not graphs.supports(self.device):

@@ -1,11 +1,13 @@
 """A run whose steps are replayed as CUDA graphs has the bits of a run without. Without a GPU a list
 of operators takes the place of a graph (tools/fake_graphs.py)."""
 
+import contextlib
 import math
+from functools import partial
 
 import pytest
 import torch
-from late import Waits
+from late import ON_GPU, Waits
 from runs import TEXT, options
 from util import DEVICE, bits_equal
 
@@ -14,6 +16,9 @@ from gpt2.errors import NonFiniteError
 from gpt2.kernels import ids
 from gpt2.train.start import Trainer
 
+NOT_ON_A_GPU = pytest.mark.skipif(
+    ON_GPU, reason="an invalidated capture may leave PyTorch's generator unusable"
+)
 pytestmark = pytest.mark.usefixtures("without_the_interpreter", "captures")
 
 
@@ -67,11 +72,44 @@ def test_the_bits_of_a_run_without_graphs(changes, trainer_with, captures):
     captured, eager = trainer_with(**changes), trainer_with(cuda_graph=False, **changes)
     evaluated_at = (2, 5, 9)
     got = steps(captured, 12, evaluated_at)
-    assert (captures.captures, captures.replays) == (3, 11 + 11 + 5)
+    assert (captures.captures, captures.replays) == (3, 11 + 10 + 5)
     assert got == steps(eager, 12, evaluated_at)
-    assert (captures.captures, captures.replays) == (3, 27)
+    assert (captures.captures, captures.replays) == (3, 26)
     assert same(state_of(captured), state_of(eager))
     assert len({loss for loss, _ in got[:2]}) == 2
+
+
+def broken_backward(work, x, y):
+    loss = type(work).backward(work, x, y)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("operation not permitted when stream is capturing")
+    return loss
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("why", ["compiled", pytest.param("failed", marks=NOT_ON_A_GPU)])
+def test_no_update_is_captured_without_its_gradients(why, trainer_with, captures, monkeypatch):
+    """Eager gradients are in new memory at each step; a captured update would read the old."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    captured = trainer_with(compile=why == "compiled")
+    eager = trainer_with(cuda_graph=False)
+    told = contextlib.nullcontext()
+    if why == "failed":
+        monkeypatch.setattr(captured.work, "backward", partial(broken_backward, captured.work))
+        told = pytest.warns(UserWarning, match="no CUDA graph can be captured: RuntimeError")
+    with told:
+        got = steps(captured, 6)
+    assert got == steps(eager, 6) and captures.captures == 0
+    assert same(state_of(captured), state_of(eager))
+    assert all(p.grad is None for p in captured.model.parameters()), "memory for the evaluation"
+
+
+def test_gradients_have_one_shape(trainer_with):
+    """Those of another shape would take the place of the ones that the captured update reads."""
+    trainer = trainer_with()
+    x = torch.zeros(3, 16, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"one batch of the options, got \(3, 16\)"):
+        trainer.work.gradients(x, x)
 
 
 def test_evaluation_of_a_ragged_last_batch(trainer_with, captures):
