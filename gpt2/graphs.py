@@ -32,6 +32,7 @@ def supports(device: torch.device) -> bool:
 
 
 def signature(*tensors: Tensor) -> tuple:
+    """What a graph fixes of its arguments."""
     return tuple((x.shape, x.dtype, x.device) for x in tensors)
 
 
@@ -163,7 +164,8 @@ class _Step:
             cache_enabled=False,  # or a replay would use weights that were converted before
         ):
             _, loss = self.model(idx, targets)
-        loss.backward()
+        with torch.autocast(device, enabled=False):  # as where backward follows the with block
+            loss.backward()
         return loss.detach()
 
     def _first(self, idx: Tensor, targets: Tensor) -> Tensor:
