@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from .kernels import dispatch
@@ -132,18 +133,20 @@ class _Step:
         self.model = model
         self.gradients: list[Tensor] | None = None
         self.said: set[str] = set()
-        self.parameters, self.addresses = self._parameters()
+        every = _parameters_of(list(model.modules()))
+        self.parameters, self.identity = [p for p in every if p.requires_grad], _identity(every)
         self.replays = Replays(next(model.parameters()).device)
 
     def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
-        reason = self._why_eager(idx, targets)
+        modules = list(self.model.modules())  # takes 0.1 ms, so once
+        reason = self._why_eager(modules, idx, targets)
         if reason is not None:
             if reason not in self.said:
                 warnings.warn(f"gpt2.graphed runs without CUDA graphs: {reason}", stacklevel=2)
             self.said.add(reason)
             return self._run(idx, targets)
         first = self.parameters[0].grad is None
-        key = first, self._settings(), signature(idx, targets)
+        key = first, self._settings(modules), signature(idx, targets)
         if key in self.replays.graphs:  # a replay checks nothing
             V = self.model.config.vocab_size
             check_ids("idx", idx, V)
@@ -183,13 +186,7 @@ class _Step:
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
 
-    def _parameters(self) -> tuple[list[Tensor], list[tuple]]:
-        """The parameters that have gradients, and what identifies all of them and their memory."""
-        every = list(self.model.parameters())
-        addresses = [(id(p), p.data_ptr(), p.requires_grad) for p in every]
-        return [p for p in every if p.requires_grad], addresses
-
-    def _settings(self) -> tuple:
+    def _settings(self, modules: list[nn.Module]) -> tuple:
         """What the computation depends on, except tensors."""
         device = self.parameters[0].device.type
         return (
@@ -198,10 +195,10 @@ class _Step:
             dispatch.forced(),
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
-            *((m.training, getattr(m, "dropout", None)) for m in self.model.modules()),
+            *((m.training, getattr(m, "dropout", None)) for m in modules),
         )
 
-    def _why_eager(self, idx: Tensor, targets: Tensor) -> str | None:
+    def _why_eager(self, modules: list[nn.Module], idx: Tensor, targets: Tensor) -> str | None:
         """A reason against a graph, or None."""
         model = self.model
         if type(model) is not Model:
@@ -216,11 +213,11 @@ class _Step:
             return "idx and targets must be int64 tensors"
         if idx.device != self.parameters[0].device or targets.device != idx.device:
             return "idx and targets are not on the model's GPU"
-        if any(map(is_hooked, model.modules())):
+        if any(map(is_hooked, modules)):
             return "a module has hooks or a replaced forward, which a replay would not call"
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.parameters):
             return "a parameter has hooks, which a replay would not call"
-        if self._parameters()[1] != self.addresses:
+        if _identity(_parameters_of(modules)) != self.identity:
             return "parameters were replaced, moved or frozen; call gpt2.graphed again"
         gradients = [p.grad for p in self.parameters]
         if all(g is None for g in gradients):
@@ -231,3 +228,13 @@ class _Step:
         if own is not None and any(a is not b for a, b in zip(gradients, own, strict=True)):
             return "gradients were replaced by others"
         return None
+
+
+def _parameters_of(modules: list[nn.Module]) -> list[Tensor]:
+    every = (p for m in modules for p in m._parameters.values() if p is not None)
+    return list(dict.fromkeys(every))  # a tied one once
+
+
+def _identity(parameters: list[Tensor]) -> list[tuple]:
+    """What a graph relies on: the parameters, their memory, and which have gradients."""
+    return [(id(p), p.data_ptr(), p.requires_grad) for p in parameters]
