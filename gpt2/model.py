@@ -22,6 +22,7 @@ from .block import MLP, Attention, Block
 from .config import Config
 from .kernels import reference
 from .kernels.checks import check_ids
+from .kernels.ids import guard, poison
 from .layers import Int8Linear, add_norm, is_stock, project
 
 IGNORED = -1  # a target without a loss, as in nanoGPT; -100, as in PyTorch, becomes -1
@@ -74,7 +75,8 @@ class Model(nn.Module):
 
         logits (B, T, V) are None if return_logits is False, or if it is None while training with
         targets: the loss is then computed without storing B T V numbers. Raises ValueError if T
-        exceeds block_size, or if an id lies outside the vocabulary.
+        exceeds block_size, or if an id lies outside the vocabulary. On a GPU such an id makes the
+        result NaN, and a later call raises the error, because a call does not wait for the GPU.
         """
         self._check_shape("idx", idx)
         if targets is not None:
@@ -90,15 +92,17 @@ class Model(nn.Module):
         if targets is None:
             return self.logits_of(h), None  # (B, T, V)
         targets = torch.where(targets == -100, IGNORED, targets)
+        valid = None
         if not self.fast:  # the kernels check targets themselves
             targets = check_ids("targets", targets, self.config.vocab_size, IGNORED)
+            targets, valid = guard(targets, self.config.vocab_size, IGNORED)
         if return_logits is None:
             return_logits = not self.training
         head = self.lm_head
         if not return_logits and is_stock(head, nn.Linear) and head.bias is None:
-            return None, ops.linear_cross_entropy(h, head.weight, targets, IGNORED)
+            return None, poison(ops.linear_cross_entropy(h, head.weight, targets, IGNORED), valid)
         logits = self.logits_of(h)  # (B, T, V)
-        loss = ops.cross_entropy(logits, targets, IGNORED)
+        loss = poison(ops.cross_entropy(logits, targets, IGNORED), valid)
         return (logits if return_logits else None), loss
 
     def hidden(self, idx: Tensor, past=None) -> Tensor:
@@ -109,11 +113,14 @@ class Model(nn.Module):
         """
         ops = self._ops()
         idx = check_ids("idx", idx, self.config.vocab_size)
+        # The tokens of past come from the sampler and from prompts that were checked on the CPU.
+        idx, valid = guard(idx, self.config.vocab_size) if past is None else (idx, None)
         wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
         positions = (
             torch.arange(idx.shape[1], device=idx.device) if past is None else past.positions
         )
-        x = F.dropout(wte(idx) + wpe(positions), self.config.dropout, self.training)  # (B, T, C)
+        x = wte(idx) + poison(wpe(positions), valid)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         s = None
         for layer, block in enumerate(blocks):
             attend = None if past is None else functools.partial(past.attend, layer)

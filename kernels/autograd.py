@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .ids import guard, poison
 from .raw_ops import raw
 
 
@@ -280,6 +281,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 def _loss_by_reference(function, targets, ctx):
     """function, a loss of the reference, with the targets and ctx's options filled in."""
     ignore_index, smoothing = ctx.options
-    return lambda *inputs: function(
-        *inputs, targets, ignore_index, reduction=ctx.reduction, label_smoothing=smoothing
-    )
+    options = {"reduction": ctx.reduction, "label_smoothing": smoothing}
+
+    def loss(first, *weight):
+        V = weight[0].shape[0] if weight else first.shape[-1]
+        inside, valid = guard(targets, V, ignore_index)
+        return poison(function(first, *weight, inside, ignore_index, **options), valid)
+
+    return loss

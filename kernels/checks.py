@@ -11,8 +11,9 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from .ids import validate
 from .matmul import is_autocasting
-from .raw_ops import raw, validate_ids
+from .raw_ops import raw
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -24,13 +25,12 @@ def autocasting(x: Tensor) -> bool:
 def check_ids(name: str, ids: Tensor, size: int, ignore_index: int | None = None) -> Tensor:
     """Returns ids after checking that each lies in [0, size) or equals ignore_index.
 
-    Raises ValueError with the first id that does not, because an assertion on the device would not
-    name it. On a GPU the check synchronizes, so it is skipped during graph capture. It is also
-    skipped if ids have no values: on the meta device, and for a batch inside torch.func.vmap.
+    Raises ValueError with an id that does not, because an assertion on the device would not name
+    it. On a GPU a later call raises it, because nothing waits for the device: see ids.py.
     """
     if torch.compiler.is_compiling():
         return raw.check_ids(ids, name, size, ignore_index)
-    validate_ids(ids, name, size, ignore_index)
+    validate(ids, name, size, ignore_index)
     return ids
 
 
@@ -88,7 +88,8 @@ def check_loss(reduction, label_smoothing) -> None:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
 
 
-def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
+def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> Tensor:
+    """Returns targets; the caller must use the result, or torch.compile drops the check."""
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets must be an int64 tensor, got {got}")
@@ -102,7 +103,7 @@ def check_targets(targets, x: Tensor, V: int, ignore_index: int) -> None:
         raise ValueError(f"targets must be on {x.device}, got {targets.device}")
     if V == 0:
         raise ValueError(f"the vocabulary must not be empty, got {tuple(x.shape)}")
-    check_ids("targets", targets, V, ignore_index)
+    return check_ids("targets", targets, V, ignore_index)
 
 
 def check_number(name: str, value) -> None:

@@ -22,6 +22,7 @@ from .checks import (
     check_targets,
     check_tensor,
 )
+from .ids import guard, poison
 from .raw_ops import raw
 
 
@@ -233,17 +234,20 @@ def cross_entropy(
     no second tensor of their size exists; logits must not be read afterwards. On a CPU this raises
     RuntimeError if logits are mapped read-only.
 
-    Raises ValueError, naming the first target outside [0, V). A target that is changed to a value
-    outside [0, V) after this check makes the loss and gradient of its row NaN.
+    Raises ValueError, naming a target outside [0, V); on a GPU a later call raises it, because this
+    one does not wait. Such a target, and one that is changed to a value outside [0, V) after this
+    check, makes the loss and gradient of its row NaN.
     """
     check_loss(reduction, label_smoothing)
     check_tensor("logits", logits, like=logits)
-    check_targets(targets, logits, logits.shape[-1], ignore_index)
+    targets = check_targets(targets, logits, logits.shape[-1], ignore_index)
     backend = dispatch.choose("cross_entropy", logits.device, logits.dtype)
     if backend == "reference":
-        return reference.cross_entropy(
+        targets, valid = guard(targets, logits.shape[-1], ignore_index)
+        loss = reference.cross_entropy(
             logits, targets, ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
+        return poison(loss, valid)
     rows, row_targets = logits.flatten(0, -2), targets.flatten()
     options = ignore_index, float(label_smoothing), reduction, inplace_backward, backend
     loss = autograd.call(autograd.CrossEntropy, rows, row_targets, *options)
@@ -273,15 +277,17 @@ def linear_cross_entropy(
             f"weight must have shape (V, C) for x (..., C), "
             f"got {tuple(weight.shape)} for x {tuple(x.shape)}"
         )
-    check_targets(targets, x, weight.shape[0], ignore_index)
+    targets = check_targets(targets, x, weight.shape[0], ignore_index)
     (x,) = _autocast(x)
     backend = dispatch.choose("linear_cross_entropy", x.device, x.dtype)
     if backend == "reference":
-        return reference.linear_cross_entropy(
+        targets, valid = guard(targets, weight.shape[0], ignore_index)
+        loss = reference.linear_cross_entropy(
             *(x, weight, targets, ignore_index),
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
+        return poison(loss, valid)
     rows, row_targets = x.flatten(0, -2), targets.flatten()
     need_dx, need_dweight = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     options = ignore_index, float(label_smoothing), reduction, need_dx, need_dweight, backend

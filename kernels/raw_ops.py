@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dispatch
+from .ids import validate
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
 _library = torch.library.Library("gpt2_kernels", "DEF")
@@ -284,30 +284,8 @@ _register(
 # ---- token ids
 
 
-def validate_ids(ids: Tensor, name: str, size: int, ignore_index: int | None) -> None:
-    """Raises ValueError with the first id outside [0, size) that is not ignore_index. Ids without
-    values are not checked."""
-    if _has_no_values(ids):
-        return
-    bad = (ids < 0) | (ids >= size)
-    if ignore_index is not None:
-        bad &= ids != ignore_index
-    if bad.any():
-        raise ValueError(f"{name} must lie in [0, {size}), got {ids[bad][0].item()}")
-
-
-def _has_no_values(x: Tensor) -> bool:
-    """Whether the values of x cannot be read now: it is a meta or fake tensor or a batch inside
-    vmap, or a CUDA graph is being captured."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return True
-    if x.is_meta or isinstance(x, FakeTensor):
-        return True
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
 def _checked_copy(ids, name, size, ignore_index):
-    validate_ids(ids, name, size, ignore_index)
+    validate(ids, name, size, ignore_index)
     return ids.clone()
 
 

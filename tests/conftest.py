@@ -251,6 +251,25 @@ def served_by_one_backend():
 
 
 @pytest.fixture
+def late(monkeypatch):
+    """A device whose results come late (tools/late.py), with no checks of ids pending."""
+    from late import Late
+
+    from gpt2.kernels import ids
+
+    monkeypatch.setattr(ids, "_checks", {})
+    return Late(monkeypatch)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Counts of captured and replayed CUDA graphs, which a CPU plays (tools/fake_graphs.py)."""
+    from fake_graphs import Counts
+
+    return Counts(monkeypatch)
+
+
+@pytest.fixture
 def no_sdpa(monkeypatch):
     """Makes PyTorch's attention raise, so that it cannot replace our kernels unnoticed."""
     from gpt2.interop import transformers_attention

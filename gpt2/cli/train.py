@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 from ..train.config import TrainConfig
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
-_DEFAULTS = {"None": "none", "False": "no"}
+_DEFAULTS = {"None": "none", "False": "no", "True": "yes"}
 
 
 def run(flags: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import bars, memory
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError, NonFiniteError
+from ..kernels.ids import validate
 from ..model import Model
 
 ROWS = 512  # rows of logits in memory at a time, in place of all N
@@ -249,6 +250,7 @@ def _score(model: Model, batch: list[Window]) -> list[Scores]:
         n = len(window.ids)
         ids[b, :n] = window.ids
         rows.append(np.arange(b * T + n - 1 - window.scored, b * T + n - 1))
+    validate(torch.from_numpy(ids), "idx", model.config.vocab_size)  # on a GPU an error comes late
     idx = torch.from_numpy(ids).to(device)  # (B, T + 1)
     rows = torch.from_numpy(np.concatenate(rows)).to(device)  # (N,)
     h = model.hidden(idx[:, :-1].contiguous()).flatten(0, 1)[rows]  # (N, C)

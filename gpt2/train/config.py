@@ -99,6 +99,9 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     fast: bool | None = _machine(None, "use the fused kernels [default: on CUDA]")
+    cuda_graph: bool = _machine(
+        True, "on a GPU, replay each part of a step as one CUDA graph; the losses are the same"
+    )
     compile: bool = _machine(False, "run the model through torch.compile")
     out: str | None = _machine(
         None, "folder of the run, new or empty [default: runs/ and the time]", metavar="PATH"

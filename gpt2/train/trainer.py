@@ -5,19 +5,18 @@ dropout masks are drawn from (seed, k). So a resumed run computes, bit for bit, 
 computed without the interruption.
 """
 
-import functools
 import json
 import math
 import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import files, memory
@@ -30,9 +29,11 @@ from ..data.tokenizer import Tokenizer
 from ..device import describe, peak_flops, pick_device, pick_dtype
 from ..errors import InputError, NonFiniteError, WriteError, brief, quoted
 from ..generate import completion
+from ..kernels.ids import raise_pending
 from ..model import Model
 from . import best, metrics, optim, pretrained, run_folder, signals
 from .config import TrainConfig
+from .work import Work
 
 CONFIG, METRICS, PLOT = "config.json", "metrics.jsonl", "loss.png"  # in the folder of a run
 
@@ -74,17 +75,14 @@ class Trainer:
         config = config_for(self.corpus.tokenizer.vocab_size)
         torch.manual_seed(o.seed)
         self.model = Model(config, fast=fast).to(self.device)
-        self.forward = torch.compile(self.model) if o.compile else self.model
-        self.optimizer = optim.adamw(
-            self.model, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
-        )
+        self.work = Work(self.model, o, self.device, self.dtype)
         self.step = 0  # optimizer steps done
         self.elapsed_s = 0.0  # spent by earlier processes of this run
         self._plot_failed = False
         self._identity: tuple[int, int] | None = None  # of the folder, while it runs
         self.best = math.inf, 0  # the lowest validation loss and its step: see _keep_if_best
 
-    @functools.cached_property
+    @cached_property
     def digest(self) -> str:
         """The hash of the data, which must be the same on resume."""
         return digest(self.corpus.train, self.corpus.val)
@@ -112,7 +110,8 @@ class Trainer:
             )
         if progress.get("data", self.digest) != self.digest:  # absent in older versions
             raise InputError(f"{began_with}, got other tokens of the same number")
-        checkpoint.load(path, self.model, self.optimizer)
+        checkpoint.load(path, self.model, self.work.optimizer)
+        self.work.forget_graphs()
         self.step, self.elapsed_s = step, progress.get("elapsed_s", 0.0)
 
     def run(self, folder: Path) -> int:
@@ -181,9 +180,9 @@ class Trainer:
         o, k = self.options, self.step
         torch.manual_seed(int(np.random.SeedSequence((o.seed, k)).generate_state(1, np.uint64)[0]))
         x, y = self.corpus.train.batch(o.seed, k, o.batch_size * o.grad_accum, o.block_size)
-        loss = self.backward(self._to_device(x), self._to_device(y))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.grad_clip or math.inf)
-        loss, norm = torch.stack([loss, norm]).tolist()  # the step's only synchronization
+        found = self.work.gradients(*self.work.batch(x, y))
+        loss, norm = found.tolist()  # the step's only synchronization
+        raise_pending(self.device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteError(
                 f"step {k + 1} (batch {k} of seed {o.seed}) has loss {loss} and gradient norm "
@@ -192,30 +191,9 @@ class Trainer:
         lr = optim.learning_rate(
             k, steps=o.steps, warmup_steps=o.warmup_steps, lr=o.lr, min_lr=o.final_lr
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.work.update(lr)
         self.step += 1
         return loss, lr
-
-    def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds the gradient of the mean loss over the targets y (B, T), and returns that loss.
-
-        The B windows go through the model batch_size at a time. Each part is weighted by its
-        number of targets, so splitting changes the memory use but not the result.
-        """
-        total = torch.zeros((), device=self.device)
-        targets = (y != -1).sum()
-        for x_part, y_part in zip(
-            x.split(self.options.batch_size), y.split(self.options.batch_size), strict=True
-        ):
-            with self._autocast():
-                _, loss = self.forward(x_part, y_part)
-            loss = loss * ((y_part != -1).sum() / targets)
-            loss.backward()
-            total += loss.detach()
-        return total
 
     def _best_so_far(self, folder: Path) -> tuple[float, int]:
         """The lowest validation loss over eval_batches so far, and its step. If that loss was
@@ -261,12 +239,12 @@ class Trainer:
         """
         o, total, count = self.options, 0.0, 0
         model = model or self.model
+        loss_of = self.work.loss if model is self.model else partial(self.work.loss_of, model)
         model.eval()
         for x, y in self.corpus.val.windows(o.batch_size, o.block_size, limit):
             targets = int((y != -1).sum())
-            with self._autocast():
-                _, loss = model(self._to_device(x), self._to_device(y), return_logits=False)
-            total += loss.item() * targets
+            total += loss_of(*self.work.batch(x, y)).item() * targets
+            raise_pending(self.device)
             count += targets
         model.train()
         if not math.isfinite(total):
@@ -282,7 +260,7 @@ class Trainer:
         checkpoint.save(
             folder / checkpoint.FILE,
             self.model,
-            self.optimizer,
+            self.work.optimizer,
             step=self.step,
             elapsed_s=progress.elapsed_s,
             train_tokens=len(self.corpus.train),
@@ -335,11 +313,3 @@ class Trainer:
     @property
     def _unit(self) -> str:
         return {"char": "character", "byte": "byte"}.get(self.corpus.tokenizer.name, "token")
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )

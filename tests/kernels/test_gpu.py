@@ -150,6 +150,44 @@ def test_a_training_step_in_a_graph():
     assert losses[True] == losses[False]
 
 
+def test_a_training_step_does_not_wait():
+    """PyTorch raises where the host would wait for the GPU."""
+    config = Config(block_size=128, vocab_size=512, n_layer=2, n_embd=256, n_head=4, dropout=0.1)
+    model = Model(config, fast=True).cuda()
+    idx, targets = torch.randint(512, (2, 4, 128), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            _, loss = model(idx, targets)
+        loss.backward()
+
+    step()  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.full
+def test_reduce_overhead_captures_the_model():
+    """Inductor leaves out its CUDA graph, for example because of an op on a CPU tensor, and says so
+    only in a counter."""
+    torch._dynamo.reset()
+    config = Config(block_size=128, vocab_size=512, n_layer=2, n_embd=256, n_head=4)
+    model = Model(config, fast=True).cuda()
+    idx, targets = torch.randint(512, (2, 4, 128), device="cuda")
+    want = model(idx, targets)[1].item()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    for _ in range(3):
+        model.zero_grad()
+        _, loss = compiled(idx, targets)
+        assert loss.item() == pytest.approx(want, rel=1e-5)
+        loss.backward()
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
 def test_graph_replays_with_fresh_dropout():
     qkv = randn(2, 256, 2304)
     kernels.causal_attention_qkv(qkv, 12, dropout_p=0.5)

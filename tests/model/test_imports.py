@@ -69,10 +69,11 @@ ROOMS = {
     "layers": set(),
     "block": {"layers"},
     "model": {"block", "layers", "checkpoints", "generate"},  # the last two only in functions
+    "graphs": {"layers", "model"},
     "evaluate": {"files", "data", "model"},
     "generate": {"files", "data", "evaluate", "layers", "model"},
     "loading": {"data", "checkpoints", "model"},
-    "train": {"files", "data", "checkpoints", "generate", "loading", "model"},
+    "train": {"files", "data", "checkpoints", "generate", "graphs", "loading", "model"},
     "interop": {"data", "evaluate", "generate", "loading", "model"},
     "cli": {"files", "data", "checkpoints", "evaluate", "generate", "loading", "train"},
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from late import refused
 from small_models import SMALL, ids, loss_and_gradients, model_in
 from util import DEVICE, bits_equal, launches
 
@@ -82,5 +83,5 @@ def test_compiled_model_still_names_bad_ids(accelerated):
     with kernels.use(accelerated):
         compiled(idx)
         idx[0, 2] = 65
-        with pytest.raises(ValueError, match=r"idx must lie in \[0, 65\), got 65"):
+        with refused(r"idx must lie in \[0, 65\), got 65"):
             compiled(idx)

@@ -2,8 +2,8 @@
 
 It finds tests that would fail on a GPU for reasons other than the kernels. torch.cuda reports a
 GPU, and every tensor claims to be on it but is in CPU memory. The kernels of csrc/cpu replace those
-of triton and cuda, which still refuse what they do not support. There is one stream. A CUDA graph
-is a list of operators, and a replay calls them again.
+of triton and cuda, which still refuse what they do not support. There is one stream, and
+CUDA graphs are those of fake_graphs.py.
 
 It does not work for torch.compile, activation checkpointing or anything else below Python.
 """
@@ -11,11 +11,10 @@ It does not work for torch.compile, activation checkpointing or anything else be
 import contextlib
 import types
 
+import fake_graphs
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
 
@@ -29,12 +28,13 @@ class OnTheGpu(TorchFunctionMode):
             return GPU
         if func == torch.Tensor.is_cuda.__get__:
             return True
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.to:
             args = [on_the_cpu(x) for x in args]
         if "device" in kwargs:
             kwargs["device"] = on_the_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
         return func(*args, **kwargs)
 
 
@@ -43,55 +43,9 @@ def on_the_cpu(x):
     return torch.device("cpu") if is_device and torch.device(x).type == "cuda" else x
 
 
-class Graph:
-    """A CUDA graph: the operators called during its capture, and their results."""
-
-    captured: "Graph | None" = None  # the graph being captured
-
-    def __init__(self):
-        self.calls, self.written = [], []
-
-    def undo(self):
-        """Restores the tensors that the capture wrote to: on a GPU a capture computes nothing."""
-        for x, before in reversed(self.written):
-            x.data.copy_(before)
-        self.written.clear()
-
-    def replay(self):
-        with torch.no_grad():
-            for func, args, kwargs, results in self.calls:
-                again = func(*args, **kwargs)
-                for old, new in zip(tree_leaves(results), tree_leaves(again), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-
-class Tape(TorchDispatchMode):
-    """Adds every operator to the graph being captured."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        graph, kwargs = Graph.captured, kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                tensors = (x for x in tree_leaves(value) if isinstance(x, torch.Tensor))
-                graph.written += [(x, x.clone()) for x in tensors]
-        results = func(*args, **kwargs)
-        graph.calls.append((func, args, kwargs, results))
-        return results
-
-
-@contextlib.contextmanager
-def capture(graph):
-    Graph.captured = graph
-    try:
-        with Tape():
-            yield
-        graph.undo()
-    finally:
-        Graph.captured = None
-
-
 class Stream:
+    def __init__(self, device=None): ...
+
     def synchronize(self): ...
 
     def wait_stream(self, other): ...
@@ -131,14 +85,13 @@ CUDA = {
     "mem_get_info": lambda device=None: (PROPERTIES.total_memory,) * 2,
     "empty_cache": lambda: None,
     "synchronize": lambda device=None: None,
+    "set_sync_debug_mode": lambda mode: None,
     "device": lambda device: contextlib.nullcontext(),
     "Stream": Stream,
     "Event": Event,
     "stream": lambda stream: contextlib.nullcontext(),
     "current_stream": lambda device=None: Stream(),
-    "CUDAGraph": Graph,
-    "graph": capture,
-    "is_current_stream_capturing": lambda: Graph.captured is not None,
+    **fake_graphs.CUDA,
 }
 for name, value in CUDA.items():  # before conftest.py checks for a GPU
     setattr(torch.cuda, name, value)

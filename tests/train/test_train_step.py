@@ -32,7 +32,7 @@ def test_accumulation_equals_one_big_batch(masked, text):
         if masked:
             for row in range(8):
                 y[row, 2 * row + 1 :] = -1
-        losses.append(trainer.backward(x, y).item())
+        losses.append(trainer.work.backward(x, y).item())
         grads.append([p.grad for p in trainer.model.parameters()])
     for i in (1, 2):
         assert losses[i] == pytest.approx(losses[0], rel=1e-6)
@@ -57,7 +57,7 @@ def test_not_finite_stops_before_the_update(where, value, text, tmp_path, monkey
     trainer = Trainer(options(text))
     trainer.train_step()
     before = weights(trainer)
-    original = trainer.backward
+    original = trainer.work.backward
 
     def broken(x, y):
         loss = original(x, y)
@@ -66,7 +66,7 @@ def test_not_finite_stops_before_the_update(where, value, text, tmp_path, monkey
         trainer.model.lm_head.weight.grad[3, 1] = value
         return loss
 
-    monkeypatch.setattr(trainer, "backward", broken)
+    monkeypatch.setattr(trainer.work, "backward", broken)
     with pytest.raises(NonFiniteError, match=r"step 2 \(batch 1 of seed 1337\)"):
         trainer.train_step()
     assert all(map(torch.equal, before, weights(trainer)))
@@ -77,9 +77,9 @@ def test_gradient_is_clipped_to_the_norm_asked_for(text, monkeypatch):
     norms = {}
     for clip in (0.0, 0.01):
         trainer = Trainer(options(text, grad_clip=clip))
-        step = trainer.optimizer.step
+        step = trainer.work.optimizer.step
         monkeypatch.setattr(
-            trainer.optimizer,
+            trainer.work.optimizer,
             "step",
             lambda clip=clip, trainer=trainer, step=step: (
                 norms.update({clip: _norm(trainer.model)}),

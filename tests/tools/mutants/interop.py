@@ -7,6 +7,7 @@ WEIGHTS = "gpt2/checkpoints/weights.py"
 NANOGPT = "gpt2/checkpoints/nanogpt.py"
 LLMC = "gpt2/checkpoints/llmc.py"
 CONVERT = "gpt2/checkpoints/convert.py"
+GRAPHS = "gpt2/graphs.py"
 FINETUNE = "gpt2/train/pretrained.py"
 FILES, PICKLES = "gpt2/files/parsing.py", "gpt2/files/pickles.py"
 
@@ -62,6 +63,21 @@ INTEROP_MUTANTS = [
         "random weights after all", "gpt2/train/trainer.py",
         "                parameter.copy_(state[name])\n", "                pass\n",
         "train/test_pretrained.py::test_it_begins_with_the_model_and_its_sizes",
+    ),
+    Mutant(
+        "a sum of gradients that forgets its first part", GRAPHS,
+        "self._first if first else self._run", "self._first",
+        "model/test_graphs.py::test_accumulation[2-True]", quick=True,
+    ),
+    Mutant(
+        "weights that autocast converted before the capture", GRAPHS,
+        "cache_enabled=False,", "cache_enabled=True,",
+        "model/test_graphs.py::test_weights_are_read_at_the_replay",
+    ),
+    Mutant(
+        "an update of tensors that a load has replaced", "gpt2/train/trainer.py",
+        "        self.work.forget_graphs()\n", "",
+        "train/test_train_graphs.py::test_resume[same]",
     ),
     Mutant(
         "the learning rate of random weights", FINETUNE,

@@ -11,6 +11,7 @@ PRODUCT = "kernels/matmul.py"
 AUTOGRAD = "kernels/autograd.py"
 DISPATCH = "kernels/dispatch.py"
 REFERENCE = "kernels/reference.py"
+IDS = "kernels/ids.py"
 
 KERNEL_MUTANTS = [
     # layer_norm
@@ -101,5 +102,16 @@ KERNEL_MUTANTS = [
         "one over no targets", AUTOGRAD,
         "dloss / count.clamp(min=1)", "dloss / count",
         "kernels/test_cross_entropy.py::test_no_target_counts[triton-3-mean-0.0]",
+    ),
+    # ids
+    Mutant(
+        "an address from an id that nobody has checked yet", IDS,
+        "inside = ids.clamp(0, size - 1)", "inside = ids",
+        "kernels/test_ids.py::test_a_bad_id_computes_nan[65-False]", quick=True,
+    ),
+    Mutant(
+        "a wait for the device", IDS,
+        "valid = (inside == ids).all()", "valid = torch.tensor(torch.equal(inside, ids))",
+        "kernels/test_ids.py::test_a_step_reads_no_value[0.0-True]", quick=True,
     ),
 ]  # fmt: skip
