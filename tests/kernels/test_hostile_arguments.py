@@ -167,7 +167,8 @@ def hostile(value, rng, more=()):
     if kind == "ids" and not x.is_floating_point():
         return x.fill_(rng.choice((-1, 10**9, 2**31) if x.dtype == torch.int64 else (-1, 127)))
     return rng.choice(
-        (x.to("meta"), None, [1.0], x.cpu().numpy() if x.dtype != torch.bfloat16 else 3, x.flatten(),
+        (x.to("meta"), None, [1.0], x.flatten(),
+         x.cpu().numpy() if x.dtype != torch.bfloat16 else 3,
          x[..., None].expand(*x.shape, 3)[..., 0], x.requires_grad_(x.is_floating_point()),
          x.double().to_sparse() if x.numel() else None)
     )  # fmt: skip
