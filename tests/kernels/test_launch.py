@@ -6,8 +6,12 @@ takes the kernels, in another process without the interpreter.
 
 import pytest
 from processes import ROOT, run_python
+from util import DEVICE
 
-pytestmark = pytest.mark.triton
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has a driver of its own"),
+]
 
 SCRIPT = f"""
 import sys

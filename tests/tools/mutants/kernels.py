@@ -12,6 +12,9 @@ AUTOGRAD = "kernels/autograd.py"
 DISPATCH = "kernels/dispatch.py"
 REFERENCE = "kernels/reference.py"
 IDS = "kernels/ids.py"
+LAUNCH = "kernels/triton/launch.py"
+BLOCK = "kernels/block.py"
+MODEL_BLOCK = "gpt2/block.py"
 
 KERNEL_MUTANTS = [
     # layer_norm
@@ -20,6 +23,33 @@ KERNEL_MUTANTS = [
         "centred = tl.where((offs_c < C)[None, :], s - first_mean[:, None], 0.0)",
         "centred = s - first_mean[:, None]",
         "kernels/test_layer_norm.py::test_mean_far_from_zero[triton-1000.0-C17-fp32]", quick=True,
+    ),
+    Mutant(
+        "the last block of columns left out of dw", NORM,
+        "next_dw = next_dw + (tl.fma(dys[i], xhats[i], dw[i]),)",
+        "next_dw = next_dw + (tl.fma(dys[i], xhats[i], dw[i]) if i < 2 else dw[i],)",
+        "kernels/test_layer_norm.py::test_layer_norm[triton-C768-N33-fp32-same]",
+    ),
+    # launches, and a block as a whole
+    Mutant(
+        "code for aligned pointers with others", LAUNCH,
+        "remembers = low_bits % 16 == 0 and not _is_hooked()", "remembers = not _is_hooked()",
+        "kernels/test_launch.py::test_triton_is_asked_again_for_other_arguments",
+    ),
+    Mutant(
+        "the sum of a gradient that was changed", BLOCK,
+        "if version == dout._version:", "if version is not None:",
+        "kernels/test_block.py::test_a_bias_gradient_follows_changes_of_the_gradient[triton]",
+    ),
+    Mutant(
+        "dk's sum in place of dv's", "kernels/triton/attention.py",
+        "_store_sum(sums_ptr + past_dk, dv_tile,", "_store_sum(sums_ptr + past_dk, dk_tile,",
+        "kernels/test_block.py::test_gradients[triton-fp32-later]",
+    ),
+    Mutant(
+        "a hooked layer is bypassed", MODEL_BLOCK,
+        "if not all(is_stock(linear, nn.Linear) for linear in linears):", "if False:",
+        "kernels/test_block.py::test_a_changed_layer_is_called[hook_a_child]", quick=True,
     ),
     # gelu
     Mutant(
