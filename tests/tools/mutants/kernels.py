@@ -33,6 +33,16 @@ KERNEL_MUTANTS = [
         "gelu(x).to(y_ptr.dtype.element_ty), mask=offs >= 0)",
         "kernels/test_gelu.py::test_gelu[triton-1.0-17-fp32]",
     ),
+    Mutant(
+        "gradient far left of 0", LANG,
+        "return tl.where(x < -10.0, 0.0, grad)", "return grad",
+        "kernels/test_gelu.py::test_extremes[triton-fp32]",
+    ),
+    Mutant(
+        "NaN lost in a minimum", LANG,
+        "tl.minimum(x, 10.0, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(x, 10.0)",
+        "kernels/test_gelu.py::test_nan_stays_in_its_place[triton]",
+    ),
     # cross_entropy
     Mutant(
         "one-hot left out", LOSS,
