@@ -80,6 +80,16 @@ KERNEL_MUTANTS = [
         "dx = dx * scale if", "dx = dx.mul_(scale) if",
         "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
     ),
+    Mutant(
+        "saved gradient of the weight scaled in place", AUTOGRAD,
+        "rounded = torch.empty_like(dweight, dtype=weight.dtype)", "rounded = dweight",
+        "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    Mutant(
+        "padding of the weight not zeroed", LINEAR,
+        "padded[V:] = 0", "pass",
+        "kernels/test_linear_cross_entropy.py::test_linear_cross_entropy[triton-V65-N200-C16-fp32-same-none]",
+    ),
     # the products of the model and of the head
     Mutant(
         "operands not rounded", PRODUCT,
