@@ -27,7 +27,7 @@ PROGRAMS = {  # concurrent programs per SM
     "decode_attention": 2,
     "layer_norm": 1,
     "gelu": 4,
-    "cross_entropy": 4,
+    "cross_entropy": 2,
 }
 
 

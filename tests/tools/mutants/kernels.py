@@ -46,12 +46,13 @@ KERNEL_MUTANTS = [
     # cross_entropy
     Mutant(
         "one-hot left out", LOSS,
-        "tl.where(offs == target, p - 1.0, p)", "p",
+        "(shift - (1.0 - smoothing) * dloss)", "shift",
         "kernels/test_cross_entropy.py::test_leading_shapes[triton-(2, 3)]", quick=True,
     ),
     Mutant(
         "target beyond the vocabulary", LOSS,
-        "inside = (target >= 0) & (target < V)", "inside = target >= 0",
+        "ignore_index\n    inside = (target >= 0) & (target < V)",
+        "ignore_index\n    inside = target >= 0",
         "kernels/test_changed_ids.py::test_every_pass_meets_targets_outside[triton-0.0]",
     ),
     Mutant(
@@ -61,9 +62,19 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "rows in 32 bits", LOSS,
-        "row = tl.program_id(0).to(tl.int64)\n    logits_ptr",
-        "row = tl.program_id(0)\n    logits_ptr",
+        "row * stride_row\n    target = tl.load(targets_ptr + row)\n    counts",
+        "row.to(tl.int32) * stride_row\n    target = tl.load(targets_ptr + row)\n    counts",
         "kernels/test_cross_entropy.py::test_rows_that_overflow_int32[triton]",
+    ),
+    Mutant(
+        "edges of a row left out", LOSS,
+        "    l += tl.sum(tl.exp2((x_edge - m) * LOG2E), axis=0)\n", "",
+        "kernels/test_cross_entropy.py::test_rows_that_begin_anywhere[triton-20-bf16]",
+    ),
+    Mutant(
+        "logits of an ignored row read", LOSS,
+        "mask=mask & counts", "mask=mask",
+        "kernels/test_cross_entropy.py::test_ignored_rows_add_nothing[triton]",
     ),
     Mutant(
         "gradient in place, unknown to autograd", AUTOGRAD,
