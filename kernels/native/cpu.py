@@ -37,7 +37,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype, size: int) -> str
 def logits_chunks(dtype: torch.dtype) -> Chunks:
     """The layout for linear_cross_entropy. On a CPU, rows of odd length are not slower, but small
     matrix products are. Without fast 16-bit products, float32 is used (matmul.py)."""
-    return Chunks(align=1, tile=128, wide=not has_fast_matmul(dtype, "cpu"))
+    return Chunks(align=1, tile=128, least=1, wide=not has_fast_matmul(dtype, "cpu"))
 
 
 def module(op: str):

@@ -14,10 +14,10 @@ from .lang import gelu, gelu_grad
 from .launch import launch
 from .partial import sum_partial
 from .tiles import (
-    BIAS_GELU_PER_SM,
     GELU_BLOCK,
     GELU_WARPS,
     bias_gelu_config,
+    bias_gelu_residents,
     cdiv,
     resident_programs,
 )
@@ -44,7 +44,8 @@ def _bias_gelu_fwd_kernel(
     N, C,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    offs, mask, bias = _bias_tile(tl.program_id(0) * ROWS, bias_ptr, N, C, ROWS, BLOCK_C)
+    offs_c, mask_c, bias = _bias_block(bias_ptr, C, BLOCK_C)
+    offs, mask = _row_tile(tl.program_id(0) * ROWS, offs_c, mask_c, N, C, ROWS)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
     tl.store(y_ptr + offs, gelu(x).to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -57,28 +58,33 @@ def _bias_gelu_bwd_kernel(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) walks every num_programs(0)-th tile of rows within column block j."""
+    offs_c, mask_c, bias = _bias_block(bias_ptr, C, BLOCK_C)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
-        offs, mask, bias = _bias_tile(start, bias_ptr, N, C, ROWS, BLOCK_C)
+        offs, mask = _row_tile(start, offs_c, mask_c, N, C, ROWS)
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # 0 past the end
         dx = dy * gelu_grad(x)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dbias += dx
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     partial = tl.program_id(0) * C + offs_c
-    tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=offs_c < C)
+    tl.store(dbias_partial_ptr + partial, tl.sum(dbias, axis=0), mask=mask_c)
 
 
 @triton.jit
-def _bias_tile(start, bias_ptr, N, C, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets and mask of ROWS rows in column block program_id(1), and its bias (1, BLOCK_C)."""
-    offs_row = start + tl.arange(0, ROWS)
+def _bias_block(bias_ptr, C, BLOCK_C: tl.constexpr):
+    """Columns and mask of column block program_id(1), and its bias (1, BLOCK_C)."""
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs = offs_row[:, None].to(tl.int64) * C + offs_c[None, :]
-    mask = (offs_row < N)[:, None] & (offs_c < C)[None, :]
     bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    return offs, mask, bias[None, :]
+    return offs_c, offs_c < C, bias[None, :]
+
+
+@triton.jit
+def _row_tile(start, offs_c, mask_c, N, C, ROWS: tl.constexpr):
+    """Offsets and mask of ROWS rows in a column block."""
+    offs_row = start + tl.arange(0, ROWS)
+    offs = offs_row[:, None].to(tl.int64) * C + offs_c[None, :]
+    return offs, (offs_row < N)[:, None] & mask_c[None, :]
 
 
 def gelu_fwd(x):
@@ -124,8 +130,11 @@ def bias_gelu_bwd(dy, x, bias):
     N = x.numel() // C
     tile = bias_gelu_config(C)
     columns = cdiv(C, tile.BLOCK_C)
-    programs = resident_programs(x.device, cdiv(N, tile.ROWS), BIAS_GELU_PER_SM, columns)
+    per_sm, maxnreg = bias_gelu_residents(x.dtype)
+    programs = resident_programs(x.device, cdiv(N, tile.ROWS), per_sm, columns)
     partial = x.new_empty((1, programs, C), dtype=torch.float32)
-    grid = (programs, columns, 1)
-    launch(_bias_gelu_bwd_kernel, grid, dy, x, bias, dx, partial, N, C, **tile._asdict())
+    launch(
+        _bias_gelu_bwd_kernel, (programs, columns, 1),
+        dy, x, bias, dx, partial, N, C, **tile._asdict(), maxnreg=maxnreg,
+    )  # fmt: skip
     return dx, sum_partial(partial, torch.empty_like(bias, memory_format=torch.contiguous_format))

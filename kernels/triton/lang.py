@@ -11,6 +11,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SQRT_2_PI = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 NEG_INF = tl.constexpr(float("-inf"))
 # A maximum of float32 that starts here, not at -inf, leaves exp(s - m) = 0 where all s are -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -78,21 +79,20 @@ def gelu(x):
 
 @triton.jit
 def gelu_grad(x):
-    """d gelu / dx = g + 2 x g (1 - g) du/dx, where 1 - g = e g: the difference would cancel."""
-    e = _gelu_exp(x)
+    """d gelu / dx = g + 2 x du/dx (1 - g) g, where 1 - g = e g: the difference would cancel."""
+    top = tl.minimum(x, 10.0, propagate_nan=tl.PropagateNan.ALL)  # from here on exactly 1
+    e = _gelu_exp(top)
     g = 1.0 / (1.0 + e)
-    du = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
-    grad = g + 2.0 * x * (e * g) * g * du
-    # Further out e or du overflows, and the gradient is 0 or 1 to 35 digits.
-    grad = tl.where(x < -10.0, 0.0, grad)
-    return tl.where(x > 10.0, 1.0, grad)
+    two_x_du = top * (2.0 * SQRT_2_PI + 6.0 * 0.044715 * SQRT_2_PI * (top * top))
+    grad = g + two_x_du * ((e * g) * g)
+    # Further out e overflows, and the gradient is 0 to 35 digits.
+    return tl.where(x < -10.0, 0.0, grad)
 
 
 @triton.jit
 def _gelu_exp(x):
-    """exp(-2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return tl.exp2(u * (-2.0 * LOG2E))
+    """exp(-2 u), u = sqrt(2/pi) (x + 0.044715 x^3), as a power of two."""
+    return tl.exp2(x * (-2.0 * LOG2E * SQRT_2_PI - 2.0 * 0.044715 * LOG2E * SQRT_2_PI * (x * x)))
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import sys
 
 import pytest
 from processes import ROOT
+from util import DTYPES
 
-from gpt2.kernels.triton import HEAD_SIZES
+from gpt2.kernels.triton import HEAD_SIZES, tiles
 
 pytestmark = pytest.mark.triton
 
@@ -26,7 +27,7 @@ PROGRAMS = {  # concurrent programs per SM
     "decode_attention": 2,
     "layer_norm": 1,
     "gelu": 4,
-    "cross_entropy": 4,
+    "cross_entropy": 2,
 }
 
 
@@ -49,7 +50,10 @@ def check(rows, op):
         threads = 32 * int(row["tile"].partition("num_warps=")[2].partition(",")[0])
         assert row["spills"] == 0 and row["stack"] == 0, f"spills: {what}"
         assert row["shared"] <= SHARED[row["arch"]], f"shared memory: {what}"
-        assert row["reg"] * threads * PROGRAMS[op] <= REGISTERS, f"registers: {what}"
+        programs = PROGRAMS[op]
+        if row["kernel"] == "_bias_gelu_bwd_kernel":
+            programs = tiles.bias_gelu_residents(DTYPES[row["dtype"]]).per_sm
+        assert row["reg"] * threads * programs <= REGISTERS, f"registers: {what}"
         if op != "attention" or row["dtype"] == "fp32":
             assert row["mma"] == 0, f"no tensor core computes in true float32: {what}"
         else:

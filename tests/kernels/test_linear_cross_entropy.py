@@ -7,11 +7,20 @@ import weakref
 import pytest
 import torch
 from inputs import targets_in, tensor
+from pretend_gpu import OnTheGpu
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, guarded
 
 from gpt2 import kernels
-from gpt2.kernels import autograd, reference
-from gpt2.kernels.linear_cross_entropy import chunk_rows
+from gpt2.kernels import autograd, dispatch, reference
+from gpt2.kernels.linear_cross_entropy import Chunks, chunk_rows
+
+LOSS = sys.modules["gpt2.kernels.linear_cross_entropy"]  # gpt2.kernels has a function of this name
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks as small as a CPU's, so that few rows are several chunks on every backend."""
+    monkeypatch.setattr(dispatch, "DEFAULT", Chunks(least=1))
 
 
 @pytest.mark.grid
@@ -38,7 +47,7 @@ def test_linear_cross_entropy(V, N, C, dtype, weights, ignored, ran, accelerated
 
 @pytest.mark.parametrize("N", [1, 8, 9, 64, 65, 520, 1000])
 def test_chunks_cover_every_row_once(N, kernel_backend):
-    rows = chunk_rows(N)
+    rows = chunk_rows(N, Chunks(least=1))
     assert rows <= max(-(-N // 8), 64) or N >= 64
     assert 1 <= rows <= 8192 and -(-N // rows) <= 9
     if N >= 8:
@@ -47,6 +56,38 @@ def test_chunks_cover_every_row_once(N, kernel_backend):
     with kernels.use(kernel_backend):
         loss = kernels.linear_cross_entropy(x, weight, targets)
     assert torch.allclose(loss, reference.linear_cross_entropy(x, weight, targets))
+
+
+@pytest.mark.parametrize(
+    "N, rows",
+    [(0, 1), (1, 1), (4096, 4096), (4097, 4096), (32768, 4096), (40000, 5056), (10**6, 8192)],
+)
+def test_rows_of_a_chunk_on_a_gpu(N, rows):
+    """Small chunks cost more there than they save: each adds to all of dweight."""
+    assert chunk_rows(N, Chunks()) == rows
+
+
+@pytest.mark.parametrize("adds", [True, False], ids=["addmm", "add"])
+def test_chunks_in_half_precision_are_summed_in_float32(adds, monkeypatch):
+    """On a GPU, by products whose out_dtype is float32; the CPU has none, so these stand in."""
+
+    def mm(a, b, *, out_dtype, out=None):
+        return torch.matmul(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        assert adds, "this PyTorch cannot add to float32"
+        return out.copy_(total + mm(a, b, out_dtype=out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(LOSS, "ADDS_TO_FLOAT32", adds)
+    a, b = tensor(3, 64, 7, dtype=torch.bfloat16), tensor(3, 64, 5, dtype=torch.bfloat16)
+    total = torch.full((7, 5), float("nan"))
+    with OnTheGpu():
+        for chunk in range(3):
+            LOSS._add_mm(total, a[chunk].t(), b[chunk], first=chunk == 0)
+    want = torch.einsum("kni,knj->ij", a.double(), b.double())
+    assert torch.allclose(total.double(), want, atol=1e-4)
 
 
 def test_no_tensor_as_large_as_the_logits(monkeypatch, kernel_backend):
@@ -77,8 +118,8 @@ def test_no_tensor_as_large_as_the_logits(monkeypatch, kernel_backend):
 
 def test_one_chunk_of_logits_at_a_time(monkeypatch, accelerated):
     """If the product allocates its result, the previous chunk has been freed by then."""
-    module, chunks, alive = sys.modules["gpt2.kernels.linear_cross_entropy"], [], []
-    matmul_transposed = module.matmul_transposed
+    chunks, alive = [], []
+    matmul_transposed = LOSS.matmul_transposed
 
     def spy(x, weight, out):
         alive.append(sum(chunk() is not None for chunk in chunks))
@@ -86,7 +127,7 @@ def test_one_chunk_of_logits_at_a_time(monkeypatch, accelerated):
         chunks.append(weakref.ref(chunk))
         return chunk
 
-    monkeypatch.setattr(module, "matmul_transposed", spy)
+    monkeypatch.setattr(LOSS, "matmul_transposed", spy)
     x, weight = tensor(520, 16).requires_grad_(), tensor(33, 16).requires_grad_()
     with kernels.use(accelerated):
         kernels.linear_cross_entropy(x, weight, targets_in(520, 33)).backward()

@@ -58,15 +58,26 @@ KERNEL_MUTANTS = [
         "gelu(x).to(y_ptr.dtype.element_ty), mask=offs >= 0)",
         "kernels/test_gelu.py::test_gelu[triton-1.0-17-fp32]",
     ),
+    Mutant(
+        "gradient far left of 0", LANG,
+        "return tl.where(x < -10.0, 0.0, grad)", "return grad",
+        "kernels/test_gelu.py::test_extremes[triton-fp32]",
+    ),
+    Mutant(
+        "NaN lost in a minimum", LANG,
+        "tl.minimum(x, 10.0, propagate_nan=tl.PropagateNan.ALL)", "tl.minimum(x, 10.0)",
+        "kernels/test_gelu.py::test_nan_stays_in_its_place[triton]",
+    ),
     # cross_entropy
     Mutant(
         "one-hot left out", LOSS,
-        "tl.where(offs == target, p - 1.0, p)", "p",
+        "(shift - (1.0 - smoothing) * dloss)", "shift",
         "kernels/test_cross_entropy.py::test_leading_shapes[triton-(2, 3)]", quick=True,
     ),
     Mutant(
         "target beyond the vocabulary", LOSS,
-        "inside = (target >= 0) & (target < V)", "inside = target >= 0",
+        "ignore_index\n    inside = (target >= 0) & (target < V)",
+        "ignore_index\n    inside = target >= 0",
         "kernels/test_changed_ids.py::test_every_pass_meets_targets_outside[triton-0.0]",
     ),
     Mutant(
@@ -76,9 +87,19 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "rows in 32 bits", LOSS,
-        "row = tl.program_id(0).to(tl.int64)\n    logits_ptr",
-        "row = tl.program_id(0)\n    logits_ptr",
+        "row * stride_row\n    target = tl.load(targets_ptr + row)\n    counts",
+        "row.to(tl.int32) * stride_row\n    target = tl.load(targets_ptr + row)\n    counts",
         "kernels/test_cross_entropy.py::test_rows_that_overflow_int32[triton]",
+    ),
+    Mutant(
+        "edges of a row left out", LOSS,
+        "    l += tl.sum(tl.exp2((x_edge - m) * LOG2E), axis=0)\n", "",
+        "kernels/test_cross_entropy.py::test_rows_that_begin_anywhere[triton-20-bf16]",
+    ),
+    Mutant(
+        "logits of an ignored row read", LOSS,
+        "mask=mask & counts", "mask=mask",
+        "kernels/test_cross_entropy.py::test_ignored_rows_add_nothing[triton]",
     ),
     Mutant(
         "gradient in place, unknown to autograd", AUTOGRAD,
@@ -94,6 +115,16 @@ KERNEL_MUTANTS = [
         "saved gradient scaled in place", AUTOGRAD,
         "dx = dx * scale if", "dx = dx.mul_(scale) if",
         "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    Mutant(
+        "saved gradient of the weight scaled in place", AUTOGRAD,
+        "rounded = torch.empty_like(dweight, dtype=weight.dtype)", "rounded = dweight",
+        "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
+    ),
+    Mutant(
+        "padding of the weight not zeroed", LINEAR,
+        "padded[V:] = 0", "pass",
+        "kernels/test_linear_cross_entropy.py::test_linear_cross_entropy[triton-V65-N200-C16-fp32-same-none]",
     ),
     # the products of the model and of the head
     Mutant(
