@@ -18,6 +18,8 @@
 // H100's L2 in all.
 //
 //   N rows   V vocabulary   L logits that a thread moves at once
+#include <float.h>
+
 #include <algorithm>
 
 #include "async.cuh"
@@ -45,25 +47,29 @@ __device__ void for_logits(const T* row, int64_t V, F f) {
   if (L > 1 && tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
 }
 
-// m and l of a row, for all of its block.
+// m = max x and l = sum exp(x - m) of a row. Where all of it is -inf, l is 0.
+struct Softmax {
+  float m, l;
+};
+
+// For all of its block. m begins at the lowest finite number: exp(-inf - m) is 0, not NaN.
 template <class T>
 __device__ Softmax softmax_of(const T* row, int64_t V) {
-  Softmax sum;
+  float m = -FLT_MAX, l = 0;
   for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
-    float top = sum.m;
+    float top = m;
 #pragma unroll
     for (float each : x) top = fmaxf(top, each);
-    if (top > sum.m) {
-      sum.l *= exp2_fast(kLog2e * (sum.m - top));
-      sum.m = top;
-    }
-    const float shift = sum.shift();
+    float sum = 0;
 #pragma unroll
-    for (float each : x) sum.l += exp2_fast(kLog2e * (each - shift));
+    for (float each : x) sum += exp2_fast(kLog2e * (each - top));
+    l = fmaf(l, exp2_fast(kLog2e * (m - top)), sum);
+    m = top;
   });
-  return block_sum(sum);
+  const float top = block_sum(Max{m}, Max{-FLT_MAX}).x;
+  return {top, block_sum(__fmul_rn(l, exp2_fast(kLog2e * (m - top))))};
 }
 
 // The mean of a row, for all of its block, which call it together; 0 where nothing is smoothed: of
@@ -203,7 +209,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (target != rows.ignore_index) {
       T* const to = copies + stage * V_padded;
       const T* const from = logits + n * rows.stride;
-      for (int64_t v = threadIdx.x * L; v < rows.V; v += blockDim.x * L) {
+      const int size = int(rows.V);  // what fits into shared memory fits into an int
+      for (int v = threadIdx.x * L; v < size; v += kMaxThreads * L) {
         cp_async(to + v, from + v, true);
       }
     }
