@@ -105,6 +105,6 @@ CUDA_MUTANTS = [
     Mutant(
         "cross_entropy: another thread's part of a row read before it has arrived", LOSS,
         "    __syncthreads();  // every thread's part", "    // every thread's part",
-        "kernels/test_cross_entropy.py::test_more_long_rows_than_multiprocessors[cuda-bf16-0.0]",
+        "kernels/test_cross_entropy_rows.py::test_more_long_rows_than_multiprocessors[cuda-bf16-0.0]",
     ),
 ]  # fmt: skip
