@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .reference import is_transformed
+
 SLOTS = 256  # checks in flight; a GPU's launch queue holds fewer
 _lock = threading.Lock()  # activation checkpointing checks from a thread of autograd
 
@@ -29,12 +31,13 @@ def is_asynchronous(x: Tensor) -> bool:
 def validate(ids: Tensor, name: str, size: int, ignore_index: int | None = None) -> None:
     """Raises ValueError with the first id outside [0, size) that is not ignore_index.
 
-    On a GPU the error is raised later, see above. Ids without values are not checked: on the meta
+    On a GPU the error is raised later, see above, but not inside a transform of torch.func, which
+    allows no copy into memory that it does not know. Ids without values are not checked: on the meta
     device, inside vmap, and while a CUDA graph is captured, whose replays then give NaN.
     """
     if _has_no_values(ids):
         return
-    if is_asynchronous(ids):
+    if is_asynchronous(ids) and not is_transformed():
         with _lock:
             _checks_on(ids.device).add(ids, name, size, ignore_index)
         return

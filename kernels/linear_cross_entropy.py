@@ -22,7 +22,8 @@ from torch import Tensor
 from .matmul import matmul_transposed, uses_onednn
 
 MAX_CHUNK = 8192  # rows; a larger matrix product is not faster
-# Whether addmm of 16-bit matrices adds to a float32 one. Early forms of its out_dtype refused that.
+# Whether addmm with out_dtype adds 16-bit products to float32: at first it refused that
+# (pytorch/pytorch#167931).
 ADDS_TO_FLOAT32 = torch.__version__ >= (2, 11)
 
 

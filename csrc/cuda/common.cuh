@@ -128,6 +128,14 @@ inline void check(cudaError_t error, const char* kernel) {
   }
 }
 
+// A number of the current GPU.
+inline int attribute_of_gpu(cudaDeviceAttr attribute, const char* kernel) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), kernel);
+  check(cudaDeviceGetAttribute(&value, attribute, device), kernel);
+  return value;
+}
+
 // kernel<<<blocks, threads, shared>>>(args...) on the executor's stream; `name` is for messages.
 // More than 48 KiB of shared memory must be asked for.
 template <class... Parameters, class... Args>

@@ -9,10 +9,20 @@
 //
 // A block owns a row and reads it once with an online maximum and sum; the softmax is never stored.
 // m and l stay apart: lse = m + log(l) as one number would round away the digits of log(l) where
-// logits are large. In place, the row is read again while it is still in L2: two blocks of 1024
-// threads fill a multiprocessor, and their rows of 50257 are half of an H100's L2 in all.
+// logits are large.
+//
+// In place, a row is read twice. Where two long rows fit into the shared memory of a block (Hopper
+// has 227 KiB, two rows of 50304 in half precision take 196), a block computes with one row there
+// while the next arrives, and each logit is read from memory once. Elsewhere the row is read again
+// from L2: two blocks of 1024 threads fill a multiprocessor, and their rows of 50257 are half of an
+// H100's L2 in all.
 //
 //   N rows   V vocabulary   L logits that a thread moves at once
+#include <float.h>
+
+#include <algorithm>
+
+#include "async.cuh"
 #include "reduce.cuh"
 
 namespace gpt2::cuda {
@@ -37,25 +47,29 @@ __device__ void for_logits(const T* row, int64_t V, F f) {
   if (L > 1 && tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
 }
 
-// m and l of a row, for all of its block.
+// m = max x and l = sum exp(x - m) of a row. Where all of it is -inf, l is 0.
+struct Softmax {
+  float m, l;
+};
+
+// For all of its block. m begins at the lowest finite number: exp(-inf - m) is 0, not NaN.
 template <class T>
 __device__ Softmax softmax_of(const T* row, int64_t V) {
-  Softmax sum;
+  float m = -FLT_MAX, l = 0;
   for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
-    float top = sum.m;
+    float top = m;
 #pragma unroll
     for (float each : x) top = fmaxf(top, each);
-    if (top > sum.m) {
-      sum.l *= exp2_fast(kLog2e * (sum.m - top));
-      sum.m = top;
-    }
-    const float shift = sum.shift();
+    float sum = 0;
 #pragma unroll
-    for (float each : x) sum.l += exp2_fast(kLog2e * (each - shift));
+    for (float each : x) sum += exp2_fast(kLog2e * (each - top));
+    l = fmaf(l, exp2_fast(kLog2e * (m - top)), sum);
+    m = top;
   });
-  return block_sum(sum);
+  const float top = block_sum(Max{m}, Max{-FLT_MAX}).x;
+  return {top, block_sum(__fmul_rn(l, exp2_fast(kLog2e * (m - top))))};
 }
 
 // The mean of a row, for all of its block, which call it together; 0 where nothing is smoothed: of
@@ -179,6 +193,65 @@ __global__ void __launch_bounds__(kMaxThreads)
   store_zeros(row + rows.V, V_padded - rows.V);
 }
 
+// The same, by blocks that walk the rows. The logits of a row lie in shared memory, where the next
+// row's arrive meanwhile; only the gradient is written to the row itself. Rows begin on 16 bytes.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    cross_entropy_ring_kernel(LogitsRows rows, T* logits, int64_t V_padded,
+                              float* losses) {  // (N,)
+  extern __shared__ __align__(16) char ring[];  // (2, V_padded)
+  T* const copies = reinterpret_cast<T*>(ring);
+  constexpr int L = kLanes<T>;
+  // Begins to copy row n, unless it is ignored, and returns its target.
+  const auto fetch = [&](int64_t n, int stage) {
+    int64_t target = rows.ignore_index;
+    if (n < rows.N) target = rows.targets[n];
+    if (target != rows.ignore_index) {
+      T* const to = copies + stage * V_padded;
+      const T* const from = logits + n * rows.stride;
+      const int size = int(rows.V);  // what fits into shared memory fits into an int
+      for (int v = threadIdx.x * L; v < size; v += kMaxThreads * L) {
+        cp_async(to + v, from + v, true);
+      }
+    }
+    cp_async_commit();
+    return target;
+  };
+
+  int stage = 0;
+  int64_t target = fetch(blockIdx.x, stage);
+  for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
+    cp_async_wait<0>();
+    __syncthreads();  // every thread's part has arrived, and the other stage has been used
+    const int64_t next = fetch(n + gridDim.x, stage ^ 1);
+    const T* const copy = copies + stage * V_padded;
+    T* const row = logits + n * rows.stride;
+    if (target == rows.ignore_index) {
+      if (threadIdx.x == 0) losses[n] = 0;
+      store_zeros(row, V_padded);
+    } else {
+      const Softmax softmax = softmax_of(copy, rows.V);
+      const float mean = mean_to_smooth(rows, copy);
+      if (threadIdx.x == 0) {
+        losses[n] = loss_of(rows, logit_of(rows, copy, target), mean, softmax);
+      }
+      store_gradient(rows, copy, target, softmax, 1, row);
+      store_zeros(row + rows.V, V_padded - rows.V);
+    }
+    target = next;
+    stage ^= 1;
+  }
+}
+
+// Whether the ring's rows, which are `bytes` long, are worth it and fit beside what sums need.
+bool fits_ring(const CrossEntropyFwdBwd& args, int64_t bytes, int64_t stride_bytes) {
+  constexpr int64_t kForSums = 1 << 10;
+  return threads_for(args.rows.V) == kMaxThreads && are_aligned(args.logits) &&
+         stride_bytes % 16 == 0 && bytes % 16 == 0 &&
+         2 * bytes + kForSums <=
+             attribute_of_gpu(cudaDevAttrMaxSharedMemoryPerBlockOptin, "cross_entropy_fwd_bwd");
+}
+
 }  // namespace
 
 template <class T>
@@ -197,9 +270,20 @@ void cross_entropy_bwd(const CrossEntropyBwd& args, const Executor& on) {
 
 template <class T>
 void cross_entropy_fwd_bwd(const CrossEntropyFwdBwd& args, const Executor& on) {
-  launch("cross_entropy_fwd_bwd", cross_entropy_fwd_bwd_kernel<T>, args.rows.N,
-         threads_for(args.rows.V), 0, on, args.rows, static_cast<T*>(args.logits), args.V_padded,
-         static_cast<float*>(args.losses));
+  const char* const name = "cross_entropy_fwd_bwd";
+  const LogitsRows& rows = args.rows;
+  T* const logits = static_cast<T*>(args.logits);
+  float* const losses = static_cast<float*>(args.losses);
+  const int64_t bytes = args.V_padded * sizeof(T);
+  if (fits_ring(args, bytes, rows.stride * sizeof(T))) {
+    const int64_t blocks =
+        std::min<int64_t>(rows.N, attribute_of_gpu(cudaDevAttrMultiProcessorCount, name));
+    launch(name, cross_entropy_ring_kernel<T>, blocks, kMaxThreads, 2 * bytes, on, rows, logits,
+           args.V_padded, losses);
+  } else {
+    launch(name, cross_entropy_fwd_bwd_kernel<T>, rows.N, threads_for(rows.V), 0, on, rows, logits,
+           args.V_padded, losses);
+  }
 }
 
 #define GPT2_INSTANTIATE(T)                                                    \

@@ -14,7 +14,7 @@
 // float32, by the FMA units, into the same layout: everything around the products is written once.
 #pragma once
 
-#include "common.cuh"
+#include "async.cuh"
 
 namespace gpt2::cuda {
 
@@ -38,34 +38,6 @@ struct Tile {
 };
 
 // ---- instructions
-
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes from global to shared memory, behind the back of the registers; zeros where !valid.
-__device__ inline void cp_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// 4 bytes.
-__device__ inline void cp_async_4(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 4 : 0)
-               : "memory");
-}
-
-__device__ inline void cp_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// All but the latest `pending` groups of this thread have landed.
-template <int pending>
-__device__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
 
 // Four 8 x 8 matrices: lane i names a row of matrix i / 8, and gets of each the elements 2 (i % 4)
 // and the next of row i / 4; with _trans, of column i / 4.

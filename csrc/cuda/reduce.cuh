@@ -10,12 +10,9 @@ struct Pair {
   float a, b;
 };
 
-// m = max x and l = sum exp(x - m) of what has been seen; of nothing, or of -inf alone, l is 0.
-struct Softmax {
-  float m = -INFINITY, l = 0;
-
-  // exp(x - shift) is 0, and not exp(-inf + inf), where all there is is -inf.
-  __device__ float shift() const { return m == -INFINITY ? 0 : m; }
+// A number whose sum is the maximum.
+struct Max {
+  float x;
 };
 
 __device__ inline float plus(float x, float y) {
@@ -24,13 +21,8 @@ __device__ inline float plus(float x, float y) {
 __device__ inline Pair plus(Pair x, Pair y) {
   return {plus(x.a, y.a), plus(x.b, y.b)};
 }
-__device__ inline Softmax plus(Softmax x, Softmax y) {
-  Softmax both;
-  both.m = fmaxf(x.m, y.m);
-  const float shift = both.shift();
-  both.l = plus(__fmul_rn(x.l, exp2_fast(kLog2e * (x.m - shift))),
-                __fmul_rn(y.l, exp2_fast(kLog2e * (y.m - shift))));
-  return both;
+__device__ inline Max plus(Max x, Max y) {
+  return {fmaxf(x.x, y.x)};
 }
 
 __device__ inline float shuffle_xor(float x, int lanes) {
@@ -39,8 +31,8 @@ __device__ inline float shuffle_xor(float x, int lanes) {
 __device__ inline Pair shuffle_xor(Pair x, int lanes) {
   return {shuffle_xor(x.a, lanes), shuffle_xor(x.b, lanes)};
 }
-__device__ inline Softmax shuffle_xor(Softmax x, int lanes) {
-  return {shuffle_xor(x.m, lanes), shuffle_xor(x.l, lanes)};
+__device__ inline Max shuffle_xor(Max x, int lanes) {
+  return {shuffle_xor(x.x, lanes)};
 }
 
 // The sum of x, by plus, over a whole warp.
@@ -51,9 +43,9 @@ __device__ A warp_sum(A x) {
   return x;
 }
 
-// Over a block of whole warps; all of its threads call it. A() adds nothing.
+// Over a block of whole warps; all of its threads call it. `nothing` adds nothing.
 template <class A>
-__device__ A block_sum(A x) {
+__device__ A block_sum(A x, A nothing = A()) {
   __shared__ float memory[kWarp * sizeof(A) / sizeof(float)];
   A* const of_warp = reinterpret_cast<A*>(memory);
   x = warp_sum(x);
@@ -62,7 +54,7 @@ __device__ A block_sum(A x) {
   __syncthreads();
   // Every warp adds what the warps have left, in the same order.
   const int lane = threadIdx.x % kWarp;
-  return warp_sum(lane < int(blockDim.x) / kWarp ? of_warp[lane] : A());
+  return warp_sum(lane < int(blockDim.x) / kWarp ? of_warp[lane] : nothing);
 }
 
 }  // namespace gpt2::cuda

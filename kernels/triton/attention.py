@@ -113,11 +113,11 @@ def _attn_bwd_dq_kernel(
     o_ptr, lse_ptr,                    # as the forward left them
     dq,                                # View (B, Tq, H, D)
     delta_ptr,                         # (B, H, Tq), float32, out: the dk dv pass reads it
-    sums_ptr,                          # (B tiles, H, D), float32, only with SUM: dq of each tile
+    sums_ptr,                          # (B tiles, H, D), float32: the sum of each dq tile; or None
     scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows against the keys they see, in the forward's order. With p from lse,
 
@@ -161,7 +161,7 @@ def _attn_bwd_dq_kernel(
 
     dq_tile *= scores.scale
     store_rows(head_of(dq, b, h), dq_tile, offs_m, dq.stride_t, Tq, D, BLOCK_D)
-    if SUM:
+    if sums_ptr is not None:
         row = b * tl.cdiv(Tq, BLOCK_M) + start_m // BLOCK_M
         _store_sum(sums_ptr, dq_tile, row * H + h, D, BLOCK_D)
 
@@ -171,12 +171,12 @@ def _attn_bwd_dkdv_kernel(
     do, q, k, v,                       # Views (B, T, H, D)
     lse_ptr, delta_ptr,                # (B, H, Tq), float32
     dk, dv,                            # Views (B, Tk, H, D)
-    sums_ptr,                          # (2, B tiles, H, D), float32, only with SUM: dk, dv
+    sums_ptr,                          # (2, B tiles, H, D), float32: the same of dk, dv; or None
     scores,                            # Scores
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,             # query rows read per step
     BLOCK_N: tl.constexpr,             # key rows owned by this program
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of key rows against the queries that see them, tiles transposed: (keys, queries).
 
@@ -239,7 +239,7 @@ def _attn_bwd_dkdv_kernel(
     dk_tile *= scores.scale
     store_rows(head_of(dk, b, h), dk_tile, offs_n, dk.stride_t, Tk, D, BLOCK_D)
     store_rows(head_of(dv, b, h), dv_tile, offs_n, dv.stride_t, Tk, D, BLOCK_D)
-    if SUM:  # rows past Tk are 0: no query sees them
+    if sums_ptr is not None:  # rows past Tk are 0: no query sees them
         row = b * tiles + tl.program_id(0) % tiles
         _store_sum(sums_ptr, dk_tile, row * H + h, D, BLOCK_D)
         past_dk = tl.num_programs(0).to(tl.int64) * D
@@ -324,7 +324,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     scores = _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed)
     inputs = view_of(do), view_of(q), view_of(k), view_of(v)
-    C, sums, with_sum = H * D, lse, {"SUM": total is not None}
+    C, sums = H * D, None
     if Tq > 0:
         tile = attention_config("bwd_dq", D, q.dtype, dropout_p > 0.0, q.device)
         tiles = cdiv(Tq, tile.BLOCK_M)
@@ -333,7 +333,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
         launch(
             _attn_bwd_dq_kernel, (B * H * tiles, 1, 1),
             *inputs, o, lse, view_of(dq), delta, sums, scores,
-            **_constants(q, tile, dropout_p), **with_sum,
+            **_constants(q, tile, dropout_p),
         )  # fmt: skip
         if total is not None:
             sum_partial(sums, total[:C])
@@ -344,7 +344,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     launch(
         _attn_bwd_dkdv_kernel, (B * H * tiles, 1, 1),
         *inputs, lse, delta, view_of(dk), view_of(dv), sums, scores,
-        **_constants(q, tile, dropout_p), **with_sum,
+        **_constants(q, tile, dropout_p),
     )  # fmt: skip
     if total is not None:
         sum_partial(sums, total[C:].view(2, C))

@@ -40,6 +40,7 @@ REGISTERS = {
     "cross_entropy_fwd_kernel": 32,
     "cross_entropy_bwd_kernel": 32,
     "cross_entropy_fwd_bwd_kernel": 32,
+    "cross_entropy_ring_kernel": 64,  # one block of 1024 threads
     "sum_partial_kernel": 32,
 }
 

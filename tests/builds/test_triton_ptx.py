@@ -30,7 +30,11 @@ OTHERS = "not bf16 and not fp16 and not fp32"
 PARTS = {
     "one-of-each": ONE_OF_EACH,
     **{f"attention-{k}": [*ATTENTION, "-k", k] for k in ("bf16", "fp16", "fp32", OTHERS)},
-    "cross_entropy": ["kernels/test_cross_entropy.py", "kernels/test_linear_cross_entropy.py"],
+    "cross_entropy": [
+        "kernels/test_cross_entropy.py",
+        "kernels/test_cross_entropy_rows.py",
+        "kernels/test_linear_cross_entropy.py",
+    ],
     **{op: [f"kernels/test_{op}.py"] for op in ("layer_norm", "gelu", "decode_attention")},
 }
 

@@ -124,7 +124,7 @@ def test_more_heads_than_a_grid_axis_holds(monkeypatch):
     qkv = tensor(4096, 1, 3 * 16 * 16).requires_grad_()
     with kernels.use("triton"):
         kernels.causal_attention_qkv(qkv, 16).sum().backward()
-    assert grids == [(65536,)] * 3
+    assert grids == [(65536, 1, 1)] * 3
 
 
 @pytest.mark.gpu

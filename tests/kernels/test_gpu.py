@@ -170,6 +170,7 @@ def test_a_training_step_does_not_wait():
 
 
 @pytest.mark.full
+@pytest.mark.no_poison
 def test_reduce_overhead_captures_the_model():
     """Inductor leaves out its CUDA graph, for example because of an op on a CPU tensor, and says so
     only in a counter."""

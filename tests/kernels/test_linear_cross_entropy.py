@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from inputs import targets_in, tensor
-from pretend_gpu import OnTheGpu
+from on_the_gpu import OnTheGpu
 from util import DEVICE, DTYPES, assert_close_to, bits_equal, check_op, guarded
 
 from gpt2 import kernels

@@ -99,7 +99,12 @@ CUDA_MUTANTS = [
     ),
     Mutant(
         "cross_entropy: sum not rescaled", LOSS,
-        "      sum.l *= exp2_fast(kLog2e * (sum.m - top));\n", "",
+        "fmaf(l, exp2_fast(kLog2e * (m - top)), sum)", "l + sum",
         "kernels/test_cross_entropy.py::test_cross_entropy[cuda-20.0-V9001-N3-fp32-none]",
+    ),
+    Mutant(
+        "cross_entropy: another thread's part of a row read before it has arrived", LOSS,
+        "    __syncthreads();  // every thread's part", "    // every thread's part",
+        "kernels/test_cross_entropy_rows.py::test_more_long_rows_than_multiprocessors[cuda-bf16-0.0]",
     ),
 ]  # fmt: skip
