@@ -32,8 +32,8 @@ def validate(ids: Tensor, name: str, size: int, ignore_index: int | None = None)
     """Raises ValueError with the first id outside [0, size) that is not ignore_index.
 
     On a GPU the error is raised later, see above, but not inside a transform of torch.func, which
-    allows no copy into memory that it does not know. Ids without values are not checked: on the meta
-    device, inside vmap, and while a CUDA graph is captured, whose replays then give NaN.
+    allows no copy into memory that it does not know. Ids without values are not checked: on the
+    meta device, inside vmap, and while a CUDA graph is captured, whose replays then give NaN.
     """
     if _has_no_values(ids):
         return

@@ -14,6 +14,7 @@ import types
 import fake_graphs
 import pytest
 import torch
+from on_the_gpu import OnTheGpu
 
 
 class Stream:
