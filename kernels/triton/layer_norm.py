@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .lang import Matrix, load_rows, store_rows
+from .lang import Matrix
 from .launch import launch
 from .partial import sum_partial
 from .tiles import cdiv, layer_norm_config, resident_programs
@@ -36,30 +36,46 @@ def _layer_norm_fwd_kernel(
     C: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Two passes over a tile in registers. The centred sum of squares does not cancel the way
-    E[x^2] - mean^2 does when |mean| >> std; lanes past C add nothing to it."""
+    """Two passes over rows in registers. The centred sum of squares does not cancel the way
+    E[x^2] - mean^2 does when |mean| >> std; lanes past C add nothing to it. A row is a tuple of
+    blocks of BLOCK_C columns, so that C = 768 has no empty lanes."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     offs_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offs_c = tl.arange(0, BLOCK_C)
-    s = load_rows(x.ptr, offs_row, x.stride, N, C, BLOCK_C, True).to(tl.float32)
-    if ADD:
-        r = load_rows(residual.ptr, offs_row, residual.stride, N, C, BLOCK_C, True)
-        # The norm sees s as it is stored, so that the backward recomputes the same xhat.
-        stored = (s + r.to(tl.float32)).to(s_ptr.dtype.element_ty)
-        store_rows(s_ptr, stored, offs_row, C, N, C, BLOCK_C)
-        s = stored.to(tl.float32)
+    zeros = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    total = zeros
+    row = ()
+    for i in tl.static_range(BLOCKS):
+        s = _load_block(x, offs_row, i, N, C, BLOCK_C)
+        if ADD:
+            # The norm sees s as it is stored, so that the backward recomputes the same xhat.
+            stored = s + _load_block(residual, offs_row, i, N, C, BLOCK_C)
+            stored = stored.to(s_ptr.dtype.element_ty)
+            _store_block(s_ptr, stored, offs_row, i, N, C, BLOCK_C)
+            s = stored.to(tl.float32)
+        total += s
+        row = row + (s,)
     # mean, rstd. What the centred row still sums to is the rounding of the first mean.
-    first_mean = tl.sum(s, axis=1) / C
-    centred = tl.where((offs_c < C)[None, :], s - first_mean[:, None], 0.0)
-    rest = tl.sum(centred, axis=1) / C
+    first_mean = tl.sum(total, axis=1) / C
+    total, squares = zeros, zeros
+    for i in tl.static_range(BLOCKS):
+        centred = row[i] - first_mean[:, None]
+        if C % BLOCK_C:
+            inside = i * BLOCK_C + tl.arange(0, BLOCK_C) < C
+            centred = tl.where(inside[None, :], centred, 0.0)
+        total += centred
+        squares = tl.fma(centred, centred, squares)
+    rest = tl.sum(total, axis=1) / C
     mean = first_mean + rest
-    variance = tl.sum(centred * centred, axis=1) / C - rest * rest
+    variance = tl.sum(squares, axis=1) / C - rest * rest
     rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)  # NaN stays NaN
     # y = xhat * weight + bias
-    weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
-    xhat = (s - mean[:, None]) * rstd[:, None]
-    y = tl.fma(xhat, weight[None, :], bias[None, :])
-    store_rows(y_ptr, y, offs_row, C, N, C, BLOCK_C)
+    for i in tl.static_range(BLOCKS):
+        offs_c = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        weight = tl.load(weight_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_c, mask=offs_c < C, other=0.0).to(tl.float32)
+        xhat = (row[i] - mean[:, None]) * rstd[:, None]
+        y = tl.fma(xhat, weight[None, :], bias[None, :])
+        _store_block(y_ptr, y, offs_row, i, N, C, BLOCK_C)
     tl.store(stats_ptr + offs_row, mean, mask=offs_row < N)
     tl.store(stats_ptr + N + offs_row, rstd, mask=offs_row < N)
 
@@ -82,8 +98,8 @@ def _layer_norm_bwd_kernel(
         dx = rstd (wdy - mean_C(wdy) - xhat mean_C(wdy xhat)) + ds    dw += dy xhat    db += dy
 
     and with SUM_DX the sum of dx over rows: the bias gradient of the linear layer whose output was
-    added. A row is a tuple of blocks of BLOCK_C columns, so that C = 768 has no empty lanes. The
-    next rows are loaded meanwhile (STAGES). Outside the matrix everything is 0.
+    added. A row is a tuple of blocks, as in the forward. The next rows are loaded meanwhile
+    (STAGES). Outside the matrix everything is 0.
     """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     zeros = tl.zeros((ROWS, BLOCK_C), tl.float32)

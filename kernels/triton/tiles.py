@@ -148,30 +148,23 @@ class RowTile(NamedTuple):
 
 
 def layer_norm_config(kernel: str, C: int) -> RowTile:
-    """ "fwd" or "bwd" of rows of C.
+    """ "fwd" or "bwd" of rows of C, in blocks of columns: 16 elements a lane in the forward, 4 in
+    the backward.
 
-    The forward holds whole rows, padded to the next power of two. Up to 1024 features a warp owns a
-    row, so that its sums need no shared memory: 32 elements a lane. (ROWS, num_warps) on the H200,
-    alone and with the residual, in microseconds:
+    Backward on the H200, alone, with the residual, and with the residual in float32, in
+    microseconds; (ROWS, num_warps, num_stages, per_sm):
 
-        65536 x 768     (1, 1)     53, 100    (4, 4)    58,  99    (1, 2)    84, 102
-        31457 x 1600    (2, 4)     61, 100    (1, 4)    85, 104    (1, 8)   100, 114
+        65536 x 768     (2, 4, 3, 4)    83, 105, 186    (4, 8, 3, 2)    89, 108
+                        (4, 4, 3, 3)   103, 122, 205    (2, 4, 2, 5)    96
 
-    The backward takes blocks of columns, 4 elements a lane. At 65536 x 768, alone, with the
-    residual, and with the residual in float32; in the last column with blocks of 1024, one stage:
-
-        (ROWS, num_warps, num_stages, per_sm)
-        (2, 4, 3, 4)    83, 105, 186    (4, 8, 3, 2)    89, 108, -    (1, 1, 1, 8)   103, 135, -
-        (4, 4, 3, 3)   103, 122, 205    (2, 4, 2, 5)    96,   -, -    (1, 2, 1, 8)   106, 137, -
-
-    Rows of more than 2048 have not been timed. The forward has 8 warps there: 16 spill in float32
-    at 8192 with the residual, 32 in bfloat16.
+    Rows of more than 2048 have not been timed. In the forward 16 warps would spill there.
     """
     block = next_power_of_2(C)
     if kernel == "fwd":
-        if block <= 1024:
-            return RowTile(1, block, 1)
-        return RowTile(2, block, 4) if block <= 2048 else RowTile(1, block, min(block // 256, 8))
+        rows, warps = (4, 2) if block <= 1024 else (2, 4)
+        if block > 2048:
+            rows, warps = 1, min(block // 512, 8)
+        return RowTile(rows, min(block, warps * 512 // rows), warps)
     rows, warps = 2 if block <= 1024 else 1, max(4, min(block // 512, 16))
     stages = 3 if block <= 2048 else 1
     per_sm = 4 if C <= 768 else 3 if block <= 2048 else 1  # what fits into 64 Ki registers
