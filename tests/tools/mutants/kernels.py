@@ -110,6 +110,11 @@ KERNEL_MUTANTS = [
         "kernels/test_ids.py::test_a_bad_id_computes_nan[65-False]", quick=True,
     ),
     Mutant(
+        "an id beyond the last on a CPU", IDS,
+        "low.item() and high.item() < size:", "low.item() and high.item() <= size:",
+        "kernels/test_ids.py::test_each_id_on_a_cpu[None]", quick=True,
+    ),
+    Mutant(
         "a wait for the device", IDS,
         "valid = (inside == ids).all()", "valid = torch.tensor(torch.equal(inside, ids))",
         "kernels/test_ids.py::test_a_step_reads_no_value[0.0-True]", quick=True,
