@@ -12,7 +12,7 @@ from . import kernels
 from .config import Config
 from .kernels import block as whole
 from .kernels import reference
-from .layers import add_norm, is_stock, own, project, project_gelu
+from .layers import add_norm, is_stock, own, project, project_gelu, stock_parameters
 
 
 class Attention(nn.Module):
@@ -76,20 +76,23 @@ class Block(nn.Module):
             return None
         if reference.is_transformed() or type(x) is not Tensor:
             return None
-        ln_1, attn, ln_2, mlp = (self._modules[n] for n in ("ln_1", "attn", "ln_2", "mlp"))
+        modules = self._modules  # nn.Module finds an attribute only after a search elsewhere
+        attn, mlp = modules["attn"], modules["mlp"]
         if self.training and (attn.dropout or mlp.dropout):
             return None
         if not (is_stock(attn, Attention) and is_stock(mlp, MLP)):
             return None
-        linears = (*attn._modules.values(), *mlp._modules.values())
-        if not all(is_stock(norm, nn.LayerNorm) for norm in (ln_1, ln_2)):
-            return None
-        if not all(is_stock(linear, nn.Linear) for linear in linears):
-            return None
-        c_attn, attn_proj, c_fc, mlp_proj = linears
-        layers = (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj)
-        parameters = [layer._parameters[name] for layer in layers for name in ("weight", "bias")]
-        if any(type(p) is not nn.Parameter for p in parameters):  # None, or a DTensor
+        ln_1, ln_2 = modules["ln_1"], modules["ln_2"]
+        attn_layers, mlp_layers = attn._modules, mlp._modules
+        parameters = stock_parameters(
+            (ln_1, nn.LayerNorm),
+            (attn_layers["c_attn"], nn.Linear),
+            (attn_layers["c_proj"], nn.Linear),
+            (ln_2, nn.LayerNorm),
+            (mlp_layers["c_fc"], nn.Linear),
+            (mlp_layers["c_proj"], nn.Linear),
+        )
+        if parameters is None:
             return None
         parameters = whole.Parameters(*parameters)
         plan = whole.plan(x, s, parameters, attn.n_head, (ln_1.eps, ln_2.eps))

@@ -38,6 +38,20 @@ def is_stock(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     return type(layer) in kinds and not is_hooked(layer)
 
 
+def stock_parameters(*layers: tuple[nn.Module, type[nn.Module]]) -> list[nn.Parameter] | None:
+    """The weight and the bias of each (layer, its type); None unless all layers are stock and all
+    of these are plain parameters."""
+    found = []
+    for layer, kind in layers:
+        if not is_stock(layer, kind):
+            return None
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if not type(weight) is type(bias) is nn.Parameter:  # None, or a DTensor
+            return None
+        found += weight, bias
+    return found
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of module runs hooks, or another forward than that of its class."""
     if (

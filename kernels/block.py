@@ -9,7 +9,7 @@ dispatcher once, not twelve times, and so takes half of their time on the host. 
 saves work: the weights are cast together, products write weight gradients in the weight's dtype,
 and a norm's backward adds up the rows that it writes, which are a bias gradient.
 
-    N = B T rows   C features   H heads
+    B batch   T time   C features   H heads
 """
 
 import functools
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
 
     ops: SimpleNamespace  # the kernels
     dtype: torch.dtype  # of activations
+    autocasting: bool
     n_head: int
     softmax_scale: float
     eps: tuple[float, float]
@@ -69,8 +70,8 @@ def plan(
     if s is not None and (x.dtype != dtype or s.dtype not in (dtype, torch.float32)):
         return None
     if not autocasting:
-        streams = () if s is None else (s,)
-        if any(p.dtype != dtype for p in (*parameters, *streams)):
+        dtypes = {p.dtype for p in parameters}
+        if dtypes != {dtype} or (s is not None and s.dtype != dtype):
             return None
     if not x.numel() or not x.is_contiguous() or not has_fast_matmul(dtype, device.type):
         return None
@@ -79,7 +80,7 @@ def plan(
         dispatch.choose("layer_norm", device, dtype, C),
         dispatch.choose("gelu", device, dtype),
     )
-    return ops and Plan(ops, dtype, n_head, (C // n_head) ** -0.5, eps)
+    return ops and Plan(ops, dtype, autocasting, n_head, (C // n_head) ** -0.5, eps)
 
 
 @functools.cache
@@ -116,25 +117,23 @@ def block(x: Tensor, s: Tensor | None, parameters: Parameters, plan: Plan) -> tu
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, s, plan, *parameters):
-        p, ops, C = Parameters(*parameters), plan.ops, x.shape[-1]
-        w = _cast(p, plan.dtype)
+        p, ops = Parameters(*parameters), plan.ops
+        w = _cast(p, plan.dtype) if plan.autocasting else p
         if s is None:
             h1, stats1 = ops.layer_norm_fwd(x, p.ln_1, p.ln_1_bias, plan.eps[0])
             h1, s1 = h1.to(plan.dtype), x
         else:
             h1, s1, stats1 = ops.add_layer_norm_fwd(x, s, p.ln_1, p.ln_1_bias, plan.eps[0])
-        h1 = h1.view(-1, C)
-        qkv = torch.addmm(w.c_attn_bias, h1, w.c_attn.t()).view(*x.shape[:-1], 3 * C)
+        qkv = F.linear(h1, w.c_attn, w.c_attn_bias)
         o, lse = ops.attention_qkv_fwd(qkv, plan.n_head, plan.softmax_scale, 0.0, None)
-        a = torch.addmm(w.attn_proj_bias, o.view(-1, C), w.attn_proj.t()).view(x.shape)
+        a = F.linear(o, w.attn_proj, w.attn_proj_bias)
         h2, s2, stats2 = ops.add_layer_norm_fwd(a, s1, p.ln_2, p.ln_2_bias, plan.eps[1])
-        h2 = h2.view(-1, C)
-        f = torch.mm(h2, w.c_fc.t())
+        f = F.linear(h2, w.c_fc)
         g = ops.bias_gelu_fwd(f, p.c_fc_bias)
-        y = torch.addmm(w.mlp_proj_bias, g, w.mlp_proj.t()).view(x.shape)
+        y = F.linear(g, w.mlp_proj, w.mlp_proj_bias)
+        casts = (w.c_attn, w.attn_proj, w.c_fc, w.mlp_proj) if plan.autocasting else ()
         ctx.save_for_backward(
-            *(s, *parameters, w.c_attn, w.attn_proj, w.c_fc, w.mlp_proj),
-            *(x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g),
+            s, *parameters, x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g, *casts
         )
         ctx.plan = plan
         return y, s2
@@ -142,42 +141,42 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, ds2):
         s, *saved = ctx.saved_tensors
-        p, (c_attn, attn_proj, c_fc, mlp_proj) = Parameters(*saved[:12]), saved[12:16]
-        x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g = saved[16:]
+        p, plan, ops = Parameters(*saved[:12]), ctx.plan, ctx.plan.ops
+        x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g, *casts = saved[12:]
         needs_x, needs_s, _, *needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             inputs = (x, *p) if s is None else (x, s, *p)
             needed = (needs_x, *needs) if s is None else (needs_x, needs_s, *needs)
-            found = by_reference(_formula(ctx.plan, s is not None), inputs, needed, dy, ds2)
+            found = by_reference(_formula(plan, s is not None), inputs, needed, dy, ds2)
             return found[0], None if s is None else found[1], None, *found[-12:]
-        needs, plan, ops, C = Parameters(*needs), ctx.plan, ctx.plan.ops, x.shape[-1]
+        needs = Parameters(*needs)
+        c_attn, attn_proj, c_fc, mlp_proj = casts or (p.c_attn, p.attn_proj, p.c_fc, p.mlp_proj)
 
-        dp = {}
-        dp["mlp_proj_bias"] = _column_sum(dy) if needs.mlp_proj_bias else None
-        dy = dy.reshape(-1, C)
-        dp["mlp_proj"] = _product(dy, g, p.mlp_proj) if needs.mlp_proj else None
-        df, dp["c_fc_bias"] = ops.bias_gelu_bwd(torch.mm(dy, mlp_proj), f, p.c_fc_bias)
-        dp["c_fc"] = _product(df, h2, p.c_fc) if needs.c_fc else None
-        dh2 = torch.mm(df, c_fc).view(x.shape)
+        dmlp_proj_bias = _column_sum(dy) if needs.mlp_proj_bias else None
+        dmlp_proj = _product(dy, g, p.mlp_proj) if needs.mlp_proj else None
+        df, dc_fc_bias = ops.bias_gelu_bwd(dy @ mlp_proj, f, p.c_fc_bias)
+        dc_fc = _product(df, h2, p.c_fc) if needs.c_fc else None
+        dh2 = df @ c_fc
         del df
 
-        da, ds1, (dp["ln_2"], dp["ln_2_bias"]) = _norm_bwd(ops, dh2, ds2, s2, p.ln_2, stats2)
+        da, ds1, dln_2, dln_2_bias = _norm_bwd(ops, dh2, ds2, s2, p.ln_2, stats2)
         del dh2
-        dp["attn_proj_bias"] = _column_sum(da) if needs.attn_proj_bias else None
-        da = da.view(-1, C)
-        dp["attn_proj"] = _product(da, o.view(-1, C), p.attn_proj) if needs.attn_proj else None
-        do = torch.mm(da, attn_proj).view(x.shape)
+        dattn_proj_bias = _column_sum(da) if needs.attn_proj_bias else None
+        dattn_proj = _product(da, o, p.attn_proj) if needs.attn_proj else None
 
-        dqkv, dp["c_attn_bias"] = _attention_bwd(plan, do, qkv, o, lse, p.c_attn_bias)
-        dqkv = dqkv.view(-1, 3 * C)
-        dp["c_attn"] = _product(dqkv, h1, p.c_attn) if needs.c_attn else None
-        dh1 = torch.mm(dqkv, c_attn).view(x.shape)
+        dqkv, dc_attn_bias = _attention_bwd(plan, da @ attn_proj, qkv, o, lse, p.c_attn_bias)
+        dc_attn = _product(dqkv, h1, p.c_attn) if needs.c_attn else None
+        dh1 = dqkv @ c_attn
         del dqkv
 
         if s is None:
             dh1 = dh1.to(x.dtype)
-        dx, ds, (dp["ln_1"], dp["ln_1_bias"]) = _norm_bwd(ops, dh1, ds1, s1, p.ln_1, stats1)
-        return dx, None if s is None else ds, None, *Parameters(**dp)
+        dx, ds, dln_1, dln_1_bias = _norm_bwd(ops, dh1, ds1, s1, p.ln_1, stats1)
+        return (
+            *(dx, None if s is None else ds, None),
+            *(dln_1, dln_1_bias, dc_attn, dc_attn_bias, dattn_proj, dattn_proj_bias),
+            *(dln_2, dln_2_bias, dc_fc, dc_fc_bias, dmlp_proj, dmlp_proj_bias),
+        )
 
 
 def _formula(plan: Plan, with_s: bool):
@@ -223,7 +222,8 @@ def _cast(p: Parameters, dtype: torch.dtype) -> Parameters:
 
 
 def _product(dout: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """dout^T rows, the gradient of weight, in its dtype: dout (N, out), rows (N, in)."""
+    """dout^T rows, the gradient of weight, in its dtype: dout (B, T, out), rows (B, T, in)."""
+    dout, rows = dout.flatten(0, 1), rows.flatten(0, 1)
     if dout.is_cuda and dout.dtype != weight.dtype == torch.float32:
         return torch.mm(dout.t(), rows, out_dtype=torch.float32)
     return torch.mm(dout.t(), rows).to(weight.dtype)
@@ -239,7 +239,7 @@ def _attention_bwd(plan, do, qkv, o, lse, bias):
 
 
 def _norm_bwd(ops, dy, ds, s, weight, stats):
-    """The gradient of s in dy's dtype and in s's, and the gradients of weight and bias."""
+    """The gradient of s in dy's dtype and in s's; the gradients of weight and bias."""
     sums = {"sum_dx": True} if ops.norm_sums and s.shape[-1] <= SUM_FEATURES else {}
     if dy.dtype == s.dtype:
         dx, dparams = ops.layer_norm_bwd(dy, ds, s, weight, stats, **sums)
@@ -249,7 +249,7 @@ def _norm_bwd(ops, dy, ds, s, weight, stats):
     dweight, dbias, *dx_sum = dparams.unbind()
     if dx_sum:
         dx.column_sum = dx._version, dx_sum[0]
-    return dx, dresidual, (dweight, dbias)
+    return dx, dresidual, dweight, dbias
 
 
 def _column_sum(dout: Tensor) -> Tensor:
@@ -261,4 +261,4 @@ def _column_sum(dout: Tensor) -> Tensor:
     version, total = getattr(dout, "column_sum", (None, None))
     if version == dout._version:
         return total
-    return dout.reshape(-1, dout.shape[-1]).sum(0)
+    return dout.sum((0, 1))

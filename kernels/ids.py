@@ -41,6 +41,11 @@ def validate(ids: Tensor, name: str, size: int, ignore_index: int | None = None)
         with _lock:
             _checks_on(ids.device).add(ids, name, size, ignore_index)
         return
+    if not ids.numel():
+        return
+    low, high = torch.aminmax(ids)
+    if _least(ignore_index) <= low.item() and high.item() < size:
+        return
     bad = (ids < 0) | (ids >= size)
     if ignore_index is not None:
         bad &= ids != ignore_index
@@ -107,7 +112,7 @@ class _Checks:
         if len(self.waiting) == SLOTS:
             self.waiting[0].copied.synchronize()
             self.raise_bad()
-        least = -1 if ignore_index == -1 else 0  # the model's targets need no mask
+        least = _least(ignore_index)
         if ignore_index is not None and not least <= ignore_index < size:
             ids = ids.masked_fill(ids == ignore_index, 0)
         slot, self.next_slot = self.next_slot, (self.next_slot + 1) % SLOTS
@@ -140,6 +145,11 @@ def _checks_on(device: torch.device) -> _Checks:
     if device not in _checks:
         _checks[device] = _Checks(device)
     return _checks[device]
+
+
+def _least(ignore_index: int | None) -> int:
+    """The smallest id that is valid without a mask. The model's ignore_index, -1, is next to 0."""
+    return -1 if ignore_index == -1 else 0
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -281,7 +281,7 @@ def attention_fwd(q, k, v, softmax_scale, dropout_p, seed):
         _attn_fwd_kernel, (B * H * cdiv(Tq, tile.BLOCK_M), 1, 1),
         view_of(q), view_of(k), view_of(v), o, lse,
         _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed),
-        **_constants(q, tile, dropout_p),
+        **_constants(q, dropout_p), **tile._asdict(),
     )  # fmt: skip
     return o, lse
 
@@ -325,6 +325,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     scores = _scores(q, k, softmax_scale, dropout_p, lse if seed is None else seed)
     inputs = view_of(do), view_of(q), view_of(k), view_of(v)
     C, sums = H * D, None
+    constants = _constants(q, dropout_p)
     if Tq > 0:
         tile = attention_config("bwd_dq", D, q.dtype, dropout_p > 0.0, q.device)
         tiles = cdiv(Tq, tile.BLOCK_M)
@@ -333,7 +334,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
         launch(
             _attn_bwd_dq_kernel, (B * H * tiles, 1, 1),
             *inputs, o, lse, view_of(dq), delta, sums, scores,
-            **_constants(q, tile, dropout_p),
+            **constants, **tile._asdict(),
         )  # fmt: skip
         if total is not None:
             sum_partial(sums, total[:C])
@@ -344,7 +345,7 @@ def _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, se
     launch(
         _attn_bwd_dkdv_kernel, (B * H * tiles, 1, 1),
         *inputs, lse, delta, view_of(dk), view_of(dv), sums, scores,
-        **_constants(q, tile, dropout_p),
+        **constants, **tile._asdict(),
     )  # fmt: skip
     if total is not None:
         sum_partial(sums, total[C:].view(2, C))
@@ -355,7 +356,8 @@ def _rows(x):
 
 
 def view_of(x):
-    return View(x, *x.stride()[:3])
+    stride_b, stride_t, stride_h, _ = x.stride()
+    return View(x, stride_b, stride_t, stride_h)
 
 
 def _split_qkv(qkv, n_head):
@@ -378,12 +380,11 @@ def _scores(q, k, softmax_scale, dropout_p, seed):
     )
 
 
-def _constants(q, tile, dropout_p):
+def _constants(q, dropout_p):
     D = q.shape[-1]
-    return dict(
-        D=D,
-        BLOCK_D=next_power_of_2(D),
-        DROPOUT=dropout_p > 0.0,
-        PRECISION=input_precision(q.dtype),
-        **tile._asdict(),
-    )
+    return {
+        "D": D,
+        "BLOCK_D": next_power_of_2(D),
+        "DROPOUT": dropout_p > 0.0,
+        "PRECISION": input_precision(q.dtype),
+    }

@@ -25,7 +25,8 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
         kernel[grid](*args, **constants)
         return
     active = driver.active
-    key, low_bits = [kernel, grid, active, *constants.values()], 0
+    # kernel.fn in place of kernel, whose hash is a locked property and Python code
+    key, low_bits = [kernel.fn, grid, active, *constants.values()], 0
     for arg in args:
         if isinstance(arg, tuple):
             key.append(arg[1:])

@@ -189,6 +189,15 @@ def test_a_changed_layer_is_called(calls, change):
     assert calls == [0]
 
 
+def test_a_layer_that_nobody_calls(calls):
+    """Once the layers were unpacked by position, so that another one raised ValueError."""
+    block, (x, s) = block_of(), inputs()
+    before = block(x, s, kernels)[0]
+    block.attn.other = nn.Linear(C, C)
+    assert torch.equal(block(x, s, kernels)[0], before)
+    assert calls == [2]
+
+
 def test_who_needs_the_single_ops(calls):
     block, (x, s) = block_of(), inputs()
     with torch.no_grad():

@@ -34,6 +34,19 @@ def test_the_next_check_names_an_id(bad, late):
     checks.raise_pending(HERE, wait=True)
 
 
+@pytest.mark.parametrize("ignored", [None, -1, -100, 3, 65])
+def test_each_id_on_a_cpu(ignored):
+    for value in (*OUTSIDE, 0, 3, 64, -2, -100):
+        for values in ([value], [0, value, 64]):
+            found = torch.tensor(values)
+            if 0 <= value < 65 or value == ignored:
+                checks.validate(found, "idx", 65, ignored)
+            else:
+                with pytest.raises(ValueError, match=rf"^idx must lie in .*, got {value}$"):
+                    checks.validate(found, "idx", 65, ignored)
+    checks.validate(torch.zeros(0, dtype=torch.int64), "idx", 65, ignored)
+
+
 def test_nothing_is_read_before_it_arrives(late):
     """The pinned memory holds something else until then."""
     check(65)

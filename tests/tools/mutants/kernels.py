@@ -13,7 +13,7 @@ DISPATCH = "kernels/dispatch.py"
 REFERENCE = "kernels/reference.py"
 IDS = "kernels/ids.py"
 BLOCK = "kernels/block.py"
-MODEL_BLOCK = "gpt2/block.py"
+LAYERS = "gpt2/layers.py"
 
 KERNEL_MUTANTS = [
     # layer_norm
@@ -40,8 +40,8 @@ KERNEL_MUTANTS = [
         "kernels/test_block.py::test_gradients[triton-fp32-later]",
     ),
     Mutant(
-        "a hooked layer is bypassed", MODEL_BLOCK,
-        "if not all(is_stock(linear, nn.Linear) for linear in linears):", "if False:",
+        "a hooked layer is bypassed", LAYERS,
+        "if not is_stock(layer, kind):", "if False:",
         "kernels/test_block.py::test_a_changed_layer_is_called[hook_a_child]", quick=True,
     ),
     # gelu
@@ -162,6 +162,11 @@ KERNEL_MUTANTS = [
         "an address from an id that nobody has checked yet", IDS,
         "inside = ids.clamp(0, size - 1)", "inside = ids",
         "kernels/test_ids.py::test_a_bad_id_computes_nan[65-False]", quick=True,
+    ),
+    Mutant(
+        "an id beyond the last on a CPU", IDS,
+        "low.item() and high.item() < size:", "low.item() and high.item() <= size:",
+        "kernels/test_ids.py::test_each_id_on_a_cpu[None]", quick=True,
     ),
     Mutant(
         "a wait for the device", IDS,
