@@ -273,12 +273,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 ctx.backend,
             )
             scale = 1
+        # New tensors, since the saved ones serve a second backward, too.
         dx = dx * scale if ctx.need_dx else None
-        if not ctx.need_dweight:
-            return dx, *[None] * 8
-        # A new tensor, since the saved one serves a second backward too; rounded in the same pass.
-        rounded = torch.empty_like(dweight, dtype=weight.dtype)
-        return dx, torch.mul(dweight, scale, out=rounded), *[None] * 7
+        dweight = (dweight * scale).to(weight.dtype) if ctx.need_dweight else None
+        return dx, dweight, *[None] * 7
 
 
 def _loss_by_reference(function, targets, ctx):
