@@ -117,7 +117,7 @@ KERNEL_MUTANTS = [
     ),
     Mutant(
         "saved gradient of the weight scaled in place", AUTOGRAD,
-        "rounded = torch.empty_like(dweight, dtype=weight.dtype)", "rounded = dweight",
+        "dweight = (dweight * scale).to(weight.dtype) if", "dweight = dweight.mul_(scale) if",
         "kernels/test_linear_cross_entropy.py::test_every_subset_of_gradients_twice[triton]",
     ),
     Mutant(
