@@ -5,6 +5,7 @@ The CUDA library needs nvcc, but neither a GPU nor a torch that supports one.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -201,11 +202,15 @@ def _level(library: Library) -> tuple[str, ...]:
 
 
 def _link_flags(library: Library) -> tuple[str, ...]:
-    # -z defs reports undefined symbols now, not when the library is loaded. Sanitizers leave their
-    # own symbols undefined.
-    strict = sys.platform == "linux" and _level(library) is OPTIMIZE
-    defs = ("-Xlinker", "-zdefs") if library.nvcc else ("-Wl,-z,defs",)
-    return ("-shared", *library.link, *(defs if strict else ()))
+    flags = []
+    if sys.platform == "linux":
+        # A compiler may link libstdc++ statically. Beside the process's own, a visible second one
+        # fails: a message with a number in it ended the process.
+        flags.append("--exclude-libs=ALL")
+        if _level(library) is OPTIMIZE:  # sanitizers leave their own symbols undefined
+            flags.append("-zdefs")  # reports undefined symbols now, not when the library is loaded
+    pairs = (("-Xlinker", flag) for flag in flags)
+    return ("-shared", *library.link, *itertools.chain.from_iterable(pairs))
 
 
 def _gencode(library: Library) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Each test has its own small library in place of csrc (small_library.py); tests o
 with --full. test_native_failures.py tests the failures.
 """
 
+import ctypes
 import io
 import os
 import re
@@ -47,6 +48,23 @@ def test_first_use_builds_and_says_so(small, capfd):
     ]
     assert small.start_again() is None
     assert lines(capfd) == [] and small.compiled() == 1, "the second start found it in the cache"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the linker's option is GNU's")
+def test_a_static_standard_library_stays_hidden(small):
+    """A compiler linked libstdc++ statically, and its symbols met those of the process's own: a
+    message with a number in it ended the process."""
+    small.source.write_text(
+        '#include <sstream>\nextern "C" int small() {\n'
+        "  std::ostringstream text;\n  text << 42L;\n  return int(text.str().size());\n}\n"
+    )
+    script = small.compiler.read_text()
+    small.compiler.write_text(script.replace('"$@"\n', '"$@" -static-libstdc++\n'))
+    assert libraries.load() is None, "is there a static libstdc++?"
+    assert ctypes.CDLL(str(small.built()[0])).small() == 2
+    command = ["nm", "-D", "--defined-only", small.built()[0]]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "small" in listing and "_ZNSo" not in listing  # std::ostream's
 
 
 def test_a_terminal_sees_how_far_it_is(small, monkeypatch):
