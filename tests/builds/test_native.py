@@ -55,7 +55,7 @@ def test_a_static_standard_library_stays_hidden(small):
     """A compiler linked libstdc++ statically, and its symbols met those of the process's own: a
     message with a number in it ended the process."""
     small.source.write_text(
-        '#include <sstream>\nextern "C" int small() {\n'
+        '#include <sstream>\nextern "C" [[gnu::visibility("default")]] int small() {\n'
         "  std::ostringstream text;\n  text << 42L;\n  return int(text.str().size());\n}\n"
     )
     script = small.compiler.read_text()
