@@ -75,7 +75,6 @@ def serving(backend: str, base: Callable, ops: list[str], *asked) -> tuple[Calla
             if reason := kernels.why_not(backend, op, *asked):
                 return base, reason
         chosen = {dispatch.choose(op, *asked) for op in ops}
-        chosen |= {dispatch.choose_backward(op, backend, *asked) for op in ops}
     force = contextlib.nullcontext if chosen == {backend} else partial(kernels.use, backend)
     return partial(within, base, force), None
 

@@ -56,7 +56,8 @@ def attention_tile(kernel: str) -> Callable:
 
 
 def norm_tile(kernel: str) -> Callable:
-    """Candidates: (ROWS, num_warps) for a forward, (ROWS, num_warps, per_sm) for a backward."""
+    """Candidates: (ROWS, BLOCK_C, num_warps) for a forward, also num_stages and per_sm for a
+    backward."""
 
     def patches(candidate):
         now = tiles.layer_norm_config
@@ -87,6 +88,7 @@ def constants(module, *names: str) -> Callable:
 
 
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
+NORM_BWD = (1, 2, 4), (256, 512), WARPS, STAGES[:3], (2, 3, 4)
 SWEEPS = {
     "attention_fwd": Sweep(attention, 0, ((64, 128), (32, 64, 128), WARPS, STAGES[1:]),
                            attention_tile("fwd")),
@@ -94,11 +96,10 @@ SWEEPS = {
                               attention_tile("bwd_dq")),
     "attention_bwd_dkdv": Sweep(attention, 0, ((32, 64, 128), (64, 128), WARPS, STAGES[:3]),
                                 attention_tile("bwd_dkdv")),
-    "layer_norm_fwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8)), norm_tile("fwd")),
-    "layer_norm_bwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16)),
-                            norm_tile("bwd")),
-    "add_layer_norm_bwd": Sweep(layer_norm, 1, ((1, 2, 4, 8), (1, 2, 4, 8), (2, 4, 8, 16)),
-                                norm_tile("bwd")),
+    "layer_norm_fwd": Sweep(layer_norm, 0, ((1, 2, 4, 8), (256, 512, 1024), (1, 2, 4, 8)),
+                            norm_tile("fwd")),
+    "layer_norm_bwd": Sweep(layer_norm, 0, NORM_BWD, norm_tile("bwd")),
+    "add_layer_norm_bwd": Sweep(layer_norm, 1, NORM_BWD, norm_tile("bwd")),
     "gelu": Sweep(gelu, 0, ((1024, 2048, 4096, 8192), (2, 4, 8)),
                   constants(triton_gelu, "GELU_BLOCK", "GELU_WARPS")),
     **{

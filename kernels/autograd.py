@@ -110,10 +110,10 @@ def _norm_by_reference(ctx, dy, x, weight, bias, needed):
 
 class LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, backend, backward):
+    def forward(ctx, x, weight, bias, eps, backend):
         y, stats = raw.layer_norm_fwd(x, weight, bias, eps, backend)
         ctx.save_for_backward(x, weight, bias, stats)
-        ctx.eps, ctx.backend = eps, backward
+        ctx.eps, ctx.backend = eps, backend
         return y
 
     @staticmethod
@@ -121,17 +121,17 @@ class LayerNorm(torch.autograd.Function):
         x, weight, bias, stats = ctx.saved_tensors
         if _wants_graph():
             gradients = _norm_by_reference(ctx, dy, x, weight, bias, ctx.needs_input_grad)
-            return *gradients, None, None, None
+            return *gradients, None, None
         dx, (dweight, dbias) = raw.layer_norm_bwd(dy, None, x, weight, stats, ctx.backend)
-        return dx, dweight, dbias, None, None, None
+        return dx, dweight, dbias, None, None
 
 
 class AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, backend, backward):
+    def forward(ctx, x, residual, weight, bias, eps, backend):
         y, s, stats = raw.add_layer_norm_fwd(x, residual, weight, bias, eps, backend)
         ctx.save_for_backward(s, weight, bias, stats)
-        ctx.eps, ctx.backend = eps, backward
+        ctx.eps, ctx.backend = eps, backend
         return y, s
 
     @staticmethod
@@ -142,15 +142,15 @@ class AddLayerNorm(torch.autograd.Function):
             needed[0] = s.requires_grad  # for x or for residual
             dnorm, dweight, dbias = _norm_by_reference(ctx, dy, s, weight, bias, needed)
             both = ds if dnorm is None else dnorm + ds
-            return both.to(dy.dtype), both, dweight, dbias, None, None, None
+            return both.to(dy.dtype), both, dweight, dbias, None, None
         if dy.dtype != s.dtype:
             dx, dresidual, (dweight, dbias) = raw.mixed_layer_norm_bwd(
                 dy, ds, s, weight, stats, ctx.backend
             )
-            return dx, dresidual, dweight, dbias, None, None, None
+            return dx, dresidual, dweight, dbias, None, None
         # s = x + residual: one tensor is the gradient of both.
         dx, (dweight, dbias) = raw.layer_norm_bwd(dy, ds, s, weight, stats, ctx.backend)
-        return dx, dx, dweight, dbias, None, None, None
+        return dx, dx, dweight, dbias, None, None
 
 
 # ---- gelu

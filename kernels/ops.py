@@ -157,11 +157,11 @@ def layer_norm(
     al., 2016.
     """
     check_norm(x, weight, bias, eps)
-    backend, backward = _norm_backends(x)
+    backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     weight, bias = _rows(weight, bias, x)
-    return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend, backward)
+    return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend)
 
 
 def add_layer_norm(
@@ -183,11 +183,11 @@ def add_layer_norm(
         residual = residual.to(wider)
         if x.dtype not in HALVES or wider != torch.float32:
             x = x.to(wider)
-    backend, backward = _norm_backends(x)
+    backend = dispatch.choose("layer_norm", x.device, x.dtype, x.shape[-1])
     if backend == "reference":
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     weight, bias = _rows(weight, bias, x)
-    return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend, backward)
+    return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -293,13 +293,6 @@ def linear_cross_entropy(
     options = ignore_index, float(label_smoothing), reduction, need_dx, need_dweight, backend
     loss = autograd.call(autograd.LinearCrossEntropy, rows, weight, row_targets, *options)
     return loss.view(targets.shape) if reduction == "none" else loss
-
-
-def _norm_backends(x: Tensor) -> tuple[str, str]:
-    """The backends of layer_norm's forward and backward for rows of x."""
-    asked = x.device, x.dtype, x.shape[-1]
-    forward = dispatch.choose("layer_norm", *asked)
-    return forward, dispatch.choose_backward("layer_norm", forward, *asked)
 
 
 def _rows(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from gpt2 import kernels
 
 SHAPES = {"attention": "1x70x1x16", "layer_norm": "9x33", "gelu": "9x33", "cross_entropy": "3x99x8"}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="it watches the interpreter")
-TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "BLOCK", "BLOCK_V", "num_warps", "num_stages")
+TILE = ("BLOCK_M", "BLOCK_N", "ROWS", "BLOCK_C", "BLOCK", "BLOCK_V", "num_warps", "num_stages",
+        "STAGES")  # fmt: skip
 
 
 @pytest.mark.parametrize("end", [0, -1], ids=["first", "last"])
@@ -62,10 +63,10 @@ def test_more_programs_share_the_rows(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", spy)
     x, row = torch.randn(100, 8), torch.ones(8)
     for per_sm in (2, 16):
-        with tune.with_tile(tune.SWEEPS["layer_norm_bwd"].patches, (1, 4, per_sm)):
+        with tune.with_tile(tune.SWEEPS["layer_norm_bwd"].patches, (1, 8, 4, 1, per_sm)):
             kernels.layer_norm(x.requires_grad_(), row, row).sum().backward()
     of_backward = [grid for name, grid in grids if name == "_layer_norm_bwd_kernel"]
-    assert of_backward == [(2,), (16,)], "the interpreter stands for one multiprocessor"
+    assert of_backward == [(2, 1, 1), (16, 1, 1)], "the interpreter stands for one multiprocessor"
 
 
 @pytest.mark.parametrize("argv", [[], ["attention"], ["--quick"]])

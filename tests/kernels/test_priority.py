@@ -4,10 +4,9 @@ requested."""
 import pytest
 import torch
 from small_library import change_source, needs_compiler
-from util import as_tuple
 
 from gpt2 import kernels
-from gpt2.kernels import autograd, dispatch
+from gpt2.kernels import dispatch
 from gpt2.kernels.native import libraries, recipes
 
 GPU = torch.device("cuda", 0)
@@ -32,9 +31,8 @@ def gpu(monkeypatch):
 def test_a_built_library_serves_what_it_is_faster_at(gpu):
     gpu(True)
     chosen = {op: dispatch.choose(op, *ASKED, 64) for op in GPU_OPS}
-    faster = dict.fromkeys(("decode_attention", "cross_entropy", "linear_cross_entropy"), "cuda")
+    faster = dict.fromkeys(("decode_attention", "linear_cross_entropy"), "cuda")
     assert chosen == dict.fromkeys(GPU_OPS, "triton") | faster
-    assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "cuda"
 
 
 def test_a_library_that_is_not_built_is_not_asked(gpu, monkeypatch):
@@ -42,63 +40,27 @@ def test_a_library_that_is_not_built_is_not_asked(gpu, monkeypatch):
     monkeypatch.setattr(libraries, "load", lambda name: pytest.fail(f"{name} was asked for"))
     for op in GPU_OPS:
         assert dispatch.choose(op, *ASKED, 64) == "triton"
-        assert dispatch.choose_backward(op, "triton", *ASKED, 64) == "triton"
 
 
 def test_the_choice_does_not_change_within_a_process(gpu, monkeypatch):
     """A library that is built meanwhile is used from the next process on: within a process the same
     call gives the same bits."""
     gpu(False)
-    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
+    assert dispatch.choose("linear_cross_entropy", *ASKED) == "triton"
     monkeypatch.setattr(libraries, "unbuilt", lambda name: None)
-    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
+    assert dispatch.choose("linear_cross_entropy", *ASKED) == "triton"
 
 
 def test_a_faster_backend_that_cannot_serve_is_passed_over(gpu, monkeypatch):
     gpu(True)
     monkeypatch.setattr(kernels.native.cuda, "why_not", lambda *args: "not this dtype")
-    assert dispatch.choose("cross_entropy", *ASKED) == "triton"
-    assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "triton"
-
-
-def test_the_backward_follows_a_forward_that_was_chosen_otherwise(gpu):
-    """Chosen by use(), or because the first backend did not support the call."""
-    gpu(True)
-    with kernels.use("triton"):
-        assert dispatch.choose_backward("layer_norm", "triton", *ASKED, 768) == "triton"
-    for forward in ("cuda", "cpu", "reference"):
-        assert dispatch.choose_backward("layer_norm", forward, *ASKED, 768) == forward
+    assert dispatch.choose("linear_cross_entropy", *ASKED) == "triton"
 
 
 def test_a_cpu_tensor_asks_no_library_for_gpus(monkeypatch):
     monkeypatch.setattr(libraries, "unbuilt", lambda name: pytest.fail(f"{name} was asked for"))
     for op in dispatch.OPS:
         dispatch.choose(op, torch.device("cpu"), torch.float32, 64)
-        dispatch.choose_backward(op, "cpu", torch.device("cpu"), torch.float32, 64)
-
-
-@pytest.mark.cpu_kernels
-@pytest.mark.parametrize("op", ["layer_norm", "add_layer_norm"])
-def test_the_norms_backward_runs_where_it_was_chosen(op, monkeypatch):
-    """The backward may run on another backend than the forward: each raw op has its own choice."""
-    raw, asked = autograd.raw, []
-
-    class Spy:
-        def __getattr__(self, name):
-            def call(*args):
-                asked.append((name, args[-1]))
-                return getattr(raw, name)(*args[:-1], "cpu")
-
-            return call
-
-    monkeypatch.setattr(autograd, "raw", Spy())
-    monkeypatch.setattr(dispatch, "choose", lambda *args: "one")
-    monkeypatch.setattr(dispatch, "choose_backward", lambda *args: "another")
-    x, row = torch.randn(3, 16, requires_grad=True), torch.ones(16)
-    inputs = (x, x, row, row) if op == "add_layer_norm" else (x, row, row)
-    outputs = as_tuple(getattr(kernels, op)(*inputs))
-    torch.cat(outputs).sum().backward()
-    assert asked == [(f"{op}_fwd", "one"), ("layer_norm_bwd", "another")]
 
 
 # ---- the report
@@ -154,8 +116,7 @@ def test_the_report_gives_no_advice_to_a_gpu_that_is_too_old(report, monkeypatch
 def test_the_report_names_what_a_built_library_serves(report):
     served = {line.split()[0]: line for line in report(True).splitlines()[3:]}
     assert list(served) == list(dispatch.OPS), "no advice"
-    assert "  triton, backward cuda  " in served["layer_norm"]
-    assert served["cross_entropy"].split()[1] == "cuda"
+    assert served["linear_cross_entropy"].split()[1] == "cuda"
     assert served["attention"].split()[1] == "triton"
 
 

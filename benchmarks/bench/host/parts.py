@@ -11,7 +11,7 @@ from bench.host.host_clock import within
 from bench.host.tables import PARTS
 from gpt2.kernels import autograd, dispatch, raw_ops
 
-CHOICES = ("choose", "choose_backward", "kernel_for")
+CHOICES = ("choose", "kernel_for")
 
 
 def taken_apart(run: Callable, context: Callable) -> dict[str, tuple]:
