@@ -33,9 +33,9 @@ ATTENTION_MUTANTS = [
     ),
     Mutant(
         "dq written over the saved o", ATTENTION,
-        "    _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed)\n"
+        "    _attention_bwd(do, q, k, v, o, lse, dq, dk, dv, softmax_scale, dropout_p, seed, None)\n"
         "    return",
-        "    _attention_bwd(do, q, k, v, o, lse, o, dk, dv, softmax_scale, dropout_p, seed)\n"
+        "    _attention_bwd(do, q, k, v, o, lse, o, dk, dv, softmax_scale, dropout_p, seed, None)\n"
         "    dq.copy_(o)\n    return",
         "kernels/test_attention.py::test_backward_twice_and_stride_0_gradients[triton]",
     ),
