@@ -197,7 +197,7 @@ def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str)
     total = losses.sum()
     if reduction == "sum":
         return total, None
-    count = (targets != ignore_index).sum()
+    count = (targets != ignore_index).count_nonzero()
     return total / count, count
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .autograd import by_reference
 from .matmul import has_fast_matmul, is_autocasting
+from .raw_ops import on_device_of
 
 # Rows from which the kernel of attention's backward also sums its results. For fewer, its two more
 # launches cost the host more than PyTorch's sum costs the GPU.
@@ -108,10 +109,7 @@ def _ops(attention: str, layer_norm: str, gelu: str) -> SimpleNamespace | None:
 def block(x: Tensor, s: Tensor | None, parameters: Parameters, plan: Plan) -> tuple[Tensor, Tensor]:
     """(y, s2), for x and s as in `plan`: y (B, T, C) in plan.dtype is not yet added to s2, the
     stream, which has the dtype of s, or of x without s."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            return _Block.apply(x, s, plan, *parameters)
-    return _Block.apply(x, s, plan, *parameters)
+    return on_device_of(x, _Block.apply, x, s, plan, *parameters)
 
 
 class _Block(torch.autograd.Function):

@@ -38,7 +38,7 @@ def _launcher(op: str, schema: str):
 
     def run(*args):
         *args, backend = args
-        return _on_device_of(args[0], getattr(dispatch.module(backend, op), name), *args)
+        return on_device_of(args[0], getattr(dispatch.module(backend, op), name), *args)
 
     def decorate(fake):
         _register(schema, run, fake)
@@ -47,11 +47,12 @@ def _launcher(op: str, schema: str):
     return decorate
 
 
-def _on_device_of(x: Tensor, launch, *args, **kwargs):
-    if not x.is_cuda:
-        return launch(*args, **kwargs)
+def on_device_of(x: Tensor, launch, *args):
+    """launch(*args), with x's GPU as the current device if x is on one."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return launch(*args)
     with torch.cuda.device(x.device):
-        return launch(*args, **kwargs)
+        return launch(*args)
 
 
 def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -241,7 +242,7 @@ def _by_chunks(run):
         row_kernel = dispatch.module(backend, "cross_entropy")
         chunks = dispatch.logits_chunks(backend, x.dtype)
         wide = (x.float(), weight.to(x.dtype).float()) if chunks.wide else (x, weight)
-        *losses, dx, dweight = _on_device_of(x, run, row_kernel, *wide, *args, chunks)
+        *losses, dx, dweight = on_device_of(x, run, row_kernel, *wide, *args, chunks)
         return *losses, dx.to(x.dtype), dweight
 
     return on_backend

@@ -188,9 +188,13 @@ def test_launches_run_on_the_tensors_device(monkeypatch):
     class OnSecondGpu:
         is_cuda, device = True, torch.device("cuda", 1)
 
+        def get_device(self):
+            return self.device.index
+
     monkeypatch.setattr(torch.cuda, "device", Device)
-    launched = raw_ops._on_device_of(OnSecondGpu(), lambda: list(entered))
-    assert launched == [torch.device("cuda", 1)]
+    for current, expected in ((1, []), (0, [torch.device("cuda", 1)])):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert raw_ops.on_device_of(OnSecondGpu(), lambda: list(entered)) == expected
 
 
 @pytest.mark.parametrize("op", OPS)

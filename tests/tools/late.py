@@ -77,13 +77,13 @@ class Waits(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.found: list[str] = []
-        launch = raw_ops._on_device_of
+        launch = raw_ops.on_device_of
 
         def seen(x, function, *args, **kwargs):
             with self:
                 return launch(x, function, *args, **kwargs)
 
-        monkeypatch.setattr(raw_ops, "_on_device_of", seen)
+        monkeypatch.setattr(raw_ops, "on_device_of", seen)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name in WAITING:

@@ -169,6 +169,11 @@ KERNEL_MUTANTS = [
         "kernels/test_ids.py::test_each_id_on_a_cpu[None]", quick=True,
     ),
     Mutant(
+        "a launch on the current GPU, not the tensor's", "kernels/raw_ops.py",
+        "if not x.is_cuda or x.get_device() == torch.cuda.current_device():", "if True:",
+        "kernels/test_raw_ops.py::test_launches_run_on_the_tensors_device", quick=True,
+    ),
+    Mutant(
         "a wait for the device", IDS,
         "valid = (inside == ids).all()", "valid = torch.tensor(torch.equal(inside, ids))",
         "kernels/test_ids.py::test_a_step_reads_no_value[0.0-True]", quick=True,
