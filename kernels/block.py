@@ -76,6 +76,8 @@ def plan(
             return None
     if not x.numel() or not x.is_contiguous() or not has_fast_matmul(dtype, device.type):
         return None
+    if x.is_neg() or (s is not None and s.is_neg()):  # negated, but not yet in memory
+        return None
     ops = _ops(
         dispatch.choose("attention", device, dtype, C // n_head),
         dispatch.choose("layer_norm", device, dtype, C),
@@ -147,7 +149,7 @@ class _Block(torch.autograd.Function):
             needed = (needs_x, *needs) if s is None else (needs_x, needs_s, *needs)
             found = by_reference(_formula(plan, s is not None), inputs, needed, dy, ds2)
             return found[0], None if s is None else found[1], None, *found[-12:]
-        needs = Parameters(*needs)
+        needs, ds2 = Parameters(*needs), ds2.resolve_neg()  # a kernel reads memory
         c_attn, attn_proj, c_fc, mlp_proj = casts or (p.c_attn, p.attn_proj, p.c_fc, p.mlp_proj)
 
         dmlp_proj_bias = _column_sum(dy) if needs.mlp_proj_bias else None

@@ -138,6 +138,24 @@ def test_backward_twice(accelerated):
         assert torch.equal(a, b)
 
 
+def test_lazily_negated_tensors(accelerated, calls):
+    """Their memory holds the negative. A kernel that read it would be wrong without an error."""
+    block, (x, s) = block_of(), inputs()
+    dy, ds = weights(x).float(), weights(s).float().flip(1)
+    wanted = [x, s, block.ln_1.weight]
+    with kernels.use(accelerated):
+        y, s2 = block(x, s, kernels)
+        want = torch.autograd.grad([y, s2], wanted, [dy, ds])
+        y, s2 = block(x, s, kernels)
+        ours = torch.autograd.grad([y, s2], wanted, [torch._neg_view(-dy), torch._neg_view(-ds)])
+        assert calls == [2]
+        for a, b in zip(ours, want, strict=True):
+            assert torch.equal(a, b)
+        y2, s3 = block(torch._neg_view(-x), torch._neg_view(-s), kernels)
+    assert calls == [2]
+    torch.testing.assert_close((y2, s3), (y, s2), rtol=1e-4, atol=1e-4)
+
+
 def test_second_derivatives(calls):
     block, (x, s) = block_of(), inputs()
 
