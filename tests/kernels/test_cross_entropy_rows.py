@@ -38,7 +38,7 @@ def test_rows_that_begin_anywhere(V, dtype, kernel_backend):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_more_long_rows_than_multiprocessors(dtype, smoothing, kernel_backend):
     """CUDA's blocks walk long rows, the next in flight while one is used; the emulated GPU has 108
     multiprocessors. The columns that pad V are NaN at first, and an ignored row all NaN."""
