@@ -36,13 +36,14 @@ int threads_for(int64_t V) {
 }
 
 // f(v, lanes) for this thread's logits [v, v + lanes) of a row. Rows of an odd V begin anywhere: L
-// at a time from the first address that is aligned, the rest one by one.
-template <int L, class T, class F>
+// at a time from the first address that is aligned, the rest one by one. kAligned: the row begins
+// on 16 bytes.
+template <int L, bool kAligned = false, class T, class F>
 __device__ void for_logits(const T* row, int64_t V, F f) {
-  const int misaligned = int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % L);
+  const int misaligned = kAligned ? 0 : int(reinterpret_cast<uintptr_t>(row) / sizeof(T) % L);
   const int64_t head = min(int64_t((L - misaligned) % L), V);
   const int64_t tail = head + (V - head) / L * L;
-  if (L > 1 && threadIdx.x < head) f(int64_t(threadIdx.x), Lanes<1>());
+  if (L > 1 && !kAligned && threadIdx.x < head) f(int64_t(threadIdx.x), Lanes<1>());
   for (int64_t v = head + threadIdx.x * L; v < tail; v += blockDim.x * L) f(v, Lanes<L>());
   if (L > 1 && tail + threadIdx.x < V) f(tail + threadIdx.x, Lanes<1>());
 }
@@ -53,10 +54,10 @@ struct Softmax {
 };
 
 // For all of its block. m begins at the lowest finite number: exp(-inf - m) is 0, not NaN.
-template <class T>
+template <bool kAligned = false, class T>
 __device__ Softmax softmax_of(const T* row, int64_t V) {
   float m = -FLT_MAX, l = 0;
-  for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
+  for_logits<kLanes<T>, kAligned>(row, V, [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
     float top = m;
@@ -74,11 +75,11 @@ __device__ Softmax softmax_of(const T* row, int64_t V) {
 
 // The mean of a row, for all of its block, which call it together; 0 where nothing is smoothed: of
 // logits of -inf, 0 times their mean would be NaN.
-template <class T>
+template <bool kAligned = false, class T>
 __device__ float mean_to_smooth(const LogitsRows& rows, const T* row) {
   if (rows.smoothing == 0) return 0;
   float sum = 0;
-  for_logits<kLanes<T>>(row, rows.V, [&](int64_t v, auto lanes) {
+  for_logits<kLanes<T>, kAligned>(row, rows.V, [&](int64_t v, auto lanes) {
     float x[lanes];
     load(row + v, x);
 #pragma unroll
@@ -103,7 +104,7 @@ __device__ inline float loss_of(const LogitsRows& rows, float x_target, float me
 
 // dx may take the place of x: a thread reads what it overwrites, and nothing else. It is NaN for a
 // target outside the vocabulary.
-template <class T>
+template <bool kAligned = false, class T>
 __device__ void store_gradient(const LogitsRows& rows, const T* row, int64_t target,
                                Softmax softmax, float dloss, T* drow) {
   const int64_t V = rows.V;
@@ -124,16 +125,18 @@ __device__ void store_gradient(const LogitsRows& rows, const T* row, int64_t tar
     for (float& each : x) each *= dloss;
     store(x, drow + v);
   };
-  if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(drow)) % 16 == 0) {
+  if constexpr (kAligned) {
+    for_logits<kLanes<T>, true>(row, V, store_lanes);
+  } else if ((reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(drow)) % 16 == 0) {
     for_logits<kLanes<T>>(row, V, store_lanes);
   } else {
     for_logits<1>(row, V, store_lanes);
   }
 }
 
-template <class T>
+template <bool kAligned = false, class T>
 __device__ void store_zeros(T* row, int64_t V) {
-  for_logits<kLanes<T>>(row, V, [&](int64_t v, auto lanes) {
+  for_logits<kLanes<T>, kAligned>(row, V, [&](int64_t v, auto lanes) {
     const float zeros[lanes] = {};
     store(zeros, row + v);
   });
@@ -228,14 +231,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     T* const row = logits + n * rows.stride;
     if (target == rows.ignore_index) {
       if (threadIdx.x == 0) losses[n] = 0;
-      store_zeros(row, V_padded);
+      store_zeros<true>(row, V_padded);
     } else {
-      const Softmax softmax = softmax_of(copy, rows.V);
-      const float mean = mean_to_smooth(rows, copy);
+      const Softmax softmax = softmax_of<true>(copy, rows.V);
+      const float mean = mean_to_smooth<true>(rows, copy);
       if (threadIdx.x == 0) {
         losses[n] = loss_of(rows, logit_of(rows, copy, target), mean, softmax);
       }
-      store_gradient(rows, copy, target, softmax, 1, row);
+      store_gradient<true>(rows, copy, target, softmax, 1, row);
       store_zeros(row + rows.V, V_padded - rows.V);
     }
     target = next;
