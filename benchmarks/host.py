@@ -15,6 +15,9 @@ nested calls with the same arguments; a part is the time of a call less that of 
     raw op              torch.ops.gpt2_kernels: from torch.library to the launcher
     launcher            the backend's function: output tensors, grid, launch
 
+Calls are replayed by C++ (kernels/recording.py), as in a training that has run for some time;
+the parts are those of calls in Python. GPT2_KERNELS_REPLAY=0 times the Python code.
+
 Shapes are BxTxHxD: batch, time, heads, head size. On a CPU the time is the CPU time of one thread:
 it includes the small kernels, but not other processes. triton-stub launches Triton's kernels on a
 driver that does nothing (stub_driver.py), so their results are not checked. On a GPU the time is
@@ -43,7 +46,7 @@ from bench.result import label
 from bench.result_file import Case, Record
 
 from gpt2 import Config, Model, kernels
-from gpt2.kernels import dispatch
+from gpt2.kernels import dispatch, recording
 
 DIMS = "BxTxHxD"
 SHAPES = {"cpu": "1x16x2x16", "cuda": "1x16x2x16"}
@@ -120,9 +123,10 @@ def measure(op: Op, shape, dtype, clock: HostClock, record: Record) -> None:
             times[c]["details"] = {"launches": launched(*runs[c])} if c.name == STUB else {}
         # Splits the forward that records a gradient, if the op has one
         if step == (WITH_GRAD if WITH_GRAD in op.steps else FORWARD):
-            nested = {(c, part): call for c in group
-                      for part, call in taken_apart(*runs[c]).items()}  # fmt: skip
-            least = clock.least(nested)
+            with recording.paused():
+                nested = {(c, part): call for c in group
+                          for part, call in taken_apart(*runs[c]).items()}  # fmt: skip
+                least = clock.least(nested)
             for c in group:
                 mine = {part: least[one, part] for one, part in nested if one is c}
                 times[c]["details"]["parts_us"] = summed(mine)
@@ -220,6 +224,7 @@ def main(argv=None) -> int:
     if options.compile_only:
         return 0  # torch.compile compiles nothing here
     torch.set_num_threads(1)
+    reason = recording.start()
     clock = HostClock(options.device, options.quick)
     about = environment(options.device)
     record = Record(
@@ -228,6 +233,8 @@ def main(argv=None) -> int:
     )  # fmt: skip
     print(f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}, commit "
           f"{about['commit']}{'+' if about['dirty'] else ''}")  # fmt: skip
+    if reason:
+        print(f"calls are not replayed: {reason}")
     lost = None
     try:
         for dtype, shape in itertools.product(options.dtype, options.shapes):

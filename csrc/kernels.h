@@ -179,9 +179,10 @@ struct CrossEntropyFwd {
 struct CrossEntropyBwd {
   LogitsRows rows;
   const void* logits;
-  const void* dlosses;  // (N,) S
-  const void* stats;    // (2, N) S
-  void* dlogits;        // (N, V) with its own row stride, or logits itself
+  const void* dlosses;  // (N,) S, with this stride; 0 for a single one
+  int64_t dlosses_stride;
+  const void* stats;  // (2, N) S
+  void* dlogits;      // (N, V) with its own row stride, or logits itself
   int64_t dlogits_stride;
 };
 

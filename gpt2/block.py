@@ -94,6 +94,4 @@ class Block(nn.Module):
         )
         if parameters is None:
             return None
-        parameters = whole.Parameters(*parameters)
-        plan = whole.plan(x, s, parameters, attn.n_head, (ln_1.eps, ln_2.eps))
-        return plan and whole.block(x, s, parameters, plan)
+        return whole.block(x, s, attn.n_head, ln_1.eps, ln_2.eps, *parameters)

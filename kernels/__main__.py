@@ -1,7 +1,8 @@
 """python -m gpt2.kernels: prints the backend of each op on this machine, and why others are not
 available.
 
-python -m gpt2.kernels build [--cuda] [--out DIR] [--force]: compiles csrc ahead of its first use.
+python -m gpt2.kernels build [--cuda | --replay] [--out DIR] [--force]: compiles csrc ahead of its
+first use.
 """
 
 import argparse
@@ -20,7 +21,9 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command")
     build = commands.add_parser("build", help="compile the CPU kernels ahead of their first use")
-    build.add_argument("--cuda", action="store_true", help="compile the CUDA kernels instead")
+    which = build.add_mutually_exclusive_group()
+    which.add_argument("--cuda", action="store_true", help="compile the CUDA kernels instead")
+    which.add_argument("--replay", action="store_true", help="compile the replay of calls instead")
     build.add_argument("--out", type=Path, metavar="DIR", help="copy the library to this folder")
     build.add_argument("--force", action="store_true", help="compile even if a build exists")
     options = parser.parse_args()
@@ -29,9 +32,8 @@ def main() -> int:
         return 0
     start = time.perf_counter()
     try:
-        library = libraries.build(
-            "cuda" if options.cuda else "cpu", out=options.out, force=options.force
-        )
+        name = "cuda" if options.cuda else "replay" if options.replay else "cpu"
+        library = libraries.build(name, out=options.out, force=options.force)
     except libraries.BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ instead, so that PyTorch computes all higher derivatives.
 import torch
 from torch import Tensor
 
-from . import reference
+from . import recording, reference
 from .ids import guard, poison
 from .raw_ops import raw
 
@@ -24,7 +24,8 @@ def call(function: type[torch.autograd.Function], *args):
     """function.apply(*args), or only its forward if no argument needs a gradient, which takes a
     third of the time in a small call."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        return function.apply(*args)
+        recorder = recording.current()
+        return function.apply(*args) if recorder is None else recorder.apply(function, *args)
     return function.forward(_NoBackward(), *args)
 
 
@@ -201,12 +202,6 @@ def _reduced(losses: Tensor, targets: Tensor, ignore_index: int, reduction: str)
     return total / count, count
 
 
-def _of_each(dloss: Tensor, count: Tensor | None) -> Tensor:
-    """The gradient of each loss, from the gradient of the reduced one. count is None unless that is
-    a mean. If all targets are ignored, the gradient must be 0, but dloss / 0 would make it NaN."""
-    return dloss if count is None else dloss / count.clamp(min=1)
-
-
 class CrossEntropy(torch.autograd.Function):
     """The loss of logits (N, V): (), or (N,) for reduction "none"; float32, or float64 for float64
     logits."""
@@ -228,10 +223,12 @@ class CrossEntropy(torch.autograd.Function):
         if _wants_graph():
             loss = _loss_by_reference(reference.cross_entropy, targets, ctx)
             return *by_reference(loss, (logits,), ctx.needs_input_grad, dloss), *[None] * 6
-        dlosses = _of_each(dloss, count).expand(len(targets))
+        # If all targets are ignored, this is 1 / 0, but a kernel writes 0 to ignored rows.
+        dlosses = dloss if count is None else dloss / count
         args = (dlosses, logits, targets, stats, *ctx.options, ctx.backend)
         if ctx.inplace and logits.stride(-1) == 1 and logits.stride(0) >= logits.shape[1]:
             raw.cross_entropy_bwd_(*args)
+            recording.refuse("it changes the version of a tensor")
             torch.autograd.graph.increment_version(logits)  # a second backward is refused
             return logits.detach(), *[None] * 6
         return raw.cross_entropy_bwd(*args), *[None] * 6
@@ -266,7 +263,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if _wants_graph():
             loss = _loss_by_reference(reference.linear_cross_entropy, targets, ctx)
             return *by_reference(loss, (x, weight), ctx.needs_input_grad, dloss), *[None] * 7
-        scale = _of_each(dloss, count)
+        # If all targets are ignored, the gradients are 0, and 0 / 0 would make them NaN.
+        scale = dloss if count is None else dloss / count.clamp(min=1)
         if ctx.reduction == "none":
             dx, dweight = raw.linear_cross_entropy_bwd(
                 *(x, weight, scale, targets, *ctx.options, ctx.need_dx, ctx.need_dweight),

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, reference
-from .autograd import by_reference
+from .autograd import by_reference, call
 from .matmul import has_fast_matmul, is_autocasting
 from .raw_ops import on_device_of
+from .recording import attach_sum, attached_sum, recorded
 
 # Rows from which the kernel of attention's backward also sums its results. For fewer, its two more
 # launches cost the host more than PyTorch's sum costs the GPU.
@@ -48,7 +49,7 @@ class Parameters(NamedTuple):
     mlp_proj_bias: Tensor
 
 
-class Plan(NamedTuple):
+class _Plan(NamedTuple):
     """How a block is computed."""
 
     ops: SimpleNamespace  # the kernels
@@ -59,12 +60,21 @@ class Plan(NamedTuple):
     eps: tuple[float, float]
 
 
-def plan(
-    x: Tensor, s: Tensor | None, parameters: Parameters, n_head: int, eps: tuple[float, float]
-) -> Plan | None:
-    """The plan of a block for x (B, T, C) and the stream s, None before the first block; None if
-    its ops must be called one by one. That is so if one of them has no kernel, and for dtypes that
-    only the separate ops support."""
+@recorded
+def block(
+    x: Tensor, s: Tensor | None, n_head: int, eps_1: float, eps_2: float, *parameters: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """(y, s2) for x (B, T, C) and the stream s, None before the first block; None if its ops must
+    be called one by one. y (B, T, C), in the autocast dtype or x's, is not yet added to s2, the
+    stream, which has the dtype of s, or of x without s. parameters are those of Parameters.
+    """
+    plan = _plan(x, s, Parameters(*parameters), n_head, (eps_1, eps_2))
+    return plan and on_device_of(x, call, _Block, x, s, plan, *parameters)
+
+
+def _plan(x: Tensor, s: Tensor | None, parameters: Parameters, n_head: int, eps) -> _Plan | None:
+    """The plan, or None if the ops must be called one by one: one of them has no kernel, or only
+    they support these dtypes."""
     device, C = x.device, x.shape[-1]
     autocasting = is_autocasting(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocasting else x.dtype
@@ -83,7 +93,7 @@ def plan(
         dispatch.choose("layer_norm", device, dtype, C),
         dispatch.choose("gelu", device, dtype),
     )
-    return ops and Plan(ops, dtype, autocasting, n_head, (C // n_head) ** -0.5, eps)
+    return ops and _Plan(ops, dtype, autocasting, n_head, (C // n_head) ** -0.5, eps)
 
 
 @functools.cache
@@ -108,13 +118,9 @@ def _ops(attention: str, layer_norm: str, gelu: str) -> SimpleNamespace | None:
     return SimpleNamespace(**found)
 
 
-def block(x: Tensor, s: Tensor | None, parameters: Parameters, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(y, s2), for x and s as in `plan`: y (B, T, C) in plan.dtype is not yet added to s2, the
-    stream, which has the dtype of s, or of x without s."""
-    return on_device_of(x, _Block.apply, x, s, plan, *parameters)
-
-
 class _Block(torch.autograd.Function):
+    uses_sums = True  # its backward calls attached_sum
+
     @staticmethod
     def forward(ctx, x, s, plan, *parameters):
         p, ops = Parameters(*parameters), plan.ops
@@ -179,7 +185,7 @@ class _Block(torch.autograd.Function):
         )
 
 
-def _formula(plan: Plan, with_s: bool):
+def _formula(plan: _Plan, with_s: bool):
     """The block in plain PyTorch, for higher derivatives: a function of x, s if with_s, and the
     parameters."""
 
@@ -248,7 +254,7 @@ def _norm_bwd(ops, dy, ds, s, weight, stats):
         dx, dresidual, dparams = ops.mixed_layer_norm_bwd(dy, ds, s, weight, stats, **sums)
     dweight, dbias, *dx_sum = dparams.unbind()
     if dx_sum:
-        dx.column_sum = dx._version, dx_sum[0]
+        attach_sum(dx, dx_sum[0])
     return dx, dresidual, dweight, dbias
 
 
@@ -258,7 +264,5 @@ def _column_sum(dout: Tensor) -> Tensor:
     Where dout comes from a norm's backward, possibly the next block's, the kernel has computed it.
     If dout was changed since, its version tells.
     """
-    version, total = getattr(dout, "column_sum", (None, None))
-    if version == dout._version:
-        return total
-    return dout.sum((0, 1))
+    total = attached_sum(dout)
+    return dout.sum((0, 1)) if total is None else total

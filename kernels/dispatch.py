@@ -12,6 +12,7 @@ it. The backward runs on the forward's backend.
 
 import contextlib
 import os
+import sys
 import threading
 import warnings
 from typing import NamedTuple
@@ -69,6 +70,7 @@ FASTER = {
 }
 
 _TRANSFORMED = "transforms of torch.func and forward-mode derivatives take plain PyTorch"
+_FOLDER = os.path.dirname(__file__)
 _MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
 _said: set[tuple[str, str]] = set()
 _built: dict[str, bool] = {}
@@ -222,7 +224,10 @@ def module(backend: str, op: str):
 def _say_once(op: str, reason: str) -> None:
     if (op, reason) not in _said:
         _said.add((op, reason))
-        warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=4)
+        frame, level = sys._getframe(), 1
+        while frame.f_back and frame.f_code.co_filename.startswith(_FOLDER):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=level)
 
 
 @untraced

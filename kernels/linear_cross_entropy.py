@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .matmul import matmul_transposed, uses_onednn
+from .matmul import matmul_transposed, prefers_onednn
 
 MAX_CHUNK = 8192  # rows; a larger matrix product is not faster
 # Whether addmm with out_dtype adds 16-bit products to float32: at first it refused that
@@ -56,19 +56,19 @@ def linear_cross_entropy_fwd(
     row_kernel is the backend's module, with cross_entropy_fwd and cross_entropy_fwd_bwd_.
     """
     V = weight.shape[0]
-    losses = torch.empty(len(x), dtype=_accumulator(x), device=x.device)
+    losses = []
 
     def gradient_of(chunk, part):
+        options = _rows(targets, part), ignore_index, smoothing
         if need_dx or need_dweight:
-            losses[part] = row_kernel.cross_entropy_fwd_bwd_(
-                chunk, targets[part], ignore_index, smoothing, V
-            )
+            losses.append(row_kernel.cross_entropy_fwd_bwd_(chunk, *options, V))
         else:
-            losses[part], _ = row_kernel.cross_entropy_fwd(
-                chunk[:, :V], targets[part], ignore_index, smoothing
-            )
+            losses.append(row_kernel.cross_entropy_fwd(chunk[:, :V], *options)[0])
 
-    return losses, *_through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks)
+    dx, dweight = _through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks)
+    if not losses:
+        losses.append(torch.empty(0, dtype=_accumulator(x), device=x.device))
+    return losses[0] if len(losses) == 1 else torch.cat(losses), dx, dweight
 
 
 def linear_cross_entropy_bwd(
@@ -94,7 +94,7 @@ def linear_cross_entropy_bwd(
         logits = chunk[:, :V]
         _, stats = row_kernel.cross_entropy_fwd(logits, targets[part], *options)
         row_kernel.cross_entropy_bwd_(dlosses[part], logits, targets[part], stats, *options)
-        chunk[:, V:] = 0
+        chunk[:, V:].zero_()
 
     return _through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks)
 
@@ -110,24 +110,33 @@ def _through_chunks(gradient_of, x, weight, need_dx, need_dweight, chunks):
     if V_padded != V or weight.dtype != x.dtype:
         padded = x.new_empty((V_padded, C))
         padded[:V] = weight
-        padded[V:] = 0
+        padded[V:].zero_()  # "= 0" would copy a tensor that no recording knows
     dx = torch.empty((N if need_dx else 0, C), dtype=x.dtype, device=x.device)
     dweight_shape = (V_padded if need_dweight else 0, C)
     dweight = (torch.empty if N else torch.zeros)(
         dweight_shape, dtype=_accumulator(x), device=x.device
     )
     rows = chunk_rows(N, chunks)
-    logits = x.new_empty((0 if uses_onednn(x, padded) else rows, V_padded))
+    own = prefers_onednn(_rows(x, slice(rows)), padded)  # then each chunk has memory of its own
+    logits = None if own else x.new_empty((rows, V_padded))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
-        chunk = None  # frees the previous chunk first, if it had memory of its own
-        chunk = matmul_transposed(x[part], padded, out=logits[: part.stop - start])
+        chunk = None  # frees the previous chunk's first
+        x_part = _rows(x, part)
+        out = None if own else _rows(logits, slice(part.stop - start))
+        chunk = matmul_transposed(x_part, padded, out)
         gradient_of(chunk, part)
         if need_dx:
-            torch.mm(chunk, padded, out=dx[part])
+            torch.mm(chunk, padded, out=_rows(dx, part))
         if need_dweight:
-            _add_mm(dweight, chunk.t(), x[part], first=start == 0)
-    return dx, dweight[:V]
+            _add_mm(dweight, chunk.t(), x_part, first=start == 0)
+    return dx, _rows(dweight, slice(V))
+
+
+def _rows(x: Tensor, part: slice) -> Tensor:
+    """x[part] for a slice of rows that starts at one of them. All rows are x itself, because a view
+    costs the host a microsecond."""
+    return x if not part.start and part.stop == len(x) else x[part]
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .tracing import cached_untraced
 
+# Multiplications from which oneDNN is preferred: its call takes 15 µs longer than MKL's.
+LARGE = 2**23
+
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., C), weight (V, C), bias (V,): (..., V), in the autocast dtype under autocast.
@@ -32,24 +35,25 @@ def is_autocasting(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def matmul_transposed(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """x weight^T for x (N, C) and weight (V, C). The result is written to out (N, V), unless oneDNN
-    computes it (uses_onednn) and allocates it.
+def matmul_transposed(x: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+    """x weight^T for x (N, C) and weight (V, C), written to out (N, V). If out is None, oneDNN
+    computes and allocates the result (see prefers_onednn).
 
     PyTorch's default on a CPU, MKL, is slow for few rows and many columns: 128 rows of logits run
     at 65 GFLOP/s on two EPYC cores, with oneDNN at 106 (docs/log.md).
     """
-    if uses_onednn(x, weight):
+    if out is None:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.mm(x, weight.t(), out=out)
 
 
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether matmul_transposed uses oneDNN and ignores `out`. Operands must be contiguous: for
-    others, oneDNN uses its reference code, which is a thousand times slower."""
+def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN is faster for matmul_transposed. Operands must be contiguous: for others,
+    oneDNN uses its reference code, which is a thousand times slower."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= LARGE
         and x.is_contiguous()
         and weight.is_contiguous()
         and torch.backends.mkldnn.is_available()

@@ -24,8 +24,10 @@ from .checks import (
 )
 from .ids import guard, poison
 from .raw_ops import raw
+from .recording import recorded
 
 
+@recorded
 def causal_attention(
     q: Tensor,
     k: Tensor,
@@ -67,6 +69,7 @@ def causal_attention(
     return autograd.call(autograd.Attention, q, k, v, scale, dropout_p, seed, backend)
 
 
+@recorded
 def causal_attention_qkv(
     qkv: Tensor,
     n_head: int,
@@ -147,6 +150,7 @@ def decode_attention(
         return raw.decode_attention(q, k_cache, v_cache, lengths, scale, backend)
 
 
+@recorded
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -164,6 +168,7 @@ def layer_norm(
     return autograd.call(autograd.LayerNorm, x, weight, bias, eps, backend)
 
 
+@recorded
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -190,6 +195,7 @@ def add_layer_norm(
     return autograd.call(autograd.AddLayerNorm, x, residual, weight, bias, eps, backend)
 
 
+@recorded
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, the tanh approximation: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 
@@ -202,6 +208,7 @@ def gelu(x: Tensor) -> Tensor:
     return reference.gelu(x) if backend == "reference" else autograd.call(autograd.Gelu, x, backend)
 
 
+@recorded
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) for x (..., C) and bias (C,) of any floating dtype."""
     check_tensor("x", x, like=x)
@@ -214,6 +221,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return autograd.call(autograd.BiasGelu, x, bias, backend)
 
 
+@recorded
 def cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -254,6 +262,7 @@ def cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
+@recorded
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

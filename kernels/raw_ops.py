@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, recording
 from .ids import validate
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
@@ -28,7 +28,9 @@ def _register(schema: str, run, fake) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=_library)
-    setattr(raw, name, getattr(torch.ops.gpt2_kernels, name).default)
+    op = getattr(torch.ops.gpt2_kernels, name).default
+    recording.implementations[op] = run
+    setattr(raw, name, op)
 
 
 def _launcher(op: str, schema: str):

@@ -23,6 +23,8 @@ from counts import Counts
 from emulation import emulation
 from shares import keep_those_of, long_ones_first, sample, workers
 
+from gpt2.kernels import recording
+
 ON_GPU = torch.cuda.is_available()
 # Compiles Triton's kernels and runs their PTX. This needs a separate process, because a decorated
 # function is either interpreted or compiled for the whole process. tests/builds/test_triton_ptx.py
@@ -89,6 +91,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "no_poison: leaves torch.empty as it is")
     config.pluginmanager.register(Counts(config, NO_TRITON))
     config.pluginmanager.register(emulation)
+    recording.UNRECORDED = 2  # so that tests of a few steps replay calls, too
+    recording.start()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -151,6 +155,12 @@ def no_pending_checks():
     from gpt2.kernels import ids
 
     ids._checks.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_recordings():
+    """Forgets the calls that other tests recorded: a test may replace what they were made of."""
+    recording.forget()
 
 
 @pytest.fixture(autouse=True)

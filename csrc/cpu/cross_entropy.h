@@ -120,7 +120,7 @@ void cross_entropy_bwd(const CrossEntropyBwd& args, const Threads& threads) {
   const S* dlosses = static_cast<const S*>(args.dlosses);
   const S* stats = static_cast<const S*>(args.stats);
   T* dlogits = static_cast<T*>(args.dlogits);
-  const int64_t dlogits_stride = args.dlogits_stride;
+  const int64_t dlosses_stride = args.dlosses_stride, dlogits_stride = args.dlogits_stride;
   parallel_ranges(threads, rows.N, 1 + 16384 / rows.V, [=, &rows](int64_t row, int64_t end) {
     for (; row < end; ++row) {
       T* dx = dlogits + row * dlogits_stride;
@@ -129,7 +129,7 @@ void cross_entropy_bwd(const CrossEntropyBwd& args, const Threads& threads) {
         zero_row(dx, rows.V);
       } else {
         softmax_grad_row<V>(rows, logits + row * rows.stride, target, stats[row],
-                            stats[rows.N + row], dlosses[row], dx);
+                            stats[rows.N + row], dlosses[row * dlosses_stride], dx);
       }
     }
   });

@@ -160,8 +160,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
-    cross_entropy_bwd_kernel(LogitsRows rows,
-                             const float* dlosses,  // (N,)
+    cross_entropy_bwd_kernel(LogitsRows rows, const float* dlosses, int64_t dlosses_stride,  // (N,)
                              const T* logits,
                              const float* stats,  // (2, N): m, l
                              T* dlogits, int64_t dlogits_stride) {
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     store_zeros(drow, rows.V);
   } else {
     store_gradient(rows, logits + n * rows.stride, target, {stats[n], stats[rows.N + n]},
-                   dlosses[n], drow);
+                   dlosses[n * dlosses_stride], drow);
   }
 }
 
@@ -267,8 +266,9 @@ void cross_entropy_fwd(const CrossEntropyFwd& args, const Executor& on) {
 template <class T>
 void cross_entropy_bwd(const CrossEntropyBwd& args, const Executor& on) {
   launch("cross_entropy_bwd", cross_entropy_bwd_kernel<T>, args.rows.N, threads_for(args.rows.V), 0,
-         on, args.rows, static_cast<const float*>(args.dlosses), static_cast<const T*>(args.logits),
-         static_cast<const float*>(args.stats), static_cast<T*>(args.dlogits), args.dlogits_stride);
+         on, args.rows, static_cast<const float*>(args.dlosses), args.dlosses_stride,
+         static_cast<const T*>(args.logits), static_cast<const float*>(args.stats),
+         static_cast<T*>(args.dlogits), args.dlogits_stride);
 }
 
 template <class T>

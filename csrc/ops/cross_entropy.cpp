@@ -41,20 +41,21 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits_, Tensor targets_, in
 void check_cross_entropy_bwd(const Tensor& dlosses, const Tensor& logits, const Tensor& targets,
                              const Tensor& stats) {
   check_logits(logits, targets, logits.dim() > 1 ? logits.size(1) : 0);
-  check_tensor("dlosses", dlosses, logits, accumulator(logits), {logits.size(0)});
+  const std::vector<int64_t> shape(dlosses.dim() > 0, logits.size(0));  // (), or (N,)
+  check_tensor("dlosses", dlosses, logits, accumulator(logits), shape);
   check_tensor("stats", stats, logits, accumulator(logits), {2, logits.size(0)});
 }
 
-void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses_, const Tensor& logits,
+void cross_entropy_bwd_into(Tensor& dlogits, const Tensor& dlosses, const Tensor& logits,
                             const Tensor& targets_, const Tensor& stats_, int64_t ignore_index,
                             double smoothing) {
-  const Tensor dlosses = as_contiguous(dlosses_);
   const Tensor targets = as_contiguous(targets_);
   const Tensor stats = as_contiguous(stats_);
   const CrossEntropyBwd args = {
       .rows = logits_rows(logits, targets, ignore_index, smoothing, logits.size(1)),
       .logits = logits.const_data_ptr(),
       .dlosses = dlosses.const_data_ptr(),
+      .dlosses_stride = dlosses.dim() ? dlosses.stride(0) : 0,
       .stats = stats.const_data_ptr(),
       .dlogits = dlogits.mutable_data_ptr(),
       .dlogits_stride = dlogits.stride(0)};

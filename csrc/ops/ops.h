@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <tuple>
@@ -52,7 +53,17 @@ inline Tensor as_contiguous(const Tensor& x) {
 
 inline Tensor new_empty(const Tensor& like, std::vector<int64_t> shape,
                         std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, shape, dtype);
+  using torch::stable::detail::from, torch::stable::detail::to;
+  int32_t type = to<int32_t>(from(dtype.value_or(like.scalar_type()))), layout, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle found;
+  // torch::stable::new_empty finds the operator by its name, which takes a microsecond.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), int64_t(shape.size()),
+                                                   &type, &layout, &device, index, nullptr,
+                                                   &found));
+  return Tensor(found);
 }
 
 }  // namespace gpt2

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from . import build_log, cuda_toolkit
-from .recipes import COMPILE, NVCC, OPTIMIZE, SANITIZE, Library
+from .recipes import COMPILE, NVCC, OPTIMIZE, SANITIZE, STABLE, Library
 
 CSRC = Path(__file__).parents[2] / "csrc"
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order if $CXX is not set
@@ -55,6 +56,7 @@ def is_lasting(log: str, cache: Path) -> bool:
 def recipe(library: Library) -> str:
     """The hash of everything that determines the library: its sources, flags and platform."""
     settled = (sys.platform, platform.machine(), *COMPILE, *_link_flags(library), *_level(library))
+    settled += STABLE if library.stable else (sys.implementation.cache_tag,)
     if library.nvcc:
         settled += (*NVCC, *_gencode(library))
     digest = hashlib.sha256(repr((settled, library)).encode())
@@ -147,7 +149,8 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
         raise CompilerError(f"{compiler} failed: {build_log.first_error(log)}", log, work.parent)
     if recipe(library) != before:
         raise BuildError("the sources changed while they were compiled; start again")
-    say(f"built {library.title} in {time.monotonic() - start:.0f} s")
+    if not library.quiet:
+        say(f"built {library.title} in {time.monotonic() - start:.0f} s")
     return log
 
 
@@ -197,7 +200,8 @@ def _find_ninja() -> list[str]:
 
 def _level(library: Library) -> tuple[str, ...]:
     """The optimization flags; for the CPU library with GPT2_KERNELS_SANITIZE=1, the sanitizers'."""
-    sanitized = os.environ.get("GPT2_KERNELS_SANITIZE") == "1" and not library.nvcc
+    sanitized = os.environ.get("GPT2_KERNELS_SANITIZE") == "1" and library.stable
+    sanitized = sanitized and not library.nvcc
     return SANITIZE if sanitized else OPTIMIZE
 
 
@@ -207,7 +211,8 @@ def _link_flags(library: Library) -> tuple[str, ...]:
         # A compiler may link libstdc++ statically. Beside the process's own, a visible second one
         # fails: a message with a number in it ended the process.
         flags.append("--exclude-libs=ALL")
-        if _level(library) is OPTIMIZE:  # sanitizers leave their own symbols undefined
+        # Sanitizers and Python leave their own symbols undefined.
+        if _level(library) is OPTIMIZE and library.stable:
             flags.append("-zdefs")  # reports undefined symbols now, not when the library is loaded
     pairs = (("-Xlinker", flag) for flag in flags)
     return ("-shared", *library.link, *itertools.chain.from_iterable(pairs))
@@ -226,11 +231,24 @@ def _ninja_file(library: Library, tools: Tools, work: Path, output: Path) -> str
     root = Path(torch.__file__).parent
     cxx = [*tools.cxx, *COMPILE, *_level(library), *library.flags]
     cxx += ["-isystem", str(root / "include"), f"-ffile-prefix-map={root}=torch"]
+    if library.stable:
+        cxx += STABLE
+    else:
+        python = sysconfig.get_path("include")
+        cxx += ["-isystem", str(root / "include/torch/csrc/api/include"), "-isystem", python]
     linker = [*tools.cxx, *_level(library)]
     if library.nvcc:
         program, *arguments = tools.cxx
         host = ["-ccbin", program, *(f"-Xcompiler={argument}" for argument in arguments)]
-        nvcc = [tools.nvcc, *host, *NVCC, *library.flags, *library.nvcc, *_gencode(library)]
+        nvcc = [
+            tools.nvcc,
+            *host,
+            *NVCC,
+            *STABLE,
+            *library.flags,
+            *library.nvcc,
+            *_gencode(library),
+        ]
         linker = [tools.nvcc, *host, *library.nvcc, "-nodlink"]  # no calls between .cu files
     lines = [f"builddir = {_escape(str(work))}", "rule run", "  command = $run", ""]
 
@@ -271,10 +289,10 @@ def _escape_path(path: str) -> str:
 def _follow(process: subprocess.Popen, library: Library, start: float) -> str:
     """Reads ninja's output to its end, and returns it. On a terminal, shows the progress every
     second."""
-    live = _is_terminal()
+    live = _is_terminal() and not library.quiet
     files, log = len(_sources(library)), b""
-    if not live:
-        say(f"building {library.title}, once ({files} files)…")
+    if not live and not library.quiet:
+        say(f"building {library.title}, once ({files} file{'s' * (files > 1)})…")
     while True:
         if live:
             done = max(map(int, re.findall(rb"^\[(\d+)/\d+\]", log, re.M)), default=0)

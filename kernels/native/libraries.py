@@ -2,6 +2,7 @@
 
     libraries.load("cpu")   # loads torch.ops.gpt2_kernels_cpu; returns None, or the reason if not
     libraries.load("cuda")  # the same for gpt2_kernels_cuda
+    libraries.load("replay")  # csrc/replay, which recording.py uses
 
 A library comes from the first of three places that has it:
 
@@ -24,6 +25,7 @@ that start together build once, and a killed process leaves nothing that another
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -39,6 +41,7 @@ from .compiler import BuildError
 SHIPPED = Path(__file__).parents[1] / "lib"
 KEEP = 16  # entries per library in the cache: older sources, other torch versions
 _reasons: dict[str, str | None] = {}
+_handles: dict[str, ctypes.CDLL] = {}  # by file name
 _loading = threading.Lock()
 
 
@@ -66,6 +69,18 @@ def load(name: str = "cpu") -> str | None:
             if name not in _reasons:
                 _reasons[name] = _load(name)
     return _reasons[name]
+
+
+def decided(name: str) -> bool:
+    """Whether load(name) has its result."""
+    return name in _reasons
+
+
+def python_function(name: str, function: str):
+    """A function of a loaded library that takes one Python object and returns one."""
+    found = getattr(ctypes.PyDLL(None, handle=_handles[_file_name(name)]._handle), function)
+    found.argtypes, found.restype = [ctypes.py_object], ctypes.py_object
+    return found
 
 
 def build(name: str = "cpu", *, out: Path | None = None, force: bool = False) -> Path:
@@ -168,7 +183,7 @@ def _load(name: str) -> str | None:
 def _open(library: trust.File) -> str | None:
     with library:
         try:
-            library.load()
+            _handles[library.path.name] = library.load()
         except OSError as error:
             return f"{library.path} cannot be loaded: {build_cache.one_line(error)}"
     torch.ops.loaded_libraries.add(str(library.path))

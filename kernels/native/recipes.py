@@ -1,7 +1,8 @@
 """The libraries of csrc: their sources, headers and flags.
 
-One binary works with every Python and every torch >= 2.10. It uses only LibTorch's stable ABI, and
-finds libtorch by name among the loaded libraries of the process, so it contains no path of torch.
+A library of kernels works with every Python and every torch >= 2.10. It uses only LibTorch's stable
+ABI. Every library finds libtorch by name among the loaded libraries of the process, so it contains
+no path of torch.
 Only the sources for an instruction set get its flags; cpu/library.cpp detects the processor at run
 time.
 """
@@ -24,6 +25,9 @@ class Library:
     sources: dict[str, tuple[str, ...]]  # pattern under csrc -> extra flags; slowest file first
     headers: tuple[str, ...]  # included headers, as patterns under csrc
     flags: tuple[str, ...] = ()  # for every source
+    # Whether it uses only LibTorch's stable ABI. Otherwise it is for one torch and one Python.
+    stable: bool = True
+    quiet: bool = False  # whether its build shows no progress
     link: tuple[str, ...] = ("-ltorch_cpu",)
     nvcc: tuple[str, ...] = ()  # flags for .cu files; if not empty, nvcc compiles and links
     gencode: tuple[str, ...] = ()  # target GPUs; empty: this machine's
@@ -65,6 +69,14 @@ LIBRARIES = {
         nvcc=("-lineinfo", "-cudart=static"),
         borrowed=(("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"),),
     ),
+    "replay": Library(
+        title="the replay of calls",
+        sources={"replay/replay.cpp": ()},
+        headers=("replay/*.h",),
+        stable=False,
+        quiet=True,  # built beside a training whose progress is shown
+        link=("-ltorch_python", "-ltorch_cpu", "-lc10"),
+    ),
 }
 
 # No -ffast-math, not even for linking: the library would turn denormals off in the whole process.
@@ -73,8 +85,8 @@ LIBRARIES = {
 COMPILE = (
     *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
-    *("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 )
+STABLE = ("-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 # No --use_fast_math: denormals, divisions and exp keep their accuracy.
 NVCC = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 OPTIMIZE = ("-O3",)

@@ -42,7 +42,8 @@ _FOLDER = NO_LINK | _flags("O_DIRECTORY", "O_PATH")
 _FILE = NO_LINK | _flags("O_NONBLOCK")  # otherwise opening a FIFO would wait for a writer
 
 _loads = itertools.count()
-_loaded: set[tuple[int, int]] = set()  # (device, inode); unique, because the files stay open
+# by (device, inode), which are unique, because the files stay open
+_loaded: dict[tuple[int, int], ctypes.CDLL] = {}
 _loading = threading.RLock()
 if hasattr(os, "register_at_fork"):  # not on Windows
     # A fork waits some milliseconds for another thread's load, because a half-loaded library would
@@ -131,7 +132,7 @@ class File:
                 raise ValueError(f"more than {most} bytes")
             yield chunk
 
-    def load(self) -> None:
+    def load(self) -> ctypes.CDLL:
         """Loads the file into the process through the open descriptor. Raises OSError if that
         fails.
 
@@ -140,18 +141,19 @@ class File:
         """
         with _loading:
             status = os.fstat(self.handle)
-            if (status.st_dev, status.st_ino) in _loaded:
-                return
+            key = status.st_dev, status.st_ino
+            if key in _loaded:
+                return _loaded[key]
             handle = os.dup(self.handle)
             name = _name_for_loader(handle)
             if not _leads_to(name, handle):
                 name = str(self.path)
             try:
-                ctypes.CDLL(name)
+                _loaded[key] = ctypes.CDLL(name)
             except OSError as error:
                 os.close(handle)
                 raise OSError(str(error).replace(name, str(self.path))) from error
-            _loaded.add((status.st_dev, status.st_ino))
+            return _loaded[key]
 
 
 def open_file(path: Path, folder: int | None = None) -> File:

@@ -36,7 +36,7 @@ def _cross_entropy_fwd_kernel(
     logits_ptr,                        # (N, V), contiguous in V; with GRAD its gradient, in place
     targets_ptr,                       # (N,), int64
     losses_ptr,                        # (N,), float32; 0 where the target is ignored
-    m_ptr, l_ptr,                      # (N,), float32, out
+    stats_ptr,                         # (2, N), float32, out: m and l; N programs
     stride_row, V, V_padded, ignore_index, smoothing,
     BLOCK_V: tl.constexpr, LINE: tl.constexpr, GRAD: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def _cross_entropy_fwd_kernel(
     m = tl.maximum(tl.max(m_group, axis=0), tl.max(x_edge, axis=0))
     l = tl.sum(l * tl.exp2((m_group - m) * LOG2E), axis=0)
     l += tl.sum(tl.exp2((x_edge - m) * LOG2E), axis=0)
-    tl.store(m_ptr + row, m)
-    tl.store(l_ptr + row, l)
+    tl.store(stats_ptr + row, m)
+    tl.store(stats_ptr + tl.num_programs(0) + row, l)
     loss = tl.log2(l) * LN2 + (m - x_target)
     if SMOOTH:
         mean = (tl.sum(total, axis=0) + tl.sum(tl.where(mask_edge, x_edge, 0.0), axis=0)) / V
@@ -85,7 +85,8 @@ def _cross_entropy_fwd_kernel(
 def _cross_entropy_bwd_kernel(
     dlosses_ptr, stride_dlosses,       # (N,), float32
     logits_ptr,                        # (N, V), contiguous in V
-    targets_ptr, m_ptr, l_ptr,         # (N,)
+    targets_ptr,                       # (N,)
+    stats_ptr,                         # (2, N), float32: m and l; N programs
     dlogits_ptr,                       # (N, V), contiguous in V; may be logits_ptr
     stride_row, stride_drow, V, ignore_index, smoothing,
     BLOCK_V: tl.constexpr, LINE: tl.constexpr,
@@ -96,8 +97,8 @@ def _cross_entropy_bwd_kernel(
     target = tl.load(targets_ptr + row)
     inside = (target >= 0) & (target < V)
     x_target = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
-    m = tl.load(m_ptr + row)
-    l = tl.load(l_ptr + row)
+    m = tl.load(stats_ptr + row)
+    l = tl.load(stats_ptr + tl.num_programs(0) + row)
     dloss = tl.load(dlosses_ptr + row * stride_dlosses)
     dloss = tl.where(inside, dloss, float("nan"))
     _store_gradient(
@@ -202,7 +203,7 @@ def cross_entropy_fwd_bwd_(logits, targets, ignore_index, smoothing, V):
 
 
 def cross_entropy_bwd(dlosses, logits, targets, stats, ignore_index, smoothing):
-    """dlogits (N, V), contiguous."""
+    """dlogits (N, V), contiguous, for dlosses (N,), or () if all are equal."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     return _backward(dlosses, logits, targets, stats, ignore_index, smoothing, dlogits)
@@ -220,7 +221,7 @@ def _forward(logits, targets, ignore_index, smoothing, V, grad):
     if N > 0:
         launch(
             _cross_entropy_fwd_kernel, (N, 1, 1),
-            logits, targets, losses, *stats,
+            logits, targets, losses, stats,
             logits.stride(0), V, logits.shape[1], ignore_index, float(smoothing),
             LINE=16 // logits.element_size(), GRAD=grad, SMOOTH=smoothing > 0,
             **cross_entropy_config("fwd_bwd" if grad else "fwd")._asdict(),
@@ -233,7 +234,7 @@ def _backward(dlosses, logits, targets, stats, ignore_index, smoothing, dlogits)
     if N > 0:
         launch(
             _cross_entropy_bwd_kernel, (N, 1, 1),
-            dlosses, dlosses.stride(0), logits, targets, *stats, dlogits,
+            dlosses, dlosses.stride(0) if dlosses.dim() else 0, logits, targets, stats, dlogits,
             logits.stride(0), dlogits.stride(0), V, ignore_index, float(smoothing),
             LINE=16 // logits.element_size(), SAME_LINES=_same_lines(logits, dlogits),
             **cross_entropy_config("bwd")._asdict(),

@@ -10,6 +10,8 @@ from triton import JITFunction, knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .. import recording
+
 MOST = 4096  # launches remembered; beyond it all are forgotten
 _known: dict[tuple, tuple] = {}
 
@@ -21,7 +23,9 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
     numbers whose first element may be a tensor. constants are the constexpr parameters, and options
     such as num_warps.
     """
+    recorder = recording.current()
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
+        recording.refuse("Triton's interpreter runs a kernel")
         kernel[grid](*args, **constants)
         return
     active = driver.active
@@ -45,8 +49,12 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
     if remembers and (known := _known.get(key)):
         run, function, metadata, values = known
         stream = active.get_current_stream(device)
-        run(*grid, stream, function, metadata, None, None, None, *args, *values)
+        launch = *grid, stream, function, metadata, None, None, None, *args, *values
+        run(*launch)
+        if recorder:
+            recorder.launch(run, active.get_current_stream, device, launch)
         return
+    recording.refuse("a kernel was launched for the first time, or with hooks")
     compiled = kernel[grid](*args, **constants)
     if remembers and isinstance(compiled, CompiledKernel):
         if len(_known) >= MOST:

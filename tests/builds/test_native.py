@@ -41,7 +41,7 @@ pytestmark = needs_compiler
 def test_first_use_builds_and_says_so(small, capfd):
     assert libraries.load() is None
     said = lines(capfd)
-    assert said[0] == "gpt2-kernels: building the sample, once (1 files)…"
+    assert said[0] == "gpt2-kernels: building the sample, once (1 file)…"
     assert re.fullmatch(r"gpt2-kernels: built the sample in \d+ s", said[1]) and len(said) == 2
     assert [str(small.built()[0])] == [
         p for p in torch.ops.loaded_libraries if str(small.cache) in p

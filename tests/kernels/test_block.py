@@ -24,8 +24,9 @@ def calls(monkeypatch):
     count, block = [0], whole.block
 
     def counted(*args):
-        count[0] += 1
-        return block(*args)
+        found = block(*args)
+        count[0] += found is not None
+        return found
 
     monkeypatch.setattr(whole, "block", counted)
     return count

@@ -13,16 +13,17 @@ from mutants.evaluate import EVALUATE_MUTANTS, HARNESS_MUTANTS
 from mutants.generation import GENERATION_MUTANTS
 from mutants.interop import INTEROP_MUTANTS
 from mutants.kernels import KERNEL_MUTANTS
+from mutants.recording import RECORDING_MUTANTS
 from mutants.transformers import TRANSFORMERS_MUTANTS
 from mutants.triton_attention import ATTENTION_MUTANTS
 from planting import ROOT, as_built, assert_killed, cases, copy, plant, run_tests  # noqa: F401
 
 KERNELS = (*ATTENTION_MUTANTS, *KERNEL_MUTANTS)
-MODEL = (*GENERATION_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS)
+MODEL = (*GENERATION_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS, *RECORDING_MUTANTS)
 THEIRS = (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
 CSRC = (*CSRC_ATTENTION, *CUDA_MUTANTS, *BLOCK_MUTANTS, *LINEAR_MUTANTS, *ROW_MUTANTS)
 # Tests that run only on the cpu backend
-CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast")
+CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast", "test_recording.py")
 
 
 def test_every_bug_can_be_planted():

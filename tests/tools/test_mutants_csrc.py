@@ -68,7 +68,7 @@ def compile_all(csrc, cxx, jobs):
 
     include = Path(torch.__file__).parent / "include"
     for source, own in jobs.items():
-        command = [*cxx, *recipes.COMPILE, "-w", "-isystem", include, *own]
+        command = [*cxx, *recipes.COMPILE, *recipes.STABLE, "-w", "-isystem", include, *own]
         output = ["-c", source, "-o", f"{Path(source).stem}.o"]
         subprocess.run([*command, *output], cwd=csrc, check=True)
     return {source: csrc / f"{Path(source).stem}.o" for source in jobs}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt2 import kernels
-from gpt2.kernels import block, dispatch
+from gpt2.kernels import block, dispatch, recording
 
 TOOLS = str(Path(__file__).resolve().parent)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,9 +119,12 @@ def _root_mean_square(x: Tensor) -> float:
 
 
 class launches:
-    """The backends whose launchers were called inside the with block, in order."""
+    """The backends whose launchers were called inside the with block, in order. Calls are not
+    replayed meanwhile, because a replay calls no launcher."""
 
     def __enter__(self) -> list[str]:
+        self.paused = recording.paused()
+        self.paused.__enter__()
         self.module, self.block_ops, names = dispatch.module, block._ops, []
 
         def spy(backend, op):
@@ -151,6 +154,7 @@ class launches:
 
     def __exit__(self, *exc):
         dispatch.module, block._ops = self.module, self.block_ops
+        self.paused.__exit__(*exc)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from gpt2 import kernels
 from gpt2.kernels import triton as backend
 
 ARCH = 90
@@ -69,13 +70,15 @@ class _Driver:
 
 @contextlib.contextmanager
 def active():
-    """A context in which the triton backend accepts CPU tensors and its launches do nothing."""
+    """A context in which the triton backend computes CPU tensors, and its launches do nothing."""
     import triton
 
     _, stub = _built()
     config, before = triton.runtime.driver, triton.runtime.driver._active
     config.set_active(stub)
-    with mock.patch.object(backend, "_device_reason", lambda device_type, index: None):
+    device = mock.patch.object(backend, "_device_reason", lambda device_type, index: None)
+    # The backend is forced, so that calls are recorded apart from those without the stub.
+    with device, kernels.use("triton"):
         try:
             yield
         finally:
