@@ -1,4 +1,5 @@
 // Replays recorded calls. kernels/recording.py describes how they are recorded.
+#include <ATen/ScalarOps.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -79,6 +80,10 @@ std::optional<int> slot_in(const py::handle value) {
   return value.attr("index").cast<int>();
 }
 
+bool is_number(const py::handle value) {
+  return PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr());
+}
+
 bool holds_slots(const py::handle value) {
   if (!PyList_Check(value.ptr()) && !PyTuple_Check(value.ptr())) return false;
   for (const py::handle element : py::reinterpret_borrow<py::sequence>(value)) {
@@ -106,6 +111,11 @@ std::unique_ptr<Step> make_call(const std::string& name, const std::string& over
         step->reads.push_back(list.slots.back());
       }
       step->tensors.push_back(std::move(list));
+    } else if (is_number(value) && *parameters[i].type() == *c10::TensorType::get()) {
+      at::Tensor number =
+          c10::scalar_to_tensor(torch::jit::toIValue(value, c10::NumberType::get()).toScalar());
+      number.unsafeGetTensorImpl()->set_wrapped_number(true);  // takes part in no promotion
+      step->stack.back() = std::move(number);
     } else if (value.ptr() == Py_Ellipsis) {
       step->stack.back() = parameters[i].default_value().value();
     } else {
