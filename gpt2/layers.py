@@ -94,6 +94,16 @@ def add_norm(norm: nn.Module, x: Tensor, s: Tensor | None, ops) -> tuple[Tensor,
     return ops.add_layer_norm(x, s, norm.weight, norm.bias, norm.eps)
 
 
+def first_rows(table: nn.Module, T: int, device: torch.device) -> Tensor:
+    """table(0, ..., T - 1), (T, C). If table is stock, a view of its weight: the gradient of an
+    embedding would sort the ids first."""
+    if is_stock(table, nn.Embedding) and type(table.weight) is nn.Parameter:
+        options = table.max_norm, table.padding_idx, table.scale_grad_by_freq, table.sparse
+        if options == (None, None, False, False) and len(table.weight) >= T:
+            return table.weight if len(table.weight) == T else table.weight[:T]
+    return table(torch.arange(T, device=device))
+
+
 def own(x: Tensor) -> Tensor:
     """x without a copy, but not as a view of another tensor.
 

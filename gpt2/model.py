@@ -23,7 +23,7 @@ from .config import Config
 from .kernels import reference
 from .kernels.checks import check_ids
 from .kernels.ids import guard, poison
-from .layers import Int8Linear, add_norm, is_stock, project
+from .layers import Int8Linear, add_norm, first_rows, is_stock, project
 
 IGNORED = -1  # a target without a loss, as in nanoGPT; -100, as in PyTorch, becomes -1
 
@@ -116,10 +116,8 @@ class Model(nn.Module):
         # The tokens of past come from the sampler and from prompts that were checked on the CPU.
         idx, valid = guard(idx, self.config.vocab_size) if past is None else (idx, None)
         wte, wpe, blocks, ln_f = (self.transformer[name] for name in ("wte", "wpe", "h", "ln_f"))
-        positions = (
-            torch.arange(idx.shape[1], device=idx.device) if past is None else past.positions
-        )
-        x = wte(idx) + poison(wpe(positions), valid)  # (B, T, C)
+        places = wpe(past.positions) if past else first_rows(wpe, idx.shape[1], idx.device)
+        x = wte(idx) + poison(places, valid)  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         s = None
         for layer, block in enumerate(blocks):

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import report
+from . import recording, report
 from .native import build_cache, libraries
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     build.add_argument("--force", action="store_true", help="compile even if a build exists")
     options = parser.parse_args()
     if options.command is None:
-        print(report())
+        print(report(), recording.report(), sep="\n\n")
         return 0
     start = time.perf_counter()
     try:

@@ -359,6 +359,16 @@ def why_not() -> str | None:
     return libraries.load("replay")
 
 
+def report() -> str:
+    """A line on whether calls are replayed here. Builds nothing."""
+    missing = None if os.environ.get("GPT2_KERNELS_REPLAY") == "0" else libraries.unbuilt("replay")
+    if missing is None:
+        reason = why_not()
+        return f"replay of calls: {'no: ' + reason if reason else 'yes'}"
+    _, not_built, command = missing.partition("not built: ")
+    return f"replay of calls: {'built in a training, or by ' + command if not_built else missing}"
+
+
 @functools.cache
 def _library():
     return libraries.python_function("replay", "gpt2_kernels_replay")((Slot, _precision))

@@ -142,7 +142,9 @@ def test_report_is_a_table():
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.partition("\n\ncuda would be faster")[0].splitlines()
+    table, _, replay = done.stdout.rpartition("\n\n")
+    assert replay.startswith("replay of calls: ")
+    lines = table.partition("\n\ncuda would be faster")[0].splitlines()
     assert lines[0].startswith(f"torch {torch.__version__}")
     assert lines[2].split() == ["op", "served", "by", "triton", "cuda", "cpu", "reference"]
     assert [line.split()[0] for line in lines[3:]] == list(dispatch.OPS)

@@ -658,3 +658,20 @@ with stub_driver.active(), kernels.use("triton"):
     if done.stderr.startswith("skip: "):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, "yes"),
+        ({"GPT2_KERNELS_REPLAY": "0"}, "no: GPT2_KERNELS_REPLAY=0"),
+        ({"GPT2_KERNELS_CACHE": "{empty}"}, "python -m gpt2.kernels build --replay"),
+        ({"GPT2_KERNELS_CACHE": "{empty}", "CXX": "none"}, "CXX is 'none', which cannot be run"),
+    ],
+    ids=["yes", "off", "not built", "no compiler"],
+)
+def test_report(changes, said, tmp_path):
+    changes = {name: value.format(empty=tmp_path) for name, value in changes.items()}
+    done = run_python("from gpt2.kernels import recording; print(recording.report())", **changes)
+    assert done.stdout.startswith("replay of calls: ") and done.stdout.rstrip().endswith(said)
+    assert not list(tmp_path.iterdir()), "nothing was built"

@@ -49,6 +49,25 @@ def test_every_hook_fires(fast, kind):
     assert missing == expected and len(fired) >= CALLED - 3
 
 
+@pytest.mark.parametrize("T", [1, 5, 8])
+def test_positions_are_rows_of_their_table(T):
+    """The same bits as by the module, whose options count."""
+    model, idx = model_and_ids()
+    found = []
+    for change in ("none", "hook", "padding"):
+        if change == "hook":  # the module is called
+            model.transformer.wpe.register_forward_hook(lambda *args: None)
+        if change == "padding":
+            model.transformer.wpe.padding_idx = 0
+        model.zero_grad()
+        _, loss = model(idx[:, :T], idx[:, :T])
+        loss.backward()
+        found.append((loss.detach(), model.transformer.wpe.weight.grad))
+    for ours, module in zip(*found[:2], strict=True):
+        assert torch.equal(ours, module)
+    assert found[0][1][0].any() and not found[2][1][0].any()
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_hooks_change_nothing_but_what_they_return(fast):
     model, idx = model_and_ids(fast)
