@@ -224,6 +224,7 @@ def main(argv=None) -> int:
     if options.compile_only:
         return 0  # torch.compile compiles nothing here
     torch.set_num_threads(1)
+    recording.UNRECORDED = 2  # a few calls suffice, also with --quick
     reason = recording.start()
     clock = HostClock(options.device, options.quick)
     about = environment(options.device)

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .kernels import dispatch
-from .kernels.checks import check_ids
+from .kernels.checks import check_ids, check_number
 from .layers import is_hooked
 from .model import IGNORED, Model
 
@@ -110,18 +110,22 @@ class Replays:
         self.graphs[key] = Captured(function, inputs, self.pool, self.stream)
 
 
-def graphed(model: Model) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function step(idx, targets) that replays the forward and the backward of model's loss.
+def graphed(model: Model) -> Callable[..., Tensor]:
+    """A function step(idx, targets, scale=1.0) that replays forward and backward of model's loss.
 
-    It returns the loss, detached, and leaves in .grad what loss.backward() would, bit for bit: it
-    adds to gradients that are there. idx and targets are those of the model. Call it under the
-    autocast and in the mode (train or eval) that the model should run in. The optimizer may zero
-    the gradients either way.
+    It returns the loss, detached, and leaves in .grad what (loss * scale).backward() would, bit for
+    bit: it adds to gradients that are there. idx and targets are those of the model; scale is a
+    number or a tensor of one, 1 by default: 1 / n for the mean of n calls, or GradScaler's. Call it
+    under the autocast and in the mode (train or eval) that the model should run in. The optimizer
+    may zero the gradients either way.
 
     Where graphs are impossible, on a CPU for example, the step runs eagerly, and a warning gives
     the reason once. The gradients stay at one place in memory: a later call overwrites a gradient
-    that was kept beyond zero_grad.
+    that was kept beyond zero_grad. Raises TypeError or ValueError for a wrong argument, and
+    RuntimeError if gradients are disabled or no parameter requires one.
     """
+    if not isinstance(model, nn.Module) or next(model.parameters(), None) is None:
+        raise TypeError(f"model must be a gpt2.Model, got {type(model).__name__}")
     return _Step(model)
 
 
@@ -135,9 +139,18 @@ class _Step:
         self.said: set[str] = set()
         every = _parameters_of(list(model.modules()))
         self.parameters, self.identity = [p for p in every if p.requires_grad], _identity(every)
-        self.replays = Replays(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.replays = Replays(device)
+        self.scale, self.scaled_by = torch.ones((), device=device), 1.0
 
-    def __call__(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, idx: Tensor, targets: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets must be an int64 tensor, got {type(targets).__name__}")
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise RuntimeError("gpt2.graphed computes gradients, but they are disabled here")
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise RuntimeError("gpt2.graphed computes gradients, but no parameter requires one")
+        self._set_scale(scale)
         modules = list(self.model.modules())  # takes 0.1 ms, so once
         reason = self._why_eager(modules, idx, targets)
         if reason is not None:
@@ -168,8 +181,22 @@ class _Step:
         ):
             _, loss = self.model(idx, targets)
         with torch.autocast(device, enabled=False):  # as where backward follows the with block
-            loss.backward()
+            loss.backward(self.scale.to(loss.dtype))
         return loss.detach()
+
+    def _set_scale(self, scale: float | Tensor) -> None:
+        """Writes scale to the tensor that all graphs read."""
+        if isinstance(scale, Tensor):
+            if scale.numel() != 1 or not scale.is_floating_point():
+                got = f"{tuple(scale.shape)} of {scale.dtype}"
+                raise ValueError(f"scale must be a number or a floating tensor of one, got {got}")
+            self.scale.copy_(scale.detach().view(()))
+            self.scaled_by = None  # unknown
+            return
+        check_number("scale", scale)
+        if scale != self.scaled_by:
+            self.scale.fill_(scale)
+            self.scaled_by = scale
 
     def _first(self, idx: Tensor, targets: Tensor) -> Tensor:
         """_run, without gradients before. The first capture keeps those that it computes; later
@@ -203,10 +230,10 @@ class _Step:
         model = self.model
         if type(model) is not Model:
             return f"the model is a {type(model).__name__}, not a gpt2.Model"
-        if not self.parameters or not supports(self.parameters[0].device):
+        if not supports(self.replays.device):
             return "the model is not on a CUDA GPU"
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            return "gradients are disabled"
+        if not self.parameters:
+            return "parameters were unfrozen; call gpt2.graphed again"
         if torch.is_anomaly_enabled():
             return "anomaly detection is on"
         if not all(isinstance(x, Tensor) and x.dtype == torch.int64 for x in (idx, targets)):

@@ -137,6 +137,7 @@ class _Block(torch.autograd.Function):
         f = F.linear(h2, w.c_fc)
         g = ops.bias_gelu_fwd(f, p.c_fc_bias)
         y = F.linear(g, w.mlp_proj, w.mlp_proj_bias)
+        y = torch.ops.aten._unsafe_view(y, y.shape)  # not a view of another tensor
         casts = (w.c_attn, w.attn_proj, w.c_fc, w.mlp_proj) if plan.autocasting else ()
         ctx.save_for_backward(
             s, *parameters, x, s1, stats1, h1, qkv, o, lse, s2, stats2, h2, f, g, *casts

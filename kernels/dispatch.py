@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference, triton
+from . import recording, reference, triton
 from .gpu import unsuitable
 from .linear_cross_entropy import DEFAULT, Chunks
 from .native import cpu, cuda, libraries
@@ -70,7 +70,8 @@ FASTER = {
 }
 
 _TRANSFORMED = "transforms of torch.func and forward-mode derivatives take plain PyTorch"
-_FOLDER = os.path.dirname(__file__)
+# The folders of gpt2 and torch: a warning names the line that called them.
+_PACKAGES = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__))
 _MODULES = {"triton": triton, "cuda": cuda, "cpu": cpu}
 _said: set[tuple[str, str]] = set()
 _built: dict[str, bool] = {}
@@ -87,6 +88,7 @@ class _Own(threading.local):
 _own = _Own()
 _all: list[list[str]] = []  # the use() blocks of all threads
 _newest: str | None = None  # the backend of the newest of these
+_changes = 0
 _entering = threading.Lock()
 
 
@@ -105,7 +107,7 @@ def use(backend: str):
     Raises ValueError for an unknown name. Inside the block, an op that the backend does not support
     raises BackendUnavailable with the reason instead of falling back.
     """
-    global _newest
+    global _newest, _changes
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     stacks, entry = (_own.entries, _all), [backend]
@@ -113,6 +115,7 @@ def use(backend: str):
         for stack in stacks:
             stack.append(entry)
         _newest = backend
+        _changes += 1
     try:
         yield
     finally:
@@ -120,6 +123,12 @@ def use(backend: str):
             for stack in stacks:  # blocks of different threads may end in any order
                 stack[:] = [other for other in stack if other is not entry]
             _newest = _all[-1][0] if _all else None
+            _changes += 1
+
+
+def changes() -> int:
+    """How many use() blocks of this process have begun or ended."""
+    return _changes
 
 
 def _forget_other_threads() -> None:
@@ -150,12 +159,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
     """
     chosen = forced()  # read only once, because another thread may leave its block meanwhile
     if chosen == "reference":
-        return "reference"
+        return _reference()
     if reference.is_transformed():
         if chosen is not None:
             raise BackendUnavailable(f"{chosen} cannot serve {op}: {_TRANSFORMED}")
         _say_once(op, _TRANSFORMED)
-        return "reference"
+        return _reference()
     if chosen is not None:
         reason = why_not(chosen, op, device, dtype, size)
         if reason is not None:
@@ -171,6 +180,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
         _say_no_library(missing)
     else:
         _say_once(op, "; ".join(reasons))
+    return _reference()
+
+
+def _reference() -> str:
+    """ "reference", whose operators PyTorch chooses by settings that no recording knows."""
+    recording.refuse("plain PyTorch computes it")
     return "reference"
 
 
@@ -225,7 +240,7 @@ def _say_once(op: str, reason: str) -> None:
     if (op, reason) not in _said:
         _said.add((op, reason))
         frame, level = sys._getframe(), 1
-        while frame.f_back and frame.f_code.co_filename.startswith(_FOLDER):
+        while frame.f_back and frame.f_code.co_filename.startswith(_PACKAGES):
             frame, level = frame.f_back, level + 1
         warnings.warn(f"{op} falls back to plain PyTorch ({reason})", stacklevel=level)
 

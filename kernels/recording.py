@@ -18,6 +18,7 @@ import functools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from .native import libraries
 
-LOAD_AFTER = 1000  # calls with gradients; then a thread loads the library, and builds it if needed
+LOAD_AFTER = 1000  # calls with gradients; after them, and after this time, a thread loads the
+LOAD_AFTER_SECONDS = 30  # library, and builds it if necessary
 UNRECORDED = 30  # calls of each kind, before the one that is recorded: that takes a millisecond
 NONE = -1  # in place of a slot: None
 implementations: dict[object, Callable] = {}  # of the raw ops, whose operators are noted instead
@@ -122,6 +124,8 @@ class Log:
             if any(isinstance(x, Tensor) for x in given):
                 self.refuse(f"{op} reads a value")
             return  # a fact about dtypes, which is the same each time
+        if torch.Tag.dynamic_output_shape in op.tags:
+            self.refuse(f"the shape of {op}'s result depends on values")
         if op is torch.ops.aten.as_strided.default and (self.slot(args[0]) or 0) < self.inputs:
             self.refuse("as_strided of an argument depends on its place in memory")
         if not op._schema.is_mutable and len(results) == 1:
@@ -194,6 +198,9 @@ class Recorder(TorchDispatchMode):
 
     def launch(self, run: Callable, stream_of: Callable, device: int, args: tuple) -> None:
         """Notes run(*args), a launch on the stream stream_of(device), which replaces args[3]."""
+        from .triton.launch import is_hooked
+
+        self.library.ask(is_hooked)
         self.log.steps.append(("launch", run, stream_of, device, self.log.read(list(args))))
 
     def apply(self, function: type[torch.autograd.Function], *args):
@@ -312,32 +319,46 @@ class _Site:
         self.function, self.call, self.recorded = function, self._count, None
 
     def _count(self, *args, **kwargs):
-        global _calls
+        global _calls, _first_call
         if torch.is_grad_enabled():
             _calls += 1
-            if _calls == LOAD_AFTER:
-                threading.Thread(target=why_not, daemon=True).start()
-            elif _calls > LOAD_AFTER and libraries.decided("replay"):
-                self.start()
+            if _calls == 1:
+                _first_call = time.monotonic()
+            if _calls > LOAD_AFTER:
+                self._load()
         return self.function(*args, **kwargs)
+
+    def _load(self) -> None:
+        global _loading
+        if libraries.decided("replay"):
+            self.start()
+        elif not _loading and time.monotonic() - _first_call > LOAD_AFTER_SECONDS:
+            _loading = True
+            threading.Thread(target=why_not, daemon=True).start()
 
     def start(self) -> None:
         from .dispatch import forced  # which needs this module
 
-        self.call = self.function
-        if why_not() is None:
-            record = functools.partial(_record, _library())
-            self.recorded = _library().Recorded(self.function, record, forced, UNRECORDED)
-            self.call = self.recorded.function()
+        with _starting:
+            if self.call != self._count:
+                return
+            if why_not() is None:
+                record = functools.partial(_record, _library())
+                # It lives as long as the process: a call refers to it without a count.
+                self.recorded = _library().Recorded(self.function, record, forced, UNRECORDED)
+                self.call = self.recorded.function()
+            else:
+                self.call = self.function
 
 
 _sites: list[_Site] = []
-_calls = 0
+_calls, _first_call, _loading = 0, 0.0, False
+_starting = threading.RLock()
 
 
 def recorded(function: Callable) -> Callable:
     """Marks a function of tensors, numbers and texts whose calls may be recorded. It returns a
-    tensor or a tuple of tensors."""
+    tensor or a tuple of tensors, and reads no values by tolist or numpy, which nothing notes."""
     site = _Site(function)
     _sites.append(site)
 
@@ -352,8 +373,8 @@ def recorded(function: Callable) -> Callable:
 
 def why_not() -> str | None:
     """None if calls can be replayed, else the reason. Builds the library if necessary."""
-    if os.environ.get("GPT2_KERNELS_REPLAY") == "0":
-        return "GPT2_KERNELS_REPLAY=0"
+    if (setting := os.environ.get("GPT2_KERNELS_REPLAY", "1")) != "1":
+        return f"GPT2_KERNELS_REPLAY={setting}"
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return "this Python has no GIL"
     return libraries.load("replay")
@@ -361,7 +382,8 @@ def why_not() -> str | None:
 
 def report() -> str:
     """A line on whether calls are replayed here. Builds nothing."""
-    missing = None if os.environ.get("GPT2_KERNELS_REPLAY") == "0" else libraries.unbuilt("replay")
+    wanted = os.environ.get("GPT2_KERNELS_REPLAY", "1") == "1"
+    missing = libraries.unbuilt("replay") if wanted else None
     if missing is None:
         reason = why_not()
         return f"replay of calls: {'no: ' + reason if reason else 'yes'}"
@@ -405,12 +427,16 @@ def paused():
 
 def _record(library, function: Callable, args: tuple, kwargs: dict):
     """(function(*args, **kwargs), its program or None)."""
+    from . import dispatch  # which needs this module
+
     if current() is not None:  # a recorded function inside another
         return function(*args, **kwargs), None
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    recorder = Recorder(library, inputs)
+    recorder, changes = Recorder(library, inputs), dispatch.changes()
     with recorder.active():
         found = function(*args, **kwargs)
+    if dispatch.changes() != changes:
+        recorder.log.refuse("another thread has forced a backend meanwhile")
     return found, recorder.log.program(library, recorder.log.results(_as_tuple(found)))
 
 

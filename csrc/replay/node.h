@@ -91,13 +91,14 @@ class Replayed final : public Node {
     for (size_t i = outputs; i < tensors.size(); i++) {
       bool is_output = false;
       for (size_t j = 0; j < outputs; j++) is_output |= tensors[i].is_same(tensors[j]);
-      saved_.emplace_back(tensors[i], is_output);
+      saved_->emplace_back(tensors[i], is_output);
     }
   }
 
   void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& saved : saved_) saved.reset_data();
+    Saved freed;  // after the lock: hooks of saved tensors may run Python code
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::swap(freed, saved_);
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -131,7 +132,8 @@ class Replayed final : public Node {
     }
     if (known) {
       const auto entry = function_->backwards.find(key);
-      if (entry != function_->backwards.end() && entry->second.program) {
+      const bool found = entry != function_->backwards.end() && entry->second.program;
+      if (found && !(entry->second.program->launches && is_hooked())) {
         const std::shared_ptr<Program> program = entry->second.program;
         grads.clear();
         saved.clear();
@@ -144,10 +146,15 @@ class Replayed final : public Node {
 
  private:
   std::vector<at::Tensor> unpack() {
-    std::lock_guard<std::mutex> lock(mutex_);
+    Saved saved;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      saved = saved_;
+    }
+    TORCH_CHECK(saved, torch::autograd::ERR_BACKWARD_TWICE);
     std::vector<at::Tensor> found;
-    found.reserve(saved_.size());
-    for (const SavedVariable& saved : saved_) found.push_back(saved.unpack(pointer_to(this)));
+    found.reserve(saved->size());
+    for (const SavedVariable& each : *saved) found.push_back(each.unpack(pointer_to(this)));
     return found;
   }
 
@@ -156,8 +163,9 @@ class Replayed final : public Node {
                           const Key* key);
 
   const std::shared_ptr<Function> function_;
-  std::vector<SavedVariable> saved_;
-  std::mutex mutex_;
+  using Saved = std::shared_ptr<std::vector<SavedVariable>>;
+  Saved saved_ = std::make_shared<std::vector<SavedVariable>>();  // null: freed by a backward
+  std::mutex mutex_;                                              // of saved_
 };
 
 }  // namespace gpt2

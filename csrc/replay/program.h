@@ -17,18 +17,20 @@ using Slots = std::vector<at::Tensor>;
 constexpr int kNone = -1;  // in place of a slot: None
 
 struct Step {
-  std::vector<int> reads, last_reads;
+  std::vector<int> reads, writes;  // slots; writes may hold kNone
+  std::vector<int> ends;           // slots that nothing needs after this step
   virtual ~Step() = default;
   // Runs with the GIL if needs_python.
   virtual void run(Slots& slots) const = 0;
   virtual bool needs_python() const { return true; }
+  virtual bool launches() const { return false; }  // kernels by Triton
 };
 
 struct Program {
   int inputs = 0, slots = 0;
   std::vector<std::unique_ptr<Step>> steps;
   std::vector<int> results;  // slots or kNone
-  bool needs_python = false;
+  bool needs_python = false, launches = false;
 
   // Fills in what follows from the steps.
   void finish() {
@@ -37,11 +39,15 @@ struct Program {
       if (slot != kNone) read_later[slot] = true;
     }
     for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
-      for (int slot : (*step)->reads) {
-        if (!read_later[slot]) (*step)->last_reads.push_back(slot);
-        read_later[slot] = true;
+      for (const auto* used : {&(*step)->writes, &(*step)->reads}) {
+        for (int slot : *used) {
+          if (slot == kNone || read_later[slot]) continue;
+          (*step)->ends.push_back(slot);
+          read_later[slot] = used == &(*step)->reads;
+        }
       }
       needs_python |= (*step)->needs_python();
+      launches |= (*step)->launches();
     }
   }
 
@@ -71,7 +77,7 @@ struct Program {
   void run_steps(Slots& given) const {
     for (const auto& step : steps) {
       step->run(given);
-      for (int slot : step->last_reads) given[slot].reset();
+      for (int slot : step->ends) given[slot].reset();
     }
   }
 };
@@ -85,8 +91,7 @@ struct Call final : Step {
   };
   c10::OperatorHandle op;
   std::vector<c10::IValue> stack;  // the arguments, with gaps for the tensors
-  std::vector<Argument> tensors;
-  std::vector<int> writes;  // the slots of its results, with those of a list in its place; or kNone
+  std::vector<Argument> tensors;   // writes are the results', those of a list in its place
 
   explicit Call(c10::OperatorHandle op) : op(std::move(op)) {}
   bool needs_python() const override { return false; }
@@ -152,6 +157,14 @@ struct Check final : PythonCall {
   }
 };
 
+inline PyObject* hooked;  // launch.py: whether something wants to be called at each launch
+
+// The Python code calls such a hook, and a replay would not.
+inline bool is_hooked() {
+  const Object found = hooked ? call(hooked, {}) : Object();
+  return found.get() == Py_True;
+}
+
 // A compiled Triton kernel. Its launcher takes addresses in place of tensors.
 struct Launch final : Step {
   struct Pointer {
@@ -164,6 +177,8 @@ struct Launch final : Step {
   std::vector<Object> constants;  // the arguments, with gaps for the pointers and the stream
   std::vector<Pointer> pointers;
 
+  bool launches() const override { return true; }
+
   void run(Slots& slots) const override {
     std::vector<PyObject*> arguments;
     for (const Object& constant : constants) arguments.push_back(constant.get());
@@ -171,7 +186,6 @@ struct Launch final : Step {
     arguments[kStream] = stream.get();
     std::vector<Object> built;
     for (const Pointer& pointer : pointers) {
-      // An empty tensor has no memory, and Triton takes no null pointer as an integer.
       Object address = Object::checked(PyLong_FromVoidPtr(slots[pointer.slot].data_ptr()));
       if (PyObject* rest = pointer.rest.get()) {
         const Py_ssize_t n = PyTuple_GET_SIZE(rest);

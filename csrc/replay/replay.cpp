@@ -15,14 +15,15 @@ namespace py = pybind11;
 // Applies a function to slots: its forward, and a node for its backward.
 struct Apply final : Step {
   std::shared_ptr<Function> function;
-  std::vector<int> inputs, writes;
+  std::vector<int> inputs;
 
   bool needs_python() const override { return function->forward->needs_python; }
+  bool launches() const override { return function->forward->launches; }
 
   void run(Slots& slots) const override {
     Slots given;
     given.reserve(inputs.size());
-    for (int slot : inputs) given.push_back(slot == kNone ? at::Tensor() : slots[slot]);
+    for (int slot : inputs) given.push_back(slots[slot]);
     NodePtr node = make_node<Replayed>(function);
     node->set_next_edges(torch::autograd::collect_next_edges(given));
     variable_list found;
@@ -168,9 +169,7 @@ std::unique_ptr<Step> make_apply(std::shared_ptr<Function> function, std::vector
                                  std::vector<int> writes) {
   auto step = std::make_unique<Apply>();
   step->function = std::move(function);
-  for (int slot : inputs) {
-    if (slot != kNone) step->reads.push_back(slot);
-  }
+  step->reads = inputs;
   step->inputs = std::move(inputs);
   step->writes = std::move(writes);
   return step;
@@ -228,12 +227,12 @@ class Recorded {
     }
     if (entries_.size() >= kMost) entries_.clear();
     Entry& entry = entries_[key];
-    if (entry.program) {
+    if (entry.program && !(entry.program->launches && is_hooked())) {
       const Entry found = entry;  // the program may call Python code that clears the entries
       variable_list results = found.program->run(std::move(tensors));
       return (found.is_tuple ? py::object(wrap_all(results)) : wrap(results[0])).release().ptr();
     }
-    if (++entry.calls <= calls_ || entry.calls > calls_ + kTries) {
+    if (entry.program || ++entry.calls <= calls_ || entry.calls > calls_ + kTries) {
       return PyObject_Vectorcall(function_.ptr(), args, n, names);
     }
     return record(args, n, names, key);
@@ -255,7 +254,10 @@ class Recorded {
     const Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
     tensors.reserve(n + named);
     for (Py_ssize_t i = 0; i < n + named; i++) {
-      if (i >= n && !key.add_constant(PyTuple_GET_ITEM(names, i - n))) return false;
+      if (i >= n) {
+        key.add(-2);
+        if (!key.add_constant(PyTuple_GET_ITEM(names, i - n))) return false;
+      }
       PyObject* const value = args[i];
       if (THPVariable_Check(value)) {
         const at::Tensor& x = THPVariable_Unpack(value);
@@ -281,7 +283,9 @@ class Recorded {
       named[py::handle(PyTuple_GET_ITEM(names, i))] = py::handle(args[n + i]);
     }
     const py::tuple found = record_(function_, given, named);
-    if (!found[1].is_none()) {
+    Slots tensors;
+    Key after;  // another thread may have changed a setting meanwhile
+    if (!found[1].is_none() && describe(args, n, names, tensors, after) && after == key) {
       Entry& entry = entries_[key];
       entry.program = found[1].cast<std::shared_ptr<Program>>();
       entry.is_tuple = PyTuple_Check(py::object(found[0]).ptr());
@@ -337,6 +341,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* gpt2_kernels_replay(
         function->backward_of = Object::borrowed(backward.ptr());
         return function;
       }));
+  module.def("ask", [](const py::object& function) { hooked = Py_NewRef(function.ptr()); });
   py::class_<Recorded>(module, "Recorded")
       .def(py::init<py::object, py::object, py::object, int64_t>())
       .def("forget", &Recorded::forget)

@@ -3,6 +3,7 @@
 The CUDA library needs nvcc, but neither a GPU nor a torch that supports one.
 """
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -34,6 +35,16 @@ class Tools:
 
     cxx: list[str]
     nvcc: str | None = None
+
+
+_running: set[subprocess.Popen] = set()
+
+
+@atexit.register
+def _end_compilers() -> None:
+    """A build that another thread has started ends with the process; a later one begins anew."""
+    for process in list(_running):
+        process.terminate()  # ninja ends its compilers, too
 
 
 class BuildError(RuntimeError):
@@ -138,12 +149,15 @@ def run(library: Library, tools: Tools, work: Path, output: Path) -> str:
         cwd=CSRC, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=inherited,
     )  # fmt: skip
+    _running.add(process)
     try:
         log = _follow(process, library, start)
     except BaseException:
-        process.terminate()  # ninja ends its compilers, too
+        process.terminate()
         process.wait()
         raise
+    finally:
+        _running.discard(process)
     if process.returncode != 0 or not output.exists():
         compiler = "nvcc" if library.nvcc else "the C++ compiler"
         raise CompilerError(f"{compiler} failed: {build_log.first_error(log)}", log, work.parent)

@@ -45,7 +45,7 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
     key.append(device)
     key = tuple(key)
     # Code is compiled for the alignment of each pointer. Only if all are aligned, the key tells it.
-    remembers = low_bits % 16 == 0 and not _is_hooked()
+    remembers = low_bits % 16 == 0 and not is_hooked()
     if remembers and (known := _known.get(key)):
         run, function, metadata, values = known
         stream = active.get_current_stream(device)
@@ -63,7 +63,7 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
         _known[key] = compiled.run, compiled.function, compiled.packed_metadata, values
 
 
-def _is_hooked() -> bool:
+def is_hooked() -> bool:
     """Whether something, such as a profiler, wants to be called at each launch."""
     hook = knobs.runtime.launch_enter_hook  # None in Triton 3.4, a chain from 3.5 on
     return hook is not None and bool(getattr(hook, "calls", True))

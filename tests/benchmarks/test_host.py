@@ -222,7 +222,7 @@ def test_the_clock_takes_turns_without_the_collector():
     times = clock(runs)
     assert gc.isenabled() and set(times) == {"a", "b"}
     assert {x[1] for x in seen if isinstance(x, tuple)} == {False}
-    assert "".join(x[0] for x in seen if isinstance(x, tuple)) == "aaabbb" + "abba" * 2
+    assert "".join(x[0] for x in seen if isinstance(x, tuple)) == 6 * "a" + 6 * "b" + 2 * "abba"
     assert seen[-6:-3] == ["enter", ("b", False), "leave"]
     assert clock.now is time.thread_time_ns  # of this thread only
 

@@ -18,7 +18,7 @@ from util import DEVICE, bits_equal
 
 from gpt2 import Config, Model, kernels
 from gpt2.block import Block
-from gpt2.kernels import autograd, dispatch, recording
+from gpt2.kernels import autograd, dispatch, recording, reference
 
 CALLS = recording.UNRECORDED + 1  # the last of them is recorded
 pytestmark = pytest.mark.cpu_kernels
@@ -414,8 +414,9 @@ OUTSIDE = torch.tensor(3.0)
         lambda x: x * OUTSIDE,
         lambda x: torch.as_strided(x, (3,), (1,), x.storage_offset() + 1),
         lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        lambda x: torch.full((4,), float(len(x[x > 0]))),
     ],
-    ids=["item", "bool", "outside", "as_strided", "constant"],
+    ids=["item", "bool", "outside", "as_strided", "constant", "dynamic shape"],
 )
 def test_not_recorded(function):
     """A replay of these would give wrong results."""
@@ -500,6 +501,102 @@ def test_sums_are_handed_on():
             assert recording.attached_sum(dx) is None
 
 
+def test_plain_pytorch_is_not_recorded(monkeypatch):
+    """Its operators choose others by settings of the process (sdpa_kernel)."""
+    ran = []
+
+    def attend(*args, attend=reference.causal_attention_qkv, **options):
+        ran.append(1)
+        return attend(*args, **options)
+
+    monkeypatch.setattr(reference, "causal_attention_qkv", attend)
+    with kernels.use("reference"):
+        for _ in range(CALLS + 2):
+            kernels.causal_attention_qkv(leaf(1, 8, 48), 1)
+    assert len(ran) == CALLS + 2
+
+
+def test_a_setting_that_changes_during_a_recording():
+    """Another thread may force a backend for a moment, and the Python code read it."""
+    ran = []
+
+    def force():
+        with kernels.use("reference"):
+            pass
+
+    def function(x):
+        ran.append(1)
+        if len(ran) == CALLS:  # the call that is recorded
+            thread = threading.Thread(target=force)
+            thread.start()
+            thread.join()
+        return x * 2
+
+    with recorded(function) as call:
+        for _ in range(CALLS + 3):
+            call(torch.ones(3))
+    assert len(ran) == CALLS + 1, "recorded one call later"
+
+
+def test_a_name_is_not_a_text():
+    x, weight = leaf(3, 8), tensor(8)
+    with kernels.use("cpu"):
+        for _ in range(CALLS + 1):
+            kernels.layer_norm(x, weight=weight)
+        try:
+            kernels.layer_norm(x, "weight", weight)
+        except TypeError as error:
+            said = str(error)
+        else:
+            said = "nothing"
+        assert said == "weight must be a tensor, got str"
+
+
+def test_starting_again_changes_nothing():
+    x = leaf(3, 8)
+    with kernels.use("cpu"):
+        for _ in range(CALLS + 1):
+            kernels.gelu(x)
+        calls = [site.call for site in recording._sites]
+        with recording.paused():
+            assert recording.start() is None
+        assert recording.start() is None
+        assert calls == [site.call for site in recording._sites]
+        assert type(kernels.gelu(x).grad_fn).__name__ == "CppFunction"
+
+
+def test_hooks_of_saved_tensors_may_wait_and_run_backwards():
+    """Two threads in one node's backward, and a backward of a node inside its own, hung."""
+    run(
+        START
+        + """
+import faulthandler, threading, time
+faulthandler.dump_traceback_later(60, exit=True)
+recording.UNRECORDED = 2
+recording.start()
+for _ in range(5):
+    node()
+inside, ones = [], torch.ones(2, 8)
+def unpack(saved):
+    time.sleep(0.05)
+    if nested and not inside:
+        inside.append(1)
+        torch.autograd.grad(y, x, ones, retain_graph=True)
+    return saved
+for nested in (False, True):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        y = kernels.gelu(x)
+    assert type(y.grad_fn).__name__ == "CppFunction"
+    def backward():
+        torch.autograd.grad(y, x, ones, retain_graph=True)
+    threads = [threading.Thread(target=backward) for _ in range(1 if nested else 3)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+assert inside
+"""
+    )
+
+
 def test_threads():
     """Calls of several threads, while some are recorded, and backwards on threads of their own."""
     errors = []
@@ -547,6 +644,7 @@ def test_it_starts_by_itself_after_some_calls():
         START
         + """
 import time
+recording.LOAD_AFTER_SECONDS = 0
 names = [node() for _ in range(recording.LOAD_AFTER)]
 assert set(names) == {"GeluBackward"}
 for _ in range(600):
@@ -653,6 +751,12 @@ with stub_driver.active(), kernels.use("triton"):
     assert len(found[0][1]) >= 8
     for name, launched in found:
         assert launched == found[0][1], (launched, found[0][1])
+
+    from triton import knobs
+    seen = []
+    knobs.runtime.launch_enter_hook.add(lambda metadata: seen.append(1))
+    pass_of(block, x, s)
+    assert len(seen) == len(found[0][1]), "a profiler's hook is called"
 """
     )
     if done.stderr.startswith("skip: "):
@@ -665,10 +769,11 @@ with stub_driver.active(), kernels.use("triton"):
     [
         ({}, "yes"),
         ({"GPT2_KERNELS_REPLAY": "0"}, "no: GPT2_KERNELS_REPLAY=0"),
+        ({"GPT2_KERNELS_REPLAY": "off"}, "no: GPT2_KERNELS_REPLAY=off"),
         ({"GPT2_KERNELS_CACHE": "{empty}"}, "python -m gpt2.kernels build --replay"),
         ({"GPT2_KERNELS_CACHE": "{empty}", "CXX": "none"}, "CXX is 'none', which cannot be run"),
     ],
-    ids=["yes", "off", "not built", "no compiler"],
+    ids=["yes", "off", "another word", "not built", "no compiler"],
 )
 def test_report(changes, said, tmp_path):
     changes = {name: value.format(empty=tmp_path) for name, value in changes.items()}

@@ -200,16 +200,10 @@ def test_what_a_replay_would_miss_runs_eagerly(change, reason, captures):
     )
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "anomaly", "cpu", "wrapped"])
+@pytest.mark.parametrize("mode", ["anomaly", "cpu", "wrapped"])
 def test_reasons_before_any_capture(mode, captures, monkeypatch):
     model = model_in(fast=True)
     idx = ids(2, 7)
-    if mode == "no_grad":
-        told = pytest.warns(UserWarning, match="gradients are disabled")
-        raised = pytest.raises(RuntimeError, match="does not require grad")
-        with torch.no_grad(), told, raised:
-            gpt2.graphed(model)(idx, idx)
-        return
     if mode == "anomaly":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -227,6 +221,44 @@ def test_reasons_before_any_capture(mode, captures, monkeypatch):
         with pytest.warns(UserWarning, match="is a Wrapper, not a gpt2.Model"):
             gpt2.graphed(Wrapper(model))(idx, idx)
     assert model.lm_head.weight.grad is not None and captures.captures == 0
+
+
+def test_wrong_calls_are_named():
+    model, idx = model_in(fast=True), ids(2, 7)
+    for wrong in (None, torch.nn.Identity(), "gpt2"):
+        with pytest.raises(TypeError, match=r"model must be a gpt2\.Model, got"):
+            gpt2.graphed(wrong)
+    step = gpt2.graphed(model)
+    with pytest.raises(TypeError, match="targets must be an int64 tensor, got NoneType"):
+        step(idx, None)
+    with pytest.raises(TypeError, match="scale must be a number, got 'half'"):
+        step(idx, idx, "half")
+    with pytest.raises(ValueError, match="scale must be a number or a floating tensor of one, got"):
+        step(idx, idx, torch.ones(2))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode, pytest.raises(RuntimeError, match="gradients, but they are disabled here"):
+            step(idx, idx)
+    model.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="but no parameter requires one"):
+        step(idx, idx)
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_scaled_gradients(graph, captures, monkeypatch):
+    model, other = two_models()
+    monkeypatch.setattr(graphs, "supports", lambda device: graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default" if graph else "ignore")
+        step = gpt2.graphed(model)
+        for scale in (0.5, 0.5, torch.tensor([3.0], device=DEVICE), 1, 0.5, 0.25):
+            batch = ids(2, 7), ids(2, 7)
+            loss = step(*batch, scale)
+            want = other(*batch)[1]
+            (want * scale).sum().backward()
+            assert bits_equal(loss, want.detach())
+            for p, q in zip(model.parameters(), other.parameters(), strict=True):
+                assert bits_equal(p.grad, q.grad)
+    assert (captures.captures > 0) == graph
 
 
 class Wrapper(torch.nn.Module):

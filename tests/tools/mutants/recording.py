@@ -38,7 +38,26 @@ RECORDING_MUTANTS = [
         "self.known[id(x)] = weakref.ref(x), slot", "self.known[id(x)] = (lambda: x), slot",
         f"{TESTS}::test_memory_is_freed_as_in_python[recording]",
     ),
+    Mutant(
+        "a backend that another thread forced for a moment", PYTHON,
+        "if dispatch.changes() != changes:", "if False:",
+        f"{TESTS}::test_a_setting_that_changes_during_a_recording",
+    ),
+    Mutant(
+        "plain PyTorch recorded", "kernels/dispatch.py",
+        'recording.refuse("plain PyTorch computes it")', "pass",
+        f"{TESTS}::test_plain_pytorch_is_not_recorded",
+    ),
+    Mutant(
+        "a shape that depends on values", PYTHON,
+        "if torch.Tag.dynamic_output_shape in op.tags:", "if False:",
+        f"{TESTS}::test_not_recorded[dynamic shape]",
+    ),
     # csrc/replay
+    Mutant(
+        "a name taken for a text", "csrc/replay/replay.cpp",
+        "key.add(-2);", "", f"{TESTS}::test_a_name_is_not_a_text",
+    ),
     Mutant(
         "strides left out of the key", KEY,
         "for (const int64_t stride : x.strides()) add(stride);", "",
@@ -87,7 +106,7 @@ RECORDING_MUTANTS = [
     ),
     Mutant(
         "intermediate results kept by a replay", PROGRAM,
-        "for (int slot : step->last_reads) given[slot].reset();", "",
+        "for (int slot : step->ends) given[slot].reset();", "",
         f"{TESTS}::test_memory_is_freed_as_in_python[replay]",
     ),
 ]  # fmt: skip
