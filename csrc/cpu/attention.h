@@ -69,9 +69,8 @@ struct AttentionForward {
     const T* v = head_of<T>(x.v, bh / x.H, bh % x.H) + begin * x.v.time;
     for (int64_t j = begin; j < end; j += kPackRows) {
       const int64_t n = at_most(kPackRows, end - j);
-      pack_rows<P>(k, x.k.time, n, x.D, block.rows, packed.ld);
-      pack_panels<P>(block.rows, packed.ld, n, packed.steps,
-                     head.k_panels + j * packed.steps * P::K);
+      pack_panels_of<P>(k, x.k.time, n, x.D, block.rows, packed.ld, packed.steps,
+                        head.k_panels + j * packed.steps * P::K);
       pack_pairs<P>(v, x.v.time, n, x.D, block.rows, head.v_pairs + j * packed.ld, packed.ld);
       k += kPackRows * x.k.time;
       v += kPackRows * x.v.time;
@@ -82,7 +81,15 @@ struct AttentionForward {
   void queries(int64_t bh, int64_t i0, const Head& head, const Block& block) const {
     const int64_t b = bh / x.H, h = bh % x.H, rows = at_most(kQueries, x.Tq - i0);
     const int64_t ld = packed.ld, sees = i0 + 1 + x.Tk - x.Tq;  // keys that the first query sees
-    pack_rows<P>(head_of<T>(x.q, b, h) + i0 * x.q.time, x.q.time, rows, x.D, block.q, ld);
+    const T* from = head_of<T>(x.q, b, h) + i0 * x.q.time;
+    const E* q = block.q;
+    int64_t q_row = ld;
+    if (in_place<P>(from, x.q.time, x.D)) {
+      q = reinterpret_cast<const E*>(from);
+      q_row = x.q.time;
+    } else {
+      pack_rows<P>(from, x.q.time, rows, x.D, block.q, ld);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       block.m[r] = kLowest<S>;
       block.l[r] = 0;
@@ -95,8 +102,8 @@ struct AttentionForward {
         if (keys <= 0) continue;  // the whole tile is above the diagonal
         // s = q k^T
         product<P, Into::kSet>(n, keys,
-                               {.a = block.q + r0 * ld,
-                                .a_row = ld,
+                               {.a = q + r0 * q_row,
+                                .a_row = q_row,
                                 .a_step = P::K,
                                 .b = head.k_panels + j0 * packed.steps * P::K,
                                 .b_step = kPanel<V> * P::K,

@@ -80,8 +80,8 @@ struct AttentionBackward {
     pack_rows<P>(q, x.q.time, n, x.D, q_rows, ld);
     pack_rows<P>(g, dout.time, n, x.D, do_rows, ld);
     if constexpr (P::K > 1) {
-      interleave<P>(q_rows, ld, n, head.q_pairs + begin * ld);
-      interleave<P>(do_rows, ld, n, head.do_pairs + begin * ld);
+      interleave<P>(q_rows, ld, n, x.D, head.q_pairs + begin * ld, ld);
+      interleave<P>(do_rows, ld, n, x.D, head.do_pairs + begin * ld, ld);
     }
     for (int64_t i = begin; i < end; ++i, g += dout.time) {
       head.lse_log2[i] = lse[bh * x.Tq + i] * S(kLog2E);
@@ -97,11 +97,9 @@ struct AttentionBackward {
     for (int64_t j = begin; j < end; j += kPackRows) {
       const int64_t n = at_most(kPackRows, end - j), ld = packed.ld;
       const int64_t panel = j * packed.steps * P::K;
-      pack_rows<P>(k, x.k.time, n, x.D, block.rows, ld);
-      pack_panels<P>(block.rows, ld, n, packed.steps, head.k_panels + panel);
+      pack_panels_of<P>(k, x.k.time, n, x.D, block.rows, ld, packed.steps, head.k_panels + panel);
       pack_pairs<P>(k, x.k.time, n, x.D, block.rows, head.k_pairs + j * ld, ld);
-      pack_rows<P>(v, x.v.time, n, x.D, block.rows, ld);
-      pack_panels<P>(block.rows, ld, n, packed.steps, head.v_panels + panel);
+      pack_panels_of<P>(v, x.v.time, n, x.D, block.rows, ld, packed.steps, head.v_panels + panel);
       k += kPackRows * x.k.time;
       v += kPackRows * x.v.time;
     }
@@ -147,8 +145,8 @@ struct AttentionBackward {
     }
     if constexpr (P::K > 1) {
       for (int64_t r = rows; r < round_up(rows, P::K); ++r) zero(block, r * kKeys, 0);
-      interleave<P>(block.p, kKeys, rows, block.p_pairs);
-      interleave<P>(block.ds, kKeys, rows, block.ds_pairs);
+      interleave<P>(block.p, kKeys, rows, kKeys, block.p_pairs, kKeys);
+      interleave<P>(block.ds, kKeys, rows, kKeys, block.ds_pairs, kKeys);
     }
   }
 

@@ -15,6 +15,8 @@
 // (dot_bf16.h), of pairs of bfloat16 (K = 2: a panel holds whole pairs).
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace gpt2::GPT2_ISA {
@@ -140,6 +142,11 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t D, typename 
                int64_t ld) {
   using V = typename P::V;
   for (int64_t r = 0; r < rows; ++r, from += stride, to += ld) {
+    if constexpr (std::is_same_v<T, typename P::Element>) {  // no conversion to float and back
+      memcpy(to, from, D * sizeof(T));
+      memset(to + D, 0, (ld - D) * sizeof(T));
+      continue;
+    }
     int64_t d = 0;
     for (; d + V::W <= D; d += V::W) V::load(from + d).store(to + d);
     for (; d < ld; d += V::W) V::load(from + d, D - d).store(to + d);
@@ -185,16 +192,43 @@ void pack_panels(const typename P::Element* from, int64_t ld, int64_t rows, int6
   }
 }
 
-// Rows [row][ld] to pairs [row / K][ld][K]; an odd last row gets a row of zeros.
+// Whether rows of D elements, `stride` apart, are operands A as they lie, and words of K elements.
+template <class P, class T>
+bool in_place(const T* from, int64_t stride, int64_t D) {
+  return std::is_same_v<T, typename P::Element> && D % P::K == 0 && stride % P::K == 0 &&
+         reinterpret_cast<uintptr_t>(from) % (P::K * sizeof(T)) == 0;
+}
+
+// The same to panels; `rows_of` is room for them as rows.
+template <class P, class T>
+void pack_panels_of(const T* from, int64_t stride, int64_t rows, int64_t D,
+                    typename P::Element* rows_of, int64_t ld, int64_t steps,
+                    typename P::Element* to) {
+  if constexpr (std::is_same_v<T, typename P::Element>) {
+    if (in_place<P>(from, stride, D)) return pack_panels<P>(from, stride, rows, steps, to);
+  }
+  pack_rows<P>(from, stride, rows, D, rows_of, ld);
+  pack_panels<P>(rows_of, ld, rows, steps, to);
+}
+
+// Rows of D elements, `stride` apart, to pairs [row / K][ld][K]; what is beyond D is zero, and so
+// is the partner of an odd last row.
 template <class P>
-void interleave(const typename P::Element* from, int64_t ld, int64_t rows,
-                typename P::Element* to) {
+void interleave(const typename P::Element* from, int64_t stride, int64_t rows, int64_t D,
+                typename P::Element* to, int64_t ld) {
   static_assert(P::K == 2);
-  for (int64_t r = 0; r < rows; r += 2, from += 2 * ld, to += 2 * ld) {
-    for (int64_t d = 0; d < ld; ++d) {
-      to[2 * d] = from[d];
-      to[2 * d + 1] = r + 1 < rows ? from[ld + d] : typename P::Element{};
+  using V = typename P::V;
+  for (int64_t r = 0; r < rows; r += 2, from += 2 * stride, to += 2 * ld) {
+    const auto* partner = r + 1 < rows ? from + stride : nullptr;
+    int64_t d = 0;
+    for (; d + V::W <= D && partner; d += V::W) {
+      P::store_pairs(from + d, partner + d, to + 2 * d);
     }
+    for (; d < D; ++d) {
+      to[2 * d] = from[d];
+      to[2 * d + 1] = partner ? partner[d] : typename P::Element{};
+    }
+    memset(to + 2 * D, 0, 2 * (ld - D) * sizeof(*to));
   }
 }
 
@@ -204,9 +238,11 @@ void pack_pairs(const T* from, int64_t stride, int64_t rows, int64_t D,
                 typename P::Element* rows_of, typename P::Element* to, int64_t ld) {
   if constexpr (P::K == 1) {
     pack_rows<P>(from, stride, rows, D, to, ld);
+  } else if constexpr (std::is_same_v<T, typename P::Element>) {
+    interleave<P>(from, stride, rows, D, to, ld);
   } else {
     pack_rows<P>(from, stride, rows, D, rows_of, ld);
-    interleave<P>(rows_of, ld, rows, to);
+    interleave<P>(rows_of, ld, rows, ld, to, ld);
   }
 }
 

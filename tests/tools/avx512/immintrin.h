@@ -183,6 +183,7 @@ inline __m256i to_half(__m512 x) {
 #define _mm512_loadu_ps(p) emulated::load<__m512>(p)
 #define _mm512_loadu_si512(p) emulated::load<__m512i>(p)
 #define _mm512_storeu_ps(p, x) emulated::store(p, x)
+#define _mm512_storeu_si512(p, x) emulated::store(p, emulated::as<__m512>(x))
 #define _mm512_maskz_loadu_ps(k, p) emulated::maskz_load(k, p)
 #define _mm512_mask_storeu_ps(p, k, x) emulated::mask_store(p, k, x)
 #define _mm256_maskz_loadu_epi16(k, p) emulated::maskz_load16(k, p)
