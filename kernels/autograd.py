@@ -8,7 +8,8 @@ instead, so that PyTorch computes all higher derivatives.
 import torch
 from torch import Tensor
 
-from . import recording, reference
+from . import recorder as recorders
+from . import reference
 from .ids import guard, poison
 from .raw_ops import raw
 
@@ -24,7 +25,7 @@ def call(function: type[torch.autograd.Function], *args):
     """function.apply(*args), or only its forward if no argument needs a gradient, which takes a
     third of the time in a small call."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-        recorder = recording.current()
+        recorder = recorders.current()
         return function.apply(*args) if recorder is None else recorder.apply(function, *args)
     return function.forward(_NoBackward(), *args)
 
@@ -228,7 +229,7 @@ class CrossEntropy(torch.autograd.Function):
         args = (dlosses, logits, targets, stats, *ctx.options, ctx.backend)
         if ctx.inplace and logits.stride(-1) == 1 and logits.stride(0) >= logits.shape[1]:
             raw.cross_entropy_bwd_(*args)
-            recording.refuse("it changes the version of a tensor")
+            recorders.refuse("it changes the version of a tensor")
             torch.autograd.graph.increment_version(logits)  # a second backward is refused
             return logits.detach(), *[None] * 6
         return raw.cross_entropy_bwd(*args), *[None] * 6

@@ -24,7 +24,8 @@ from . import dispatch, reference
 from .autograd import by_reference, call
 from .matmul import has_fast_matmul, is_autocasting
 from .raw_ops import on_device_of
-from .recording import attach_sum, attached_sum, recorded
+from .recorder import attach_sum, attached_sum
+from .recording import recorded
 
 # Rows from which the kernel of attention's backward also sums its results. For fewer, its two more
 # launches cost the host more than PyTorch's sum costs the GPU.

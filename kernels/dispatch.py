@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import recording, reference, triton
+from . import recorder, reference, triton
 from .gpu import unsuitable
 from .linear_cross_entropy import DEFAULT, Chunks
 from .native import cpu, cuda, libraries
@@ -185,7 +185,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
 
 def _reference() -> str:
     """ "reference", whose operators PyTorch chooses by settings that no recording knows."""
-    recording.refuse("plain PyTorch computes it")
+    recorder.refuse("plain PyTorch computes it")
     return "reference"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import recording
+from . import recorder as recorders
 from .reference import is_transformed
 
 SLOTS = 256  # checks in flight; a GPU's launch queue holds fewer
@@ -36,7 +36,7 @@ def validate(ids: Tensor, name: str, size: int, ignore_index: int | None = None)
     allows no copy into memory that it does not know. Ids without values are not checked: on the
     meta device, inside vmap, and while a CUDA graph is captured, whose replays then give NaN.
     """
-    if recorder := recording.current():
+    if recorder := recorders.current():
         args = name, size, ignore_index
         recorder.check_ids(validate, ids, _least(ignore_index), size, *args)
         return

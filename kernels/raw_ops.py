@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import dispatch, recording
+from . import dispatch, recorder
 from .ids import validate
 from .linear_cross_entropy import linear_cross_entropy_bwd, linear_cross_entropy_fwd
 
@@ -29,7 +29,7 @@ def _register(schema: str, run, fake) -> None:
         _library.impl(name, run, key)
     torch.library.register_fake(f"gpt2_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.gpt2_kernels, name).default
-    recording.implementations[op] = run
+    recorder.implementations[op] = run
     setattr(raw, name, op)
 
 

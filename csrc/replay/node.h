@@ -48,7 +48,7 @@ struct Function {
   std::shared_ptr<Program> forward;  // its results: the outputs, then what the backward needs
   size_t outputs = 0;
   bool uses_sums = false;  // whether the backward asks for attached sums
-  Object backward_of;      // recording.py: runs the backward in Python, and records it
+  Object backward_of;      // recorder.py: runs the backward in Python, and records it
   struct Backward {
     std::shared_ptr<Program> program;
     int tries = 0;  // to record it
@@ -58,7 +58,7 @@ struct Function {
   static constexpr int kTries = 3;
 };
 
-// The sum over rows that a norm's backward has attached to its result (recording.py), or undefined.
+// The sum over rows that a norm's backward has attached to its result (recorder.py), or undefined.
 inline at::Tensor attached_sum(const at::Tensor& x) {
   static PyObject* const name = PyUnicode_InternFromString("column_sum");
   const Object wrapped = Object::checked(THPVariable_Wrap(x));

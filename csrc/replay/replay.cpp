@@ -1,4 +1,4 @@
-// Replays recorded calls. kernels/recording.py describes how they are recorded.
+// Replays recorded calls. kernels/recording.py says when calls are recorded, recorder.py how.
 #include <ATen/ScalarOps.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
@@ -72,7 +72,7 @@ variable_list Replayed::in_python(const variable_list& grads, const variable_lis
 
 namespace {
 
-// ---- programs, from what recording.py has noted
+// ---- programs, from what recorder.py has noted
 
 PyTypeObject* slot_type;  // recording.Slot: a tuple of one number
 

@@ -10,7 +10,7 @@ from triton import JITFunction, knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-from .. import recording
+from .. import recorder as recorders
 
 MOST = 4096  # launches remembered; beyond it all are forgotten
 _known: dict[tuple, tuple] = {}
@@ -23,9 +23,9 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
     numbers whose first element may be a tensor. constants are the constexpr parameters, and options
     such as num_warps.
     """
-    recorder = recording.current()
+    recorder = recorders.current()
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
-        recording.refuse("Triton's interpreter runs a kernel")
+        recorders.refuse("Triton's interpreter runs a kernel")
         kernel[grid](*args, **constants)
         return
     active = driver.active
@@ -54,7 +54,7 @@ def launch(kernel, grid: tuple[int, int, int], *args, **constants) -> None:
         if recorder:
             recorder.launch(run, active.get_current_stream, device, launch)
         return
-    recording.refuse("a kernel was launched for the first time, or with hooks")
+    recorders.refuse("a kernel was launched for the first time, or with hooks")
     compiled = kernel[grid](*args, **constants)
     if remembers and isinstance(compiled, CompiledKernel):
         if len(_known) >= MOST:

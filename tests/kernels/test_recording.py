@@ -18,7 +18,7 @@ from util import DEVICE, bits_equal
 
 from gpt2 import Config, Model, kernels
 from gpt2.block import Block
-from gpt2.kernels import autograd, dispatch, recording, reference
+from gpt2.kernels import autograd, dispatch, recorder, recording, reference
 
 CALLS = recording.UNRECORDED + 1  # the last of them is recorded
 pytestmark = pytest.mark.cpu_kernels
@@ -444,8 +444,8 @@ def test_memory_is_freed_as_in_python(replay):
     refs, alive, ran = [], [], []
 
     def watch(x):
-        if recorder := recording.current():
-            recorder.python(watch, x)
+        if noting := recorder.current():
+            noting.python(watch, x)
             return
         alive.append(sum(ref() is not None for ref in refs))
         refs.append(weakref.ref(x))
@@ -479,10 +479,10 @@ def test_sums_are_handed_on():
 
         @staticmethod
         def backward(ctx, dout):
-            given = recording.attached_sum(dout)
+            given = recorder.attached_sum(dout)
             total = dout.sum() if given is None else given * 100
             dx = dout + total
-            recording.attach_sum(dx, dx.sum())
+            recorder.attach_sum(dx, dx.sum())
             return dx
 
     with recorded(lambda x: autograd.call(Summed, x)) as call:
@@ -490,15 +490,15 @@ def test_sums_are_handed_on():
             x = torch.ones(2, requires_grad=True)
             one = torch.full((2,), float(i))
             if i % 3:
-                recording.attach_sum(one, torch.tensor(7.0 + i))
+                recorder.attach_sum(one, torch.tensor(7.0 + i))
             if i % 3 == 2:
                 one += 1
             (dx,) = torch.autograd.grad(call(x), x, one)
             total = (7.0 + i) * 100 if i % 3 == 1 else one.sum()
             assert torch.equal(dx, one + total), i
-            assert torch.equal(recording.attached_sum(dx), dx.sum())
+            assert torch.equal(recorder.attached_sum(dx), dx.sum())
             dx += 1
-            assert recording.attached_sum(dx) is None
+            assert recorder.attached_sum(dx) is None
 
 
 def test_plain_pytorch_is_not_recorded(monkeypatch):

@@ -30,7 +30,7 @@ KERNEL_MUTANTS = [
     ),
     # a block as a whole
     Mutant(
-        "the sum of a gradient that was changed", "kernels/recording.py",
+        "the sum of a gradient that was changed", "kernels/recorder.py",
         "return total if version == x._version else None", "return total",
         "kernels/test_block.py::test_a_bias_gradient_follows_changes_of_the_gradient[triton]",
     ),

@@ -2,7 +2,7 @@
 
 from . import Mutant
 
-PYTHON = "kernels/recording.py"
+PYTHON = "kernels/recorder.py"
 KEY = "csrc/replay/key.h"
 NODE = "csrc/replay/node.h"
 PROGRAM = "csrc/replay/program.h"
@@ -25,7 +25,7 @@ RECORDING_MUTANTS = [
     ),
     Mutant(
         "a version that no operator changes", "kernels/autograd.py",
-        'recording.refuse("it changes the version of a tensor")', "pass",
+        'recorders.refuse("it changes the version of a tensor")', "pass",
         f"{TESTS}::test_in_place_loss_gradient_is_not_recorded",
     ),
     Mutant(
@@ -39,13 +39,13 @@ RECORDING_MUTANTS = [
         f"{TESTS}::test_memory_is_freed_as_in_python[recording]",
     ),
     Mutant(
-        "a backend that another thread forced for a moment", PYTHON,
+        "a backend that another thread forced for a moment", "kernels/recording.py",
         "if dispatch.changes() != changes:", "if False:",
         f"{TESTS}::test_a_setting_that_changes_during_a_recording",
     ),
     Mutant(
         "plain PyTorch recorded", "kernels/dispatch.py",
-        'recording.refuse("plain PyTorch computes it")', "pass",
+        'recorder.refuse("plain PyTorch computes it")', "pass",
         f"{TESTS}::test_plain_pytorch_is_not_recorded",
     ),
     Mutant(
