@@ -30,6 +30,7 @@ from bench.harness import Contender, Wrong
 from bench.result_file import Case, Record
 
 from gpt2 import Config, Model
+from gpt2.kernels import recording
 
 DIMS = "BxT"
 SHAPES = {"cpu": "1x1024,4x64", "cuda": "64x1024,4x1024,32x1024,8x1024"}
@@ -112,6 +113,8 @@ def measure(
 ) -> Case | None:
     """Compares every contender's loss at one shape, then times its steps, then takes the profile
     and finds the largest batch if asked to."""
+    recording.UNRECORDED = 2  # calls are replayed, as in a training that has run for some time
+    recording.start()
     torch.compiler.reset()
     torch.manual_seed(0)
     device = clock.device

@@ -101,10 +101,9 @@ def planned(device: str, quick: bool, only: list[str] | None, out: Path, slug: s
 
 def builds(device: str) -> list[Job]:
     build = (sys.executable, "-m", "gpt2.kernels", "build")
-    jobs = [Job("build", build, stall_s=300, most_s=300, resumes=False)]
-    if device == "cuda":
-        jobs.append(Job("build --cuda", (*build, "--cuda"), stall_s=300, most_s=300, resumes=False))
-    return jobs
+    options = ("", "--replay", "--cuda") if device == "cuda" else ("", "--replay")
+    return [Job(f"build {option}".strip(), (*build, *filter(None, [option])), stall_s=300,
+                most_s=300, resumes=False) for option in options]  # fmt: skip
 
 
 def bench_job(bench: Bench, device: str, out: Path, slug: str, quick: bool) -> Job:
