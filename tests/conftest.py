@@ -163,6 +163,12 @@ def no_recordings():
     recording.forget()
 
 
+@pytest.fixture
+def replaying():
+    """Fails a test of replays if calls are not replayed here."""
+    assert recording.why_not() is None
+
+
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch):
     """Shortens the measurement of the machine's peak rate at the start of a run."""

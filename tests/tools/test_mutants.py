@@ -23,7 +23,7 @@ MODEL = (*GENERATION_MUTANTS, *DECODE_MUTANTS, *EVALUATE_MUTANTS, *RECORDING_MUT
 THEIRS = (*INTEROP_MUTANTS, *TRANSFORMERS_MUTANTS)
 CSRC = (*CSRC_ATTENTION, *CUDA_MUTANTS, *BLOCK_MUTANTS, *LINEAR_MUTANTS, *ROW_MUTANTS)
 # Tests that run only on the cpu backend
-CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast", "test_recording.py")
+CPU_TESTS = ("cpu-avx2", "not_a_gpt_2", "under_autocast", "test_recording")
 
 
 def test_every_bug_can_be_planted():

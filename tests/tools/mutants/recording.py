@@ -6,57 +6,57 @@ PYTHON = "kernels/recorder.py"
 KEY = "csrc/replay/key.h"
 NODE = "csrc/replay/node.h"
 PROGRAM = "csrc/replay/program.h"
-TESTS = "kernels/test_recording.py"
+TESTS, LIMITS = "kernels/test_recording.py", "kernels/test_recording_limits.py"
 
 RECORDING_MUTANTS = [
     Mutant(
         "a tensor from elsewhere is taken for an argument", PYTHON,
         'self.refuse("it uses a tensor from elsewhere")', "return Slot(0)",
-        f"{TESTS}::test_not_recorded[outside]", quick=True,
+        f"{LIMITS}::test_not_recorded[outside]", quick=True,
     ),
     Mutant(
         "a value that is read is taken for a constant", PYTHON,
-        'self.refuse(f"{op} reads a value")', "pass", f"{TESTS}::test_not_recorded[item]",
+        'self.refuse(f"{op} reads a value")', "pass", f"{LIMITS}::test_not_recorded[item]",
     ),
     Mutant(
         "a place in memory is taken for a constant", PYTHON,
         "op is torch.ops.aten.as_strided.default and", "False and",
-        f"{TESTS}::test_not_recorded[as_strided]",
+        f"{LIMITS}::test_not_recorded[as_strided]",
     ),
     Mutant(
         "a version that no operator changes", "kernels/autograd.py",
         'recorders.refuse("it changes the version of a tensor")', "pass",
-        f"{TESTS}::test_in_place_loss_gradient_is_not_recorded",
+        f"{LIMITS}::test_in_place_loss_gradient_is_not_recorded",
     ),
     Mutant(
         "ids checked only once", PYTHON,
         "self.log.steps.append((*step, function, self.log.read(list(args))))", "pass",
-        f"{TESTS}::test_ids_are_checked_at_each_call[cross_entropy]",
+        f"{LIMITS}::test_ids_are_checked_at_each_call[cross_entropy]",
     ),
     Mutant(
         "intermediate results kept by the recording", PYTHON,
         "self.known[id(x)] = weakref.ref(x), slot", "self.known[id(x)] = (lambda: x), slot",
-        f"{TESTS}::test_memory_is_freed_as_in_python[recording]",
+        f"{LIMITS}::test_memory_is_freed_as_in_python[recording]",
     ),
     Mutant(
         "a backend that another thread forced for a moment", "kernels/recording.py",
         "if dispatch.changes() != changes:", "if False:",
-        f"{TESTS}::test_a_setting_that_changes_during_a_recording",
+        f"{LIMITS}::test_a_setting_that_changes_during_a_recording",
     ),
     Mutant(
         "plain PyTorch recorded", "kernels/dispatch.py",
         'recorder.refuse("plain PyTorch computes it")', "pass",
-        f"{TESTS}::test_plain_pytorch_is_not_recorded",
+        f"{LIMITS}::test_plain_pytorch_is_not_recorded",
     ),
     Mutant(
         "a shape that depends on values", PYTHON,
         "if torch.Tag.dynamic_output_shape in op.tags:", "if False:",
-        f"{TESTS}::test_not_recorded[dynamic shape]",
+        f"{LIMITS}::test_not_recorded[dynamic shape]",
     ),
     # csrc/replay
     Mutant(
         "a name taken for a text", "csrc/replay/replay.cpp",
-        "key.add(-2);", "", f"{TESTS}::test_a_name_is_not_a_text",
+        "key.add(-2);", "", f"{LIMITS}::test_a_name_is_not_a_text",
     ),
     Mutant(
         "strides left out of the key", KEY,
@@ -92,21 +92,21 @@ RECORDING_MUTANTS = [
     Mutant(
         "the sum of a gradient that was changed, in C++", NODE,
         "if (version != int64_t(x._version())) return {};", "",
-        f"{TESTS}::test_sums_are_handed_on",
+        f"{LIMITS}::test_sums_are_handed_on",
     ),
     Mutant(
         "ids outside their range let through", PROGRAM,
         "if (!inside) PythonCall::run(slots);", "",
-        f"{TESTS}::test_ids_are_checked_at_each_call[linear_cross_entropy]",
+        f"{LIMITS}::test_ids_are_checked_at_each_call[linear_cross_entropy]",
     ),
     Mutant(
         "strided ids read as if contiguous", PROGRAM,
         "if (!ids.is_cpu() || !ids.is_contiguous())", "if (!ids.is_cpu())",
-        f"{TESTS}::test_ids_are_checked_at_each_call[cross_entropy]",
+        f"{LIMITS}::test_ids_are_checked_at_each_call[cross_entropy]",
     ),
     Mutant(
         "intermediate results kept by a replay", PROGRAM,
         "for (int slot : step->ends) given[slot].reset();", "",
-        f"{TESTS}::test_memory_is_freed_as_in_python[replay]",
+        f"{LIMITS}::test_memory_is_freed_as_in_python[replay]",
     ),
 ]  # fmt: skip
