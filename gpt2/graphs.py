@@ -181,7 +181,7 @@ class _Step:
         ):
             _, loss = self.model(idx, targets)
         with torch.autocast(device, enabled=False):  # as where backward follows the with block
-            loss.backward(self.scale.to(loss.dtype))
+            loss.backward(self.scale.to(loss.device, loss.dtype))
         return loss.detach()
 
     def _set_scale(self, scale: float | Tensor) -> None:

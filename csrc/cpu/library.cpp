@@ -43,8 +43,8 @@ bool has_avx512() {
 
 const Isa kIsas[] = {
     // fastest first
-    // A product of bfloat16 pairs takes as long as one of floats on AMD's Zen 4, and so long on
-    // Intel's Sapphire Rapids that attention is 1.5 times as fast without (docs/log.md).
+    // A product of bfloat16 pairs takes as long as one of floats on AMD's Zen 4, and so long on an
+    // Intel Xeon with AMX that attention is 1.5 times as fast without (docs/log.md).
     {"avx512_bf16", kernels_avx512_bf16,
      [] { return has_avx512() && (kEmulated || __builtin_cpu_supports("avx512bf16")); },
      [] { return kEmulated || !__builtin_cpu_is("intel"); }},

@@ -243,6 +243,18 @@ def test_wrong_calls_are_named():
         step(idx, idx)
 
 
+def test_a_model_that_was_moved_runs_eagerly():
+    """The scale follows the loss to its device and dtype."""
+    model, other = two_models(fast=False)
+    step, batch = gpt2.graphed(model), (ids(2, 7), ids(2, 7))
+    with pytest.warns(UserWarning, match="replaced, moved or frozen|not on a CUDA GPU"):
+        step.scale = step.scale.double()  # of another kind than the loss, as after a move
+        step.model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight.clone())
+        step(*batch, 0.5)
+    (other(*batch)[1] * 0.5).backward()
+    assert bits_equal(model.lm_head.weight.grad, other.lm_head.weight.grad)
+
+
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
 def test_scaled_gradients(graph, captures, monkeypatch):
     model, other = two_models()
